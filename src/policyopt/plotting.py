@@ -393,8 +393,7 @@ def plot_grid(
     Args:
         ax: Where to draw.
         values: ``[rows * columns]`` (an added terminal state at the end is ignored), one number per cell.
-        policy: ``[S]`` actions or ``[S, 4]`` probabilities; an arrow's length is the probability of its
-            action.
+        policy: ``[S]`` actions or ``[S, 4]`` probabilities; the likelier an action, the more opaque its arrow.
         layout: The map, one string per row; ``#`` is a wall; letters in ``terminal`` end the episode, and
             ``S`` is the start.
         terminal: Letters of cells that are marked and get no arrow.
@@ -445,15 +444,23 @@ def plot_grid(
 
 def _draw_arrows(ax: Axes, row: float, column: float, probabilities: FloatArray, colour: str) -> None:
     for (down, right), probability in zip(_ARROWS, probabilities, strict=True):
-        if probability < 0.02:  # shorter than its own head
+        if probability < 0.02:
             continue
-        reach = 0.30 * float(probability)
-        tail = 0.8 * reach if probability > 0.99 else 0.0  # a lone arrow is centred in its cell
+        # A lone arrow is centred in its cell, several start near its centre.
+        tail, tip = (-0.24, 0.30) if probability > 0.98 else (0.04, 0.30)
         ax.annotate(
             "",
-            xy=(column + reach * right, row + reach * down),
-            xytext=(column - tail * right, row - tail * down),
-            arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 1.3, "shrinkA": 0, "shrinkB": 0},
+            xy=(column + tip * right, row + tip * down),
+            xytext=(column + tail * right, row + tail * down),
+            arrowprops={
+                "arrowstyle": "-|>",
+                "mutation_scale": 9,
+                "color": colour,
+                "alpha": max(0.15, float(probability)),
+                "linewidth": 1.4,
+                "shrinkA": 0,
+                "shrinkB": 0,
+            },
         )
 
 
