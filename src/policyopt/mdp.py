@@ -1,0 +1,840 @@
+r"""Finite Markov decision processes, solved exactly.
+
+This module is the referee of the package. Whatever the floors above estimate from samples (values,
+advantages, policy gradients), a small MDP gives here by linear algebra, so an estimator can be checked
+against the truth.
+
+Conventions, for ``S`` states and ``A`` actions:
+
+* the transition probabilities ``P[s, a, s']``, rewards ``R[s, a]`` and policies ``policy[s, a]`` are
+float64 tensors; * a policy is a table of probabilities, ``policy[s, a]`` = π(a | s), each row summing to 1;
+* a state is *terminal* when every action keeps the process in it for ever with reward 0. Its value is
+therefore 0,
+  which is all that the end of an episode means;
+* everything that is computed from a policy can be differentiated with respect to it by autograd.
+
+References: Puterman, *Markov Decision Processes*, 1994; Sutton and Barto, *Reinforcement Learning: An
+Introduction*, 2nd ed., 2018, chapters 3 and 4 (http://incompleteideas.net/book/the-book.html).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "FiniteMDP",
+    "Solution",
+    "Trajectories",
+    "action_values",
+    "advantages",
+    "bellman_expectation",
+    "bellman_optimality",
+    "error_bound",
+    "exact_policy_gradient",
+    "expected_return",
+    "from_gymnasium",
+    "greedy_policy",
+    "grid_world",
+    "lookahead",
+    "occupancy",
+    "performance_difference",
+    "policy_evaluation",
+    "policy_iteration",
+    "sample_trajectories",
+    "softmax_policy",
+    "uniform_policy",
+    "value_iteration",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class FiniteMDP:
+    """A finite MDP (S, A, P, R, γ) with its initial distribution μ.
+
+    Parameters
+    ----------
+    P : Tensor
+        ``[S, A, S]``, ``P[s, a, s']`` = P(s' | s, a); each ``P[s, a]`` sums to 1.
+    R : Tensor
+        ``[S, A]``, the expected reward R(s, a) received for action ``a`` in state ``s``.
+    gamma : float
+        Discount γ in [0, 1]. γ = 1 is accepted only if *every* policy ends with probability 1 from every
+        state, because otherwise some return is an infinite sum.
+    initial : Tensor
+        ``[S]``, the distribution μ of the first state; sums to 1.
+    allow_undiscounted : bool
+        Accept γ = 1 although some policies never end. Evaluating one of those then raises; those that end
+        are fine.
+
+    Attributes
+    ----------
+    terminal : Tensor
+        Boolean ``[S]``, derived: the states that no action leaves and in which every reward is 0.
+
+    Raises
+    ------
+    ValueError
+        For a wrong shape, probabilities that are negative or do not sum to 1, numbers that are not finite,
+        γ outside [0, 1], or γ = 1 with a policy that never ends.
+
+    Examples
+    --------
+    Two states: the only action leads from state 0, with reward 1, to state 1, which is terminal.
+
+    >>> mdp = FiniteMDP(P=[[[0.0, 1.0]], [[0.0, 1.0]]], R=[[1.0], [0.0]], gamma=1.0, initial=[1.0, 0.0])
+    >>> mdp.terminal.tolist(), policy_evaluation(mdp, uniform_policy(mdp)).tolist()
+    ([False, True], [1.0, 0.0])
+    """
+
+    P: Tensor
+    R: Tensor
+    gamma: float
+    initial: Tensor
+    allow_undiscounted: bool = False
+    terminal: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("P", "R", "initial"):
+            object.__setattr__(self, name, torch.as_tensor(getattr(self, name), dtype=torch.float64))
+        shape = tuple(self.P.shape)
+        if len(shape) != 3 or shape[0] != shape[2] or 0 in shape:
+            raise ValueError(f"P must have shape [S, A, S] with S, A >= 1, got {shape}")
+        if self.R.shape != self.P.shape[:2]:
+            raise ValueError(f"R must have shape [S, A] = {shape[:2]} like P, got {tuple(self.R.shape)}")
+        if self.initial.shape != self.P.shape[:1]:
+            raise ValueError(
+                f"initial must have shape [S] = {shape[:1]} like P, got {tuple(self.initial.shape)}"
+            )
+        if not torch.isfinite(self.R).all():
+            where = (~torch.isfinite(self.R)).nonzero()[0].tolist()
+            raise ValueError(f"R must be finite, got {self.R[tuple(where)].item()} at [s, a] = {where}")
+        _check_distributions("P", self.P)
+        _check_distributions("initial", self.initial)
+        if not 0.0 <= self.gamma <= 1.0:
+            raise ValueError(f"gamma must lie in [0, 1], got {self.gamma}")
+        stays = torch.diagonal(self.P, dim1=0, dim2=2).T == 1.0  # [S, A]
+        object.__setattr__(self, "terminal", (stays & (self.R == 0.0)).all(dim=1))
+        if self.gamma == 1.0 and not self.allow_undiscounted:
+            endless = _endless_states(self)
+            if endless.any():
+                raise ValueError(
+                    f"gamma = 1 needs every policy to end, but one can stay in states {_few(endless)}; "
+                    "use gamma < 1, or allow_undiscounted=True to evaluate only policies that do end"
+                )
+
+    @property
+    def n_states(self) -> int:
+        """Number of states S, terminal ones included."""
+        return self.P.shape[0]
+
+    @property
+    def n_actions(self) -> int:
+        """Number of actions A."""
+        return self.P.shape[1]
+
+
+# --- Policies ---------------------------------------------------------------------------------------
+
+
+def uniform_policy(mdp: FiniteMDP) -> Tensor:
+    """Return the policy ``[S, A]`` that picks every action with probability 1 / A."""
+    return torch.full_like(mdp.R, 1.0 / mdp.n_actions)
+
+
+def softmax_policy(theta: Tensor) -> Tensor:
+    """Turn preferences into probabilities, π(a|s) = exp θ(s,a) / Σ_b exp θ(s,b); both ``[S, A]``."""
+    return theta.softmax(dim=-1)
+
+
+def greedy_policy(q: Tensor) -> Tensor:
+    """Pick the first best action of ``q`` in every state; both ``[S, A]``, the result with one-hot rows."""
+    return torch.nn.functional.one_hot(q.argmax(dim=-1), q.shape[-1]).to(q.dtype)
+
+
+# --- Bellman operators and evaluation ---------------------------------------------------------------
+
+
+def lookahead(mdp: FiniteMDP, values: Tensor) -> Tensor:
+    r"""One step into the future: R(s,a) + γ Σ_{s'} P(s'|s,a) V(s').
+
+    Parameters
+    ----------
+    mdp : FiniteMDP
+        The process.
+    values : Tensor
+        ``[S]``, any guess V of the values. With V = V^π the result is Q^π.
+
+    Returns
+    -------
+    Tensor
+        ``[S, A]``, in units of reward.
+    """
+    _check_values(mdp, values)
+    return mdp.R + mdp.gamma * mdp.P @ values
+
+
+def bellman_expectation(mdp: FiniteMDP, values: Tensor, policy: Tensor) -> Tensor:
+    r"""Apply the Bellman expectation operator, (T^π V)(s) = Σ_a π(a|s) [R(s,a) + γ Σ_{s'} P(s'|s,a) V(s')].
+
+    V^π is its only fixed point when γ < 1. Shapes: ``values`` ``[S]``, ``policy`` ``[S, A]``, result
+    ``[S]``. Source: Sutton and Barto, 2018, eq. 4.4.
+    """
+    return (_check_policy(mdp, policy) * lookahead(mdp, values)).sum(dim=-1)
+
+
+def bellman_optimality(mdp: FiniteMDP, values: Tensor) -> Tensor:
+    r"""Apply the Bellman optimality operator, (T* V)(s) = max_a [R(s,a) + γ Σ_{s'} P(s'|s,a) V(s')].
+
+    V* is its only fixed point when γ < 1. Shapes: ``values`` ``[S]``, result ``[S]``.
+    Source: Sutton and Barto, 2018, eq. 4.10.
+    """
+    return lookahead(mdp, values).amax(dim=-1)
+
+
+def policy_evaluation(mdp: FiniteMDP, policy: Tensor) -> Tensor:
+    r"""Evaluate a policy exactly: V^π solves the linear system (I − γ P_π) V = R_π.
+
+    Here P_π(s,s') = Σ_a π(a|s) P(s'|s,a) and R_π(s) = Σ_a π(a|s) R(s,a).
+
+    Parameters
+    ----------
+    mdp : FiniteMDP
+        The process.
+    policy : Tensor
+        ``[S, A]`` probabilities. Autograd goes through the solve.
+
+    Returns
+    -------
+    Tensor
+        V^π, ``[S]``; 0 in terminal states.
+
+    Raises
+    ------
+    ValueError
+        If γ = 1 and the policy may go on for ever.
+    """
+    policy = _check_policy(mdp, policy)
+    system = torch.eye(mdp.n_states, dtype=policy.dtype) - mdp.gamma * _live_transitions(mdp, policy)
+    values: Tensor = torch.linalg.solve(system, (policy * mdp.R).sum(dim=-1))
+    return values
+
+
+def action_values(mdp: FiniteMDP, policy: Tensor) -> Tensor:
+    """Q^π(s,a), ``[S, A]``: the expected return of action ``a`` in ``s`` if ``policy`` acts from then on."""
+    return lookahead(mdp, policy_evaluation(mdp, policy))
+
+
+def advantages(mdp: FiniteMDP, policy: Tensor) -> Tensor:
+    """A^π(s,a) = Q^π(s,a) − V^π(s), ``[S, A]``; its mean under the policy itself is 0 in every state."""
+    values = policy_evaluation(mdp, policy)
+    return lookahead(mdp, values) - values[:, None]
+
+
+def occupancy(mdp: FiniteMDP, policy: Tensor) -> Tensor:
+    r"""Compute the discounted occupancy d^π(s) = Σ_t γ^t Pr(s_t = s), not normalised.
+
+    It solves d = μ + γ P_πᵀ d.
+
+    Parameters
+    ----------
+    mdp : FiniteMDP
+        The process; ``mdp.initial`` is μ.
+    policy : Tensor
+        ``[S, A]`` probabilities.
+
+    Returns
+    -------
+    Tensor
+        ``[S]``. For γ < 1 it sums to 1 / (1 − γ). For γ = 1 the time spent in terminal states is endless;
+        they get 0, so that the sum is the expected length of an episode.
+
+    Raises
+    ------
+    ValueError
+        If γ = 1 and the policy may go on for ever.
+    """
+    policy = _check_policy(mdp, policy)
+    system = torch.eye(mdp.n_states, dtype=policy.dtype) - mdp.gamma * _live_transitions(mdp, policy).T
+    visits: Tensor = torch.linalg.solve(system, mdp.initial)
+    # The system counts only the arrival in a terminal state; the stay there is a geometric series.
+    in_terminal = visits / (1.0 - mdp.gamma) if mdp.gamma < 1.0 else torch.zeros_like(visits)
+    return torch.where(mdp.terminal, in_terminal, visits)
+
+
+def expected_return(mdp: FiniteMDP, policy: Tensor) -> Tensor:
+    """J(π) = E[G_0] = Σ_s μ(s) V^π(s), a scalar tensor; autograd can differentiate it in ``policy``."""
+    return mdp.initial @ policy_evaluation(mdp, policy)
+
+
+def exact_policy_gradient(mdp: FiniteMDP, theta: Tensor) -> Tensor:
+    r"""Differentiate J for the tabular softmax policy, by the policy-gradient theorem.
+
+    ∂J / ∂θ(s,a) = d^π(s) π(a|s) A^π(s,a), with the discounted, un-normalised occupancy d^π.
+
+    Parameters
+    ----------
+    mdp : FiniteMDP
+        The process.
+    theta : Tensor
+        ``[S, A]`` preferences.
+
+    Returns
+    -------
+    Tensor
+        ``[S, A]``, the direction in which J *increases*.
+
+    References
+    ----------
+    Sutton, McAllester, Singh and Mansour, *Policy Gradient Methods for Reinforcement Learning with Function
+    Approximation*, NeurIPS 1999, theorem 1; Agarwal et al., 2019, arXiv:1908.00261, lemma C.1.
+    """
+    policy = softmax_policy(theta)
+    return occupancy(mdp, policy)[:, None] * policy * advantages(mdp, policy)
+
+
+def performance_difference(mdp: FiniteMDP, new: Tensor, old: Tensor) -> Tensor:
+    r"""J(new) − J(old), from the advantages of the *old* policy in the states that the *new* one visits.
+
+    J(π') − J(π) = Σ_s d^{π'}(s) Σ_a π'(a|s) A^π(s,a).
+
+    Parameters
+    ----------
+    mdp : FiniteMDP
+        The process.
+    new, old : Tensor
+        ``[S, A]`` probabilities, π' and π.
+
+    Returns
+    -------
+    Tensor
+        A scalar, in units of return.
+
+    References
+    ----------
+    Kakade and Langford, *Approximately Optimal Approximate Reinforcement Learning*, ICML 2002, lemma 6.1
+    (there with a normalised occupancy, hence a factor 1 / (1 − γ)).
+    """
+    gain_per_state = (_check_policy(mdp, new) * advantages(mdp, old)).sum(dim=-1)
+    return occupancy(mdp, new) @ gain_per_state
+
+
+# --- Control ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """What an exact solver found.
+
+    Attributes
+    ----------
+    values : Tensor
+        ``[S]``, V* (within the tolerance asked for).
+    policy : Tensor
+        ``[S, A]``, a deterministic policy as one-hot rows.
+    residuals : tuple of float
+        One entry per iteration: the largest change of a value (value iteration), or the largest gain that
+        a single change of action promised (policy iteration).
+    """
+
+    values: Tensor
+    policy: Tensor
+    residuals: tuple[float, ...]
+
+    @property
+    def iterations(self) -> int:
+        """How many iterations were made."""
+        return len(self.residuals)
+
+
+def policy_iteration(mdp: FiniteMDP, policy: Tensor | None = None, *, max_iterations: int = 1000) -> Solution:
+    """Solve the MDP by evaluating a policy exactly, then making it greedy, until nothing improves.
+
+    An action is changed only where that is a strict improvement. This makes the loop end, and for γ = 1 it
+    never turns a policy that ends into one that does not, unless that would gain reward for ever.
+
+    Parameters
+    ----------
+    mdp : FiniteMDP
+        The process.
+    policy : Tensor, optional
+        ``[S, A]``, where to start; by default, a policy that reaches a terminal state wherever that is
+        possible.
+    max_iterations : int
+        Bound on the number of improvements, at least 1.
+
+    Returns
+    -------
+    Solution
+        Exact up to rounding.
+
+    Raises
+    ------
+    ValueError
+        For a bad ``policy``, or if γ = 1 and a policy on the way never ends.
+    RuntimeError
+        If ``max_iterations`` were not enough.
+
+    References
+    ----------
+    Howard, *Dynamic Programming and Markov Processes*, 1960; for γ = 1, Bertsekas and Tsitsiklis, *An
+    Analysis of Stochastic Shortest Path Problems*, 1991.
+    """
+    policy = _ending_policy(mdp) if policy is None else _check_policy(mdp, policy)
+    residuals: list[float] = []
+    while len(residuals) < max_iterations:
+        values = policy_evaluation(mdp, policy)
+        q = lookahead(mdp, values)
+        gain = q.amax(dim=-1) - values
+        residuals.append(float(gain.max().clamp(min=0.0)))
+        better = gain > 1e-10 * max(1.0, float(values.abs().max()))  # more than the rounding of the solve
+        if not better.any():
+            return Solution(values, policy, tuple(residuals))
+        policy = torch.where(better[:, None], greedy_policy(q), policy)
+    raise RuntimeError(f"policy iteration still improves after max_iterations = {max_iterations}; raise it")
+
+
+def value_iteration(mdp: FiniteMDP, *, tolerance: float = 1e-8, max_iterations: int = 100_000) -> Solution:
+    """Solve the MDP by applying the Bellman optimality operator from V = 0 until V is provably close to V*.
+
+    For γ < 1 the operator is a γ-contraction, so ‖V_k − V*‖∞ ≤ γ / (1 − γ) · ‖V_k − V_{k−1}‖∞; the loop
+    stops when the right side, not merely the last change, is below ``tolerance``. For γ = 1 the same is
+    done in the weighted norm of :func:`error_bound`.
+
+    Parameters
+    ----------
+    mdp : FiniteMDP
+        The process.
+    tolerance : float
+        Largest error of any returned value, greater than 0.
+    max_iterations : int
+        Bound on the number of sweeps, at least 1.
+
+    Returns
+    -------
+    Solution
+        Its ``policy`` is greedy for the returned values.
+
+    Raises
+    ------
+    ValueError
+        For ``tolerance <= 0``; or if γ = 1 and some policy never ends, because then no bound of this kind
+        holds (use :func:`policy_iteration`).
+    RuntimeError
+        If ``max_iterations`` sweeps were not enough.
+
+    References
+    ----------
+    Puterman, 1994, section 6.3; for γ = 1, Bertsekas and Tsitsiklis, 1991.
+    """
+    if not tolerance > 0.0:
+        raise ValueError(f"tolerance must be greater than 0, got {tolerance}")
+    weights, modulus = _contraction(mdp)
+    factor = float(weights.max()) * modulus / (1.0 - modulus)
+    values = torch.zeros(mdp.n_states, dtype=torch.float64)
+    residuals: list[float] = []
+    bound = float("inf")
+    while len(residuals) < max_iterations:
+        updated = bellman_optimality(mdp, values)
+        change, values = (updated - values).abs(), updated
+        residuals.append(float(change.max()))
+        bound = factor * float((change / weights).max())
+        if bound <= tolerance:
+            return Solution(values, greedy_policy(lookahead(mdp, values)), tuple(residuals))
+    raise RuntimeError(
+        f"value iteration: after max_iterations = {max_iterations} sweeps the error may be {bound:.3g} > "
+        f"tolerance = {tolerance}; raise either"
+    )
+
+
+def error_bound(mdp: FiniteMDP, values: Tensor) -> float:
+    r"""How far ``values`` can be from V*, at most: a bound on max_s |V(s) − V*(s)|.
+
+    It is ‖T*V − V‖∞ / (1 − γ) for γ < 1. For γ = 1, T* is a contraction with modulus 1 − 1 / max_s ξ(s) in
+    the norm max_s |V(s)| / ξ(s), where ξ(s) is the largest expected number of steps that any policy takes
+    from ``s``.
+
+    Parameters
+    ----------
+    mdp : FiniteMDP
+        The process.
+    values : Tensor
+        ``[S]``, any guess of V*.
+
+    Returns
+    -------
+    float
+        The bound, in units of return.
+
+    Raises
+    ------
+    ValueError
+        If γ = 1 and some policy never ends.
+
+    References
+    ----------
+    Bertsekas and Tsitsiklis, *Neuro-Dynamic Programming*, 1996, proposition 2.2.
+    """
+    weights, modulus = _contraction(mdp)
+    residual = ((bellman_optimality(mdp, values) - values).abs() / weights).max()
+    return float(weights.max() * residual) / (1.0 - modulus)
+
+
+# --- Sampling ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectories:
+    """``N`` episodes side by side, all tensors ``[T, N]``, as :mod:`policyopt.estimators` expects them.
+
+    Attributes
+    ----------
+    states, actions, next_states : Tensor
+        int64 indices.
+    rewards : Tensor
+        float64; the expected reward R(s_t, a_t), and 0 after the end.
+    terminated : Tensor
+        Boolean; true at the one step that led into a terminal state.
+    truncated : Tensor
+        Boolean; true at the last step of an episode that was cut at ``max_steps`` before it ended.
+    valid : Tensor
+        Boolean; false for the padding after an episode has ended. Leave padding out of every mean.
+    """
+
+    states: Tensor
+    actions: Tensor
+    rewards: Tensor
+    next_states: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    valid: Tensor
+
+
+def sample_trajectories(
+    mdp: FiniteMDP, policy: Tensor, n: int, *, max_steps: int, generator: torch.Generator | None = None
+) -> Trajectories:
+    """Sample ``n`` independent episodes, all at once.
+
+    Parameters
+    ----------
+    mdp : FiniteMDP
+        The process; the first states are drawn from ``mdp.initial``.
+    policy : Tensor
+        ``[S, A]`` probabilities.
+    n : int
+        Number of episodes, at least 1.
+    max_steps : int
+        Episodes that have not ended after so many steps are cut and marked ``truncated``; at least 1.
+    generator : torch.Generator, optional
+        Source of randomness; without it PyTorch's global one is used.
+
+    Returns
+    -------
+    Trajectories
+        ``[T, N]`` tensors, with ``T`` the length of the longest episode and ``N = n``.
+
+    Raises
+    ------
+    ValueError
+        For ``n < 1``, ``max_steps < 1`` or a bad policy.
+    """
+    if n < 1 or max_steps < 1:
+        raise ValueError(f"n and max_steps must be at least 1, got n = {n} and max_steps = {max_steps}")
+    policy = _check_policy(mdp, policy).detach()
+
+    def draw(probabilities: Tensor) -> Tensor:
+        return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+    state = draw(mdp.initial.expand(n, -1))
+    steps: list[tuple[Tensor, ...]] = []
+    for t in range(max_steps):
+        valid = ~mdp.terminal[state]
+        if t > 0 and not valid.any():
+            break
+        action = draw(policy[state])
+        next_state = draw(mdp.P[state, action])
+        ended = mdp.terminal[next_state]
+        cut = torch.full_like(valid, t == max_steps - 1)
+        reward = mdp.R[state, action]
+        steps.append((state, action, reward, next_state, valid & ended, valid & ~ended & cut, valid))
+        state = next_state
+    return Trajectories(*(torch.stack(column) for column in zip(*steps, strict=True)))
+
+
+# --- Construction -----------------------------------------------------------------------------------
+
+
+def from_gymnasium(
+    source: Any,
+    gamma: float,
+    *,
+    initial: Sequence[float] | Tensor | None = None,
+    allow_undiscounted: bool = False,
+) -> FiniteMDP:
+    """Build the MDP of a Gymnasium toy-text environment (FrozenLake, CliffWalking, Taxi) from its table.
+
+    A transition that the table marks as *done* ends the episode, whatever the table says about the state
+    it leads to. It keeps its next state if that state is terminal anyhow (FrozenLake's holes and goal),
+    and leads to one added terminal state, with index ``S``, otherwise (CliffWalking's goal, Taxi's
+    drop-off). So nothing is ever bootstrapped from beyond the end. A time limit is not part of the table,
+    nor of this MDP.
+
+    Parameters
+    ----------
+    source : environment or mapping
+        An environment whose ``unwrapped`` has ``P`` and ``initial_state_distrib``; or the table itself,
+        ``table[s][a] = [(probability, next state, reward, done), ...]``.
+    gamma : float
+        Discount in [0, 1].
+    initial : sequence of float, optional
+        ``[S]``, the distribution of the first state; required with a bare table.
+    allow_undiscounted : bool
+        As in :class:`FiniteMDP`.
+
+    Returns
+    -------
+    FiniteMDP
+        With the ``S`` states of the table, and one more if a terminal state had to be added.
+
+    Raises
+    ------
+    ValueError
+        If ``source`` has no table, ``initial`` is missing, or the table is not a valid MDP.
+    """
+    environment = getattr(source, "unwrapped", source)
+    table = source if isinstance(source, Mapping) else getattr(environment, "P", None)
+    if not isinstance(table, Mapping) or not table:
+        raise ValueError(
+            f"source must be a toy-text environment or its table P, got {type(environment).__name__}"
+        )
+    if initial is None:
+        initial = getattr(environment, "initial_state_distrib", None)
+    if initial is None:
+        raise ValueError(
+            "initial is required with a bare table: the probability of each state to be the first"
+        )
+    n_states, n_actions = len(table), len(table[0])
+    absorbing = [
+        all(nxt == s and reward == 0 for outcomes in table[s].values() for _, nxt, reward, _ in outcomes)
+        for s in range(n_states)
+    ]
+    P = torch.zeros(n_states + 1, n_actions, n_states + 1, dtype=torch.float64)
+    R = torch.zeros(n_states + 1, n_actions, dtype=torch.float64)
+    end = n_states
+    P[end, :, end] = 1.0
+    for s in range(n_states):
+        for a in range(n_actions):
+            for probability, following, reward, done in table[s][a]:
+                P[s, a, end if done and not absorbing[following] else following] += probability
+                R[s, a] += probability * reward
+    start = torch.zeros(n_states + 1, dtype=torch.float64)
+    start[:end] = torch.as_tensor(initial, dtype=torch.float64)
+    if not P[:end, :, end].any():
+        P, R, start = P[:end, :, :end], R[:end], start[:end]
+    return FiniteMDP(P, R, gamma, start, allow_undiscounted)
+
+
+def grid_world(
+    layout: Sequence[str],
+    *,
+    gamma: float = 0.95,
+    slip: float = 0.0,
+    step_reward: float = 0.0,
+    terminals: Mapping[str, float] | None = None,
+    allow_undiscounted: bool = False,
+) -> FiniteMDP:
+    """Build the MDP of a map such as ``["..G", ".#H", "S.."]``.
+
+    State ``row * columns + column`` is a cell; the actions are 0 left, 1 down, 2 right, 3 up, as in
+    FrozenLake. A move against a wall or off the map stays where it is. ``#`` is a wall (its state is never
+    visited), ``S`` a start (several: one is drawn uniformly; none: any free cell), a letter of
+    ``terminals`` ends the episode, ``.`` is free.
+
+    Parameters
+    ----------
+    layout : sequence of str
+        Rows of equal length.
+    gamma : float
+        Discount in [0, 1].
+    slip : float
+        Probability, in [0, 1], of moving at a right angle to the action instead, half of it to each side.
+        FrozenLake's slippery ice is ``slip = 2 / 3``.
+    step_reward : float
+        Reward of every move.
+    terminals : mapping from str to float, optional
+        Reward for entering a cell with that letter, in addition to ``step_reward``; by default ``{"G":
+        1.0, "H": -1.0}``.
+    allow_undiscounted : bool
+        As in :class:`FiniteMDP`.
+
+    Returns
+    -------
+    FiniteMDP
+        With ``rows * columns`` states and 4 actions.
+
+    Raises
+    ------
+    ValueError
+        For an uneven map, an unknown letter, no cell to start in, or ``slip`` outside [0, 1].
+
+    Examples
+    --------
+    >>> mdp = grid_world(["S.G"], gamma=0.5)
+    >>> value_iteration(mdp).values.tolist()
+    [0.5, 1.0, 0.0]
+    """
+    ends = {"G": 1.0, "H": -1.0} if terminals is None else dict(terminals)
+    rows, columns = len(layout), len(layout[0]) if layout else 0
+    if columns == 0 or any(len(line) != columns for line in layout):
+        raise ValueError(f"layout must be non-empty strings of equal length, got {list(layout)}")
+    cells = "".join(layout)
+    unknown = set(cells) - set("#S.") - set(ends)
+    if unknown:
+        raise ValueError(f"layout may hold '#', 'S', '.' and {sorted(ends)}, got {sorted(unknown)}")
+    if not 0.0 <= slip <= 1.0:
+        raise ValueError(f"slip must lie in [0, 1], got {slip}")
+    starts = [s for s, letter in enumerate(cells) if letter == "S"]
+    starts = starts or [s for s, letter in enumerate(cells) if letter == "."]
+    if not starts:
+        raise ValueError(f"layout must hold at least one 'S' or '.' to start in, got {list(layout)}")
+
+    moves = ((0, -1), (1, 0), (0, 1), (-1, 0))
+    P = torch.zeros(len(cells), 4, len(cells), dtype=torch.float64)
+    R = torch.zeros(len(cells), 4, dtype=torch.float64)
+    for s, letter in enumerate(cells):
+        if letter == "#" or letter in ends:
+            P[s, :, s] = 1.0
+            continue
+        for action in range(4):
+            R[s, action] = step_reward
+            for turn, probability in ((0, 1.0 - slip), (1, slip / 2), (-1, slip / 2)):
+                down, right = moves[(action + turn) % 4]
+                row, column = s // columns + down, s % columns + right
+                inside = 0 <= row < rows and 0 <= column < columns
+                following = row * columns + column if inside and layout[row][column] != "#" else s
+                P[s, action, following] += probability
+                R[s, action] += probability * ends.get(cells[following], 0.0)
+    initial = torch.zeros(len(cells), dtype=torch.float64)
+    initial[starts] = 1.0 / len(starts)
+    return FiniteMDP(P, R, gamma, initial, allow_undiscounted)
+
+
+# --- Checks and graph arguments ---------------------------------------------------------------------
+
+
+def _check_distributions(name: str, probabilities: Tensor, tolerance: float = 1e-8) -> None:
+    """Raise unless the last dimension holds probability distributions; says where the first bad one is."""
+    smallest = probabilities.min()
+    if not bool(smallest >= 0.0):  # also true for NaN
+        raise ValueError(f"{name} must hold probabilities >= 0, got {smallest.item()}")
+    total = probabilities.sum(dim=-1)
+    wrong = ~((total - 1.0).abs() <= tolerance)
+    if wrong.any():
+        index = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}{index or ''} must sum to 1, got {total[tuple(index)].item():.10g}; normalise it"
+        )
+
+
+def _check_policy(mdp: FiniteMDP, policy: Tensor) -> Tensor:
+    """Return ``policy`` as float64 after checking it; float32 rows may miss a sum of 1 by rounding."""
+    if policy.shape != mdp.R.shape:
+        raise ValueError(f"policy must have shape [S, A] = {tuple(mdp.R.shape)}, got {tuple(policy.shape)}")
+    _check_distributions("policy", policy.detach(), tolerance=1e-6)
+    return policy.to(torch.float64)
+
+
+def _check_values(mdp: FiniteMDP, values: Tensor) -> None:
+    if values.shape != mdp.initial.shape or values.dtype != torch.float64:
+        raise ValueError(
+            f"values must be float64 of shape {(mdp.n_states,)}, got {values.dtype} {tuple(values.shape)}"
+        )
+
+
+def _few(mask: Tensor, limit: int = 8) -> str:
+    indices = mask.nonzero().squeeze(-1).tolist()
+    return f"{indices[:limit]}" + (f" and {len(indices) - limit} more" if len(indices) > limit else "")
+
+
+def _live_transitions(mdp: FiniteMDP, policy: Tensor) -> Tensor:
+    """P_π ``[S, S]`` with the rows of terminal states set to 0, so that I − γ P_π is regular for γ = 1."""
+    transitions = torch.einsum("sa,sat->st", policy, mdp.P)
+    if mdp.gamma == 1.0 and mdp.allow_undiscounted:
+        endless = ~_reach_terminal(mdp, transitions.detach() > 0)
+        if endless.any():
+            raise ValueError(
+                f"gamma = 1, but this policy may go on for ever from states {_few(endless)}; use gamma < 1"
+            )
+    return torch.where(mdp.terminal[:, None], 0.0, transitions)
+
+
+def _reach_terminal(mdp: FiniteMDP, edges: Tensor) -> Tensor:
+    """States ``[S]`` from which a terminal state can be reached along ``edges`` ``[S, S]``."""
+    reached = mdp.terminal
+    while True:
+        more = reached | (edges & reached).any(dim=-1)
+        if torch.equal(more, reached):
+            return reached
+        reached = more
+
+
+def _endless_states(mdp: FiniteMDP) -> Tensor:
+    """States ``[S]`` in which some policy can keep the process for ever, out of every terminal state.
+
+    They are the largest set C of non-terminal states such that in each an action surely stays in C (the
+    union of the end components): start with all of them, and drop states without such an action until none
+    is dropped. Every policy ends with probability 1 exactly when C is empty, because the states that a
+    policy visits for ever form such a set.
+    """
+    possible = mdp.P > 0
+    stay = ~mdp.terminal
+    while True:
+        leaves = (possible & ~stay).any(dim=-1)  # [S, A]
+        less = stay & (~leaves).any(dim=-1)
+        if torch.equal(less, stay):
+            return stay
+        stay = less
+
+
+def _ending_policy(mdp: FiniteMDP) -> Tensor:
+    """Find a deterministic policy ``[S, A]`` that surely ends wherever some policy does.
+
+    Built backwards: a state joins with an action that, with positive probability, leads to a state that
+    has joined before.
+    """
+    # An action that may lead to where there is no way out is no use where a sure way out exists.
+    usable = torch.ones_like(mdp.terminal)
+    while True:
+        allowed = ~((mdp.P > 0) & ~usable).any(dim=-1)
+        reached, choice = mdp.terminal.clone(), torch.zeros_like(mdp.R)
+        while True:
+            closer = allowed & ((mdp.P > 0) & reached).any(dim=-1)
+            joining = closer.any(dim=-1) & ~reached
+            if not joining.any():
+                break
+            choice = torch.where(joining[:, None], greedy_policy(closer.to(torch.float64)), choice)
+            reached = reached | joining
+        if torch.equal(reached, usable):
+            choice[choice.sum(dim=-1) == 0, 0] = 1.0
+            return choice
+        usable = reached
+
+
+def _contraction(mdp: FiniteMDP) -> tuple[Tensor, float]:
+    """Weights ξ ``[S]`` and α < 1 such that T* is an α-contraction in the norm max_s |V(s)| / ξ(s)."""
+    ones = torch.ones(mdp.n_states, dtype=torch.float64)
+    if mdp.gamma < 1.0:
+        return ones, mdp.gamma
+    endless = _endless_states(mdp)
+    if endless.any():
+        raise ValueError(
+            f"gamma = 1 and a policy can stay for ever in states {_few(endless)}: no error bound holds; "
+            "use gamma < 1, or policy_iteration"
+        )
+    clock = replace(mdp, R=(~mdp.terminal).to(torch.float64)[:, None].expand_as(mdp.R))
+    longest = torch.maximum(policy_iteration(clock).values, ones)
+    return longest, 1.0 - 1.0 / float(longest.max())
