@@ -391,7 +391,7 @@ def policy_iteration(mdp: FiniteMDP, policy: Tensor | None = None, *, max_iterat
         q = lookahead(mdp, values)
         gain = q.amax(dim=-1) - values
         residuals.append(float(gain.max().clamp(min=0.0)))
-        better = gain > 1e-10 * max(1.0, float(values.abs().max()))  # more than the rounding of the solve
+        better = gain > 1e-11 * max(1.0, float(values.abs().max()))  # more than the rounding of the solve
         if not better.any():
             return Solution(values, policy, tuple(residuals))
         policy = torch.where(better[:, None], greedy_policy(q), policy)
