@@ -51,7 +51,9 @@ OKABE_ITO: dict[str, str] = {
 """The Okabe–Ito palette, which people with the common kinds of colour blindness can tell apart.
 
 Its yellow is left out: on white paper it has too little contrast for a line.
-Source: M. Okabe and K. Ito, *Color Universal Design*, 2008.
+References
+----------
+M. Okabe and K. Ito, *Color Universal Design*, 2008.
 """
 
 _LINE_STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (7, 2)), (0, (4, 1, 1, 1, 1, 1)), "-")
@@ -101,19 +103,30 @@ def interquartile_mean(x: ArrayLike, axis: int = 0) -> FloatArray:
     values, ``n // 4`` are cut at each end.  NaN anywhere along the axis gives NaN: a missing run is not
     quietly left out.
 
-    Args:
-        x: Numbers of any shape.
-        axis: The axis that holds the runs.
+    Parameters
+    ----------
+    x : array_like
+        Numbers of any shape.
+    axis : int
+        The axis that holds the runs.
 
-    Returns:
+    Returns
+    -------
+    ndarray
         ``x`` without ``axis``, float64.
 
-    Raises:
-        ValueError: If the axis is empty.
+    Raises
+    ------
+    ValueError
+        If the axis is empty.
 
-    Source: Agarwal et al., *Deep RL at the Edge of the Statistical Precipice*, 2021, arXiv:2108.13264,
+    References
+    ----------
+    Agarwal et al., *Deep RL at the Edge of the Statistical Precipice*, 2021, arXiv:2108.13264,
     section 4.3.
 
+    Examples
+    --------
     >>> float(interquartile_mean([0.0, 1.0, 2.0, 1000.0]))
     1.5
     """
@@ -139,22 +152,36 @@ def bootstrap_band(
     The band is pointwise: it covers each point with probability ``level``, not the whole curve at once.
     With one task, this is the stratified bootstrap of the source.  A column in which a run is NaN gets NaN.
 
-    Args:
-        runs: ``[n_runs, ...]``; one row per run.
-        statistic: Called as ``statistic(array, axis=1)`` on ``[resamples, n_runs, ...]``; must not depend
-            on the order of runs.
-        level: Confidence level, in (0, 1).
-        resamples: How many times the runs are drawn again.
-        seed: Seed of the resampling; the same seed gives the same band.
+    Parameters
+    ----------
+    runs : array_like
+        ``[n_runs, ...]``; one row per run.
+    statistic : callable
+        Called as ``statistic(array, axis=1)`` on ``[resamples, n_runs, ...]``; must not depend
+        on the order of runs.
+    level : float
+        Confidence level, in (0, 1).
+    resamples : int
+        How many times the runs are drawn again.
+    seed : int
+        Seed of the resampling; the same seed gives the same band.
 
-    Returns:
+    Returns
+    -------
+    tuple of ndarray
         ``(low, high)``, each with the shape of ``runs`` without its first axis.
 
-    Raises:
-        ValueError: For ``level`` outside (0, 1), ``resamples < 1`` or no run.
+    Raises
+    ------
+    ValueError
+        For ``level`` outside (0, 1), ``resamples < 1`` or no run.
 
-    Source: Agarwal et al., 2021, arXiv:2108.13264, section 4.1.
+    References
+    ----------
+    Agarwal et al., 2021, arXiv:2108.13264, section 4.1.
 
+    Examples
+    --------
     >>> low, high = bootstrap_band(np.full((10, 3), 7.0))
     >>> low.tolist(), high.tolist()
     ([7.0, 7.0, 7.0], [7.0, 7.0, 7.0])
@@ -196,19 +223,30 @@ def align_runs(
     is known yet, and filling it in would favour the runs whose first episodes are short.  After its last
     episode a run keeps its last value.
 
-    Args:
-        steps_list: One array ``[n_i]`` per run: the environment step at which each episode ended, never
-            decreasing.
-        values_list: One array ``[n_i]`` per run: the undiscounted return of each episode.
-        grid: ``[X]`` environment steps.
-        window: How many episodes to average, at least 1.
+    Parameters
+    ----------
+    steps_list : sequence of array_like
+        One array ``[n_i]`` per run: the environment step at which each episode ended, never
+        decreasing.
+    values_list : sequence of array_like
+        One array ``[n_i]`` per run: the undiscounted return of each episode.
+    grid : array_like
+        ``[X]`` environment steps.
+    window : int
+        How many episodes to average, at least 1.
 
-    Returns:
+    Returns
+    -------
+    ndarray
         ``[n_runs, X]`` float64.
 
-    Raises:
-        ValueError: If the lists disagree, steps decrease, or ``window < 1``.
+    Raises
+    ------
+    ValueError
+        If the lists disagree, steps decrease, or ``window < 1``.
 
+    Examples
+    --------
     >>> align_runs([[10, 20, 30]], [[1.0, 3.0, 5.0]], grid=[5, 10, 25, 40], window=2).tolist()
     [[nan, 1.0, 2.0, 4.0]]
     """
@@ -254,18 +292,30 @@ def plot_band(
 ) -> Line2D:
     """Draw a statistic of several runs as a line with its bootstrap band.
 
-    Args:
-        ax: Where to draw.
-        x: ``[X]`` positions.
-        runs: ``[n_runs, X]``; points at which a run is NaN are left blank.
-        label: Text of the legend.
-        statistic: Statistic over runs, as in :func:`bootstrap_band`.
-        level: Confidence level of the band.
-        resamples: Bootstrap resamples.
-        seed: Seed of the bootstrap.
-        **line: Passed on to ``ax.plot``.
+    Parameters
+    ----------
+    ax : Axes
+        Where to draw.
+    x : array_like
+        ``[X]`` positions.
+    runs : array_like
+        ``[n_runs, X]``; points at which a run is NaN are left blank.
+    label : str, optional
+        Text of the legend.
+    statistic : callable
+        Statistic over runs, as in :func:`bootstrap_band`.
+    level : float
+        Confidence level of the band.
+    resamples : int
+        Bootstrap resamples.
+    seed : int
+        Seed of the bootstrap.
+    **line
+        Passed on to ``ax.plot``.
 
-    Returns:
+    Returns
+    -------
+    Line2D
         The line.
     """
     positions = np.asarray(x, dtype=np.float64)
@@ -312,27 +362,42 @@ def learning_curves(
 ) -> dict[str, FloatArray]:
     """Draw one learning curve per algorithm: interquartile mean over seeds, with a bootstrap band.
 
-    Args:
-        ax: Where to draw.
-        results: For each label, the results of its seeds.  A result has ``episodes.steps`` ``[n]`` (the
-            environment step at which each episode ended) and ``episodes.returns`` ``[n]`` (its
-            undiscounted return).
-        window: Episodes in the trailing mean (see :func:`align_runs`).
-        points: Points of the common grid of steps, which runs from 0 to the last episode of any result.
-        threshold: If given, a thin horizontal line, for instance the score at which a task counts as
-            solved.
-        level: Confidence level of the bands.
-        resamples: Bootstrap resamples.
-        seed: Seed of the bootstrap.
-        xlabel: Label of the x axis.
-        ylabel: Label of the y axis; by default it names the window.
+    Parameters
+    ----------
+    ax : Axes
+        Where to draw.
+    results : mapping from str to sequence of results
+        For each label, the results of its seeds.  A result has ``episodes.steps`` ``[n]`` (the
+        environment step at which each episode ended) and ``episodes.returns`` ``[n]`` (its
+        undiscounted return).
+    window : int
+        Episodes in the trailing mean (see :func:`align_runs`).
+    points : int
+        Points of the common grid of steps, which runs from 0 to the last episode of any result.
+    threshold : float, optional
+        If given, a thin horizontal line, for instance the score at which a task counts as
+        solved.
+    level : float
+        Confidence level of the bands.
+    resamples : int
+        Bootstrap resamples.
+    seed : int
+        Seed of the bootstrap.
+    xlabel : str
+        Label of the x axis.
+    ylabel : str, optional
+        Label of the y axis; by default it names the window.
 
-    Returns:
+    Returns
+    -------
+    dict from str to ndarray
         For each label the aligned runs, ``[n_seeds, points]``, so that a claim about the picture can be
         asserted.
 
-    Raises:
-        ValueError: If there is no result, or a run in which no episode ended.
+    Raises
+    ------
+    ValueError
+        If there is no result, or a run in which no episode ended.
     """
     if not results or any(len(group) == 0 for group in results.values()):
         raise ValueError("results must hold at least one label, and at least one result for each label")
@@ -390,20 +455,32 @@ def plot_grid(
     Works for :func:`policyopt.mdp.grid_world` and for Gymnasium's FrozenLake; state ``row * columns +
     column`` is the cell ``layout[row][column]``, and the actions are 0 left, 1 down, 2 right, 3 up.
 
-    Args:
-        ax: Where to draw.
-        values: ``[rows * columns]`` (an added terminal state at the end is ignored), one number per cell.
-        policy: ``[S]`` actions or ``[S, 4]`` probabilities; the likelier an action, the more opaque its arrow.
-        layout: The map, one string per row; ``#`` is a wall; letters in ``terminal`` end the episode, and
-            ``S`` is the start.
-        terminal: Letters of cells that are marked and get no arrow.
-        decimals: Decimals of the numbers; a negative number leaves them out.
-        cmap: Colour map, by default ``image.cmap``.
-        vmin: Value at the low end of the colour map, by default the smallest value drawn.
-        vmax: Value at the high end of the colour map, by default the largest value drawn.
+    Parameters
+    ----------
+    ax : Axes
+        Where to draw.
+    values : array_like
+        ``[rows * columns]`` (an added terminal state at the end is ignored), one number per cell.
+    policy : array_like, optional
+        ``[S]`` actions or ``[S, 4]`` probabilities; the likelier an action, the more opaque its arrow.
+    layout : sequence of str
+        The map, one string per row; ``#`` is a wall; letters in ``terminal`` end the episode, and
+        ``S`` is the start.
+    terminal : str
+        Letters of cells that are marked and get no arrow.
+    decimals : int
+        Decimals of the numbers; a negative number leaves them out.
+    cmap : str or Colormap, optional
+        Colour map, by default ``image.cmap``.
+    vmin : float, optional
+        Value at the low end of the colour map, by default the smallest value drawn.
+    vmax : float, optional
+        Value at the high end of the colour map, by default the largest value drawn.
 
-    Raises:
-        ValueError: If the shapes of ``values``, ``policy`` and ``layout`` disagree.
+    Raises
+    ------
+    ValueError
+        If the shapes of ``values``, ``policy`` and ``layout`` disagree.
     """
     rows, columns = len(layout), len(layout[0]) if layout else 0
     if rows == 0 or columns == 0 or any(len(line) != columns for line in layout):
@@ -503,17 +580,25 @@ def show_source(obj: Any, *, docstring: Literal["summary", "full", "none"] = "su
 
     Nothing is copied by hand, so the listing on a page cannot drift from the code that the page runs.
 
-    Args:
-        obj: A function, method or class written in Python.
-        docstring: ``"summary"`` keeps the first line of each docstring, ``"full"`` all of it, ``"none"``
-            nothing.
+    Parameters
+    ----------
+    obj : object
+        A function, method or class written in Python.
+    docstring : {'summary', 'full', 'none'}
+        ``"summary"`` keeps the first line of each docstring, ``"full"`` all of it, ``"none"``
+        nothing.
 
-    Returns:
+    Returns
+    -------
+    SourceListing
         An object that Jupyter, GitHub and the book render as Markdown.
 
-    Raises:
-        ValueError: For an unknown value of ``docstring``.
-        TypeError: If ``obj`` has no Python source.
+    Raises
+    ------
+    ValueError
+        For an unknown value of ``docstring``.
+    TypeError
+        If ``obj`` has no Python source.
     """
     if docstring not in ("summary", "full", "none"):
         raise ValueError(f"docstring must be 'summary', 'full' or 'none', got {docstring!r}")

@@ -1,0 +1,64 @@
+"""Reinforcement learning on Gymnasium environments: REINFORCE, TRPO and PPO as plain functions."""
+
+from policyopt.control.environments import EnvLike, make_vector_env
+from policyopt.control.evaluation import Evaluation, evaluate
+from policyopt.control.policies import (
+    CategoricalPolicy,
+    Critic,
+    GaussianPolicy,
+    ObservationEncoder,
+    Policy,
+    make_policy,
+)
+from policyopt.control.ppo import PPOConfig, PPOUpdate, train_ppo
+from policyopt.control.reinforce import (
+    ReinforceConfig,
+    ReinforceUpdate,
+    reinforce_weights,
+    train_reinforce,
+)
+from policyopt.control.rollouts import Collector, Episodes, Rollout, sample_episodes
+from policyopt.control.seeds import train_seeds
+from policyopt.control.training import (
+    ActorCriticConfig,
+    ControlConfig,
+    History,
+    TrainingDivergedError,
+    TrainResult,
+    Update,
+)
+from policyopt.control.trpo import TRPOConfig, TRPOUpdate, train_trpo
+
+__all__ = [
+    "ActorCriticConfig",
+    "CategoricalPolicy",
+    "Collector",
+    "ControlConfig",
+    "Critic",
+    "EnvLike",
+    "Episodes",
+    "Evaluation",
+    "GaussianPolicy",
+    "History",
+    "ObservationEncoder",
+    "PPOConfig",
+    "PPOUpdate",
+    "Policy",
+    "ReinforceConfig",
+    "ReinforceUpdate",
+    "Rollout",
+    "TRPOConfig",
+    "TRPOUpdate",
+    "TrainResult",
+    "TrainingDivergedError",
+    "Update",
+    "evaluate",
+    "make_policy",
+    "make_vector_env",
+    "reinforce_weights",
+    "sample_episodes",
+    "train_ppo",
+    "train_reinforce",
+    "train_seeds",
+    "train_trpo",
+]

@@ -1,0 +1,347 @@
+"""Collect experience from a vector environment into preallocated ``[T, N]`` buffers.
+
+Gymnasium's vector environments reset a copy by themselves when its episode ends, in one of two ways, and both are
+handled so that the *final* observation of an episode is what gets bootstrapped and no junk is learned from:
+
+next-step
+    the final observation comes back as usual; the following ``step`` ignores the action and returns the first
+    observation of the next episode. That following row is junk: it is marked ``valid = False``.
+same-step
+    ``step`` returns the first observation of the next episode at once and hides the final one in
+    ``info["final_obs"]``. It is picked out and kept beside the buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from numpy.typing import NDArray
+from torch import Tensor
+
+from policyopt.control.environments import (
+    EnvLike,
+    environment_name,
+    environment_seed,
+    make_vector_env,
+)
+from policyopt.control.policies import Policy
+
+__all__ = ["Collector", "Episodes", "Rollout", "sample_episodes"]
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """Every finished episode of a run, in the order in which they ended."""
+
+    steps: NDArray[np.int64]
+    """Environment steps taken by all copies together when the episode ended, ``[n]``."""
+    returns: NDArray[np.float64]
+    """Undiscounted return, ``[n]``, in units of reward."""
+    lengths: NDArray[np.int64]
+    """Length in environment steps, ``[n]``."""
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @classmethod
+    def concatenate(cls, parts: list[Episodes]) -> Episodes:
+        """Join several records, in order."""
+        return cls(
+            np.concatenate([np.empty(0, np.int64), *(p.steps for p in parts)]),
+            np.concatenate([np.empty(0), *(p.returns for p in parts)]),
+            np.concatenate([np.empty(0, np.int64), *(p.lengths for p in parts)]),
+        )
+
+    def table(self) -> dict[str, NDArray[Any]]:
+        """Return the columns by name, ready for ``pandas.DataFrame``."""
+        return {"steps": self.steps, "return": self.returns, "length": self.lengths}
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """``T`` steps of ``N`` copies of an environment, on the policy's device.
+
+    Rows where ``valid`` is False (the reset rows of next-step autoreset, the padding after an episode's end in
+    :meth:`Collector.collect_episodes`) hold no experience: mask them out of every loss.
+    """
+
+    observations: Tensor
+    """Raw observations s_t, ``[T, N, *observation shape]``."""
+    actions: Tensor
+    """Actions a_t of the policy's distribution, ``[T, N, ...]``."""
+    rewards: Tensor
+    """r_t, ``[T, N]``, float32."""
+    terminated: Tensor
+    """The episode ended in a true terminal state, bool ``[T, N]``."""
+    truncated: Tensor
+    """The episode was cut by a limit, bool ``[T, N]``."""
+    valid: Tensor
+    """The row is experience, bool ``[T, N]``."""
+    last_observations: Tensor
+    """Observations after the last row, ``[N, *observation shape]``."""
+    final_index: tuple[Tensor, Tensor]
+    """Rows (t, n) whose successor is not the next row's observation (same-step autoreset), two ``[M]``."""
+    final_observations: Tensor
+    """Their true successors, ``[M, *observation shape]``."""
+    episodes: Episodes
+    """Episodes that ended in this rollout."""
+
+    @property
+    def steps(self) -> int:
+        """Number of environment steps, i.e. of valid rows."""
+        return int(self.valid.sum())
+
+    def flat(self, x: Tensor) -> Tensor:
+        """Pick the valid rows of ``x`` ``[T, N, ...]``: ``[B, ...]`` with ``B`` = :attr:`steps`."""
+        return x.flatten(0, 1) if bool(self.valid.all()) else x[self.valid]
+
+    @torch.no_grad()
+    def evaluate(self, critic: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Return V(s_t) and V(s_{t+1}), both ``[T, N]``; the successor of a cut row is its final observation."""
+        values = critic(torch.cat([self.observations, self.last_observations.unsqueeze(0)]))
+        next_values = values[1:].clone()
+        if len(self.final_observations):
+            next_values[self.final_index] = critic(self.final_observations)
+        return values[:-1], next_values
+
+
+class Collector:
+    """Runs a policy in a vector environment and remembers where each copy stands.
+
+    Parameters
+    ----------
+    env : VectorEnv
+        Reset here, with ``seed``.
+    policy : Policy
+        Acts on raw observations.
+    generator : torch.Generator
+        Source of the action samples, on the policy's device.
+    seed : int
+        Seed of the environment.
+    name : str
+        Name of the environment, for messages.
+    """
+
+    def __init__(
+        self,
+        env: VectorEnv[Any, Any, Any],
+        policy: Policy,
+        generator: torch.Generator,
+        *,
+        seed: int,
+        name: str = "environment",
+    ) -> None:
+        self.env = env
+        self.policy = policy
+        self.generator = generator
+        self.name = name
+        self.steps = 0
+        self._same_step = env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
+        self._reset(seed)
+
+    def _reset(self, seed: int | None) -> None:
+        n = self.env.num_envs
+        self._observation: NDArray[Any] = np.asarray(self.env.reset(seed=seed)[0])
+        self._pending_reset = np.zeros(n, dtype=bool)
+        self._returns = np.zeros(n)
+        self._lengths = np.zeros(n, dtype=np.int64)
+
+    def collect(self, steps: int, *, deterministic: bool = False) -> Rollout:
+        """Take ``steps`` steps with every copy, continuing where the last call stopped.
+
+        Raises
+        ------
+        ValueError
+            If ``steps`` < 1, or an observation or reward is NaN or infinite.
+        """
+        if steps < 1:
+            raise ValueError(f"steps must be >= 1, got {steps!r}: an empty rollout teaches nothing")
+        return self._run(steps, deterministic=deterministic, one_episode=False)
+
+    def collect_episodes(self, *, max_steps: int = 100_000, deterministic: bool = False) -> Rollout:
+        """Run every copy through exactly one whole episode, from a fresh reset.
+
+        Copies that finish early are padded with invalid rows. One episode per copy, however long, is an unbiased
+        sample of episodes; "the first n to finish" would favour short ones.
+
+        Raises
+        ------
+        ValueError
+            If an episode is not over after ``max_steps`` steps.
+        """
+        self._reset(None)
+        return self._run(max_steps, deterministic=deterministic, one_episode=True)
+
+    def _run(self, steps: int, *, deterministic: bool, one_episode: bool) -> Rollout:
+        n, first = self.env.num_envs, self._observation
+        # Whole episodes have no known length: grow by doubling instead of reserving for the limit.
+        capacity = min(steps, 512) if one_episode else steps
+        observations = np.empty((capacity, *first.shape), first.dtype)
+        rewards = np.empty((capacity, n), np.float32)
+        terminated = np.empty((capacity, n), bool)
+        truncated = np.empty((capacity, n), bool)
+        valid = np.empty((capacity, n), bool)
+        actions: Tensor | None = None
+        finals: list[tuple[int, int, NDArray[Any]]] = []
+        running = np.ones(n, dtype=bool)
+        device = self.generator.device
+        env, act, to_env = self.env, self.policy.act, self.policy.to_env
+
+        t = 0
+        while t < steps:
+            if t == capacity:
+                capacity = min(steps, 2 * capacity)
+                observations, rewards, terminated, truncated, valid = (
+                    _grown(a, capacity) for a in (observations, rewards, terminated, truncated, valid)
+                )
+                actions = None if actions is None else _grown_tensor(actions, capacity)
+            observations[t] = self._observation
+            action = act(
+                torch.from_numpy(observations[t]).to(device), self.generator, deterministic=deterministic
+            )
+            if actions is None:
+                actions = torch.empty((capacity, *action.shape), dtype=action.dtype, device=action.device)
+            actions[t] = action
+            result = env.step(to_env(action))
+            self._observation, rewards[t], terminated[t], truncated[t] = result[:4]
+            done = terminated[t] | truncated[t]
+            valid[t] = running if one_episode else ~self._pending_reset
+            if self._same_step:
+                if done.any():
+                    finals += [
+                        (t, int(i), np.asarray(result[4]["final_obs"][i])) for i in np.flatnonzero(done)
+                    ]
+            else:
+                self._pending_reset = done
+            t += 1
+            if one_episode:
+                running &= ~done
+                if not running.any():
+                    break
+        else:
+            if one_episode:
+                raise ValueError(
+                    f"max_steps: an episode of {self.name} is not over after {steps} steps; raise max_steps or give "
+                    "the environment a time limit (gymnasium.wrappers.TimeLimit)"
+                )
+        if actions is None:  # unreachable: steps >= 1
+            raise AssertionError
+        observations, rewards, valid = observations[:t], rewards[:t], valid[:t]
+        terminated, truncated = terminated[:t], truncated[:t]
+        self._check_finite(observations, rewards)
+        episodes = self._close_episodes(rewards, terminated | truncated, valid)
+
+        def to_device(array: NDArray[Any]) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        return Rollout(
+            observations=to_device(observations),
+            actions=actions[:t],
+            rewards=to_device(rewards),
+            terminated=to_device(terminated),
+            truncated=to_device(truncated),
+            valid=to_device(valid),
+            last_observations=to_device(np.array(self._observation)),
+            final_index=(
+                torch.tensor([f[0] for f in finals], dtype=torch.long, device=device),
+                torch.tensor([f[1] for f in finals], dtype=torch.long, device=device),
+            ),
+            final_observations=to_device(
+                np.stack([f[2] for f in finals]) if finals else np.empty((0, *first.shape[1:]), first.dtype)
+            ),
+            episodes=episodes,
+        )
+
+    def _check_finite(self, observations: NDArray[Any], rewards: NDArray[np.float32]) -> None:
+        for what, array in (("observation", observations), ("reward", rewards)):
+            # One sum is cheaper than a mask; look closer only when it fails.
+            if array.dtype.kind == "f" and not np.isfinite(array.sum(dtype=np.float64)):
+                bad = np.argwhere(~np.isfinite(array))
+                if len(bad):
+                    t, i = bad[0][:2]
+                    raise ValueError(
+                        f"{self.name} returned a {what} that is NaN or infinite ({array[t, i]}) at step {t} of the "
+                        f"rollout in copy {i}; mend the environment or wrap it so that every {what} is finite"
+                    )
+
+    def _close_episodes(
+        self, rewards: NDArray[np.float32], done: NDArray[np.bool_], valid: NDArray[np.bool_]
+    ) -> Episodes:
+        """Account for the rows just collected, and return the episodes that ended in them."""
+        returns = np.cumsum(rewards * valid, axis=0, dtype=np.float64) + self._returns
+        lengths = np.cumsum(valid, axis=0) + self._lengths
+        steps = self.steps + np.cumsum(valid.sum(axis=1))
+        ends = np.argwhere(done & valid)
+        base_return, base_length = np.zeros(len(self._returns)), np.zeros_like(self._lengths)
+        record: list[tuple[int, float, int]] = []
+        for t, i in ends:
+            record.append((steps[t], returns[t, i] - base_return[i], lengths[t, i] - base_length[i]))
+            base_return[i], base_length[i] = returns[t, i], lengths[t, i]
+        self._returns, self._lengths = returns[-1] - base_return, lengths[-1] - base_length
+        self.steps = int(steps[-1])
+        ended, totals, durations = zip(*record, strict=True) if record else ((), (), ())
+        return Episodes(
+            np.array(ended, np.int64), np.array(totals, np.float64), np.array(durations, np.int64)
+        )
+
+
+def _grown(array: NDArray[Any], capacity: int) -> NDArray[Any]:
+    grown = np.empty((capacity, *array.shape[1:]), array.dtype)
+    grown[: len(array)] = array
+    return grown
+
+
+def _grown_tensor(tensor: Tensor, capacity: int) -> Tensor:
+    grown = tensor.new_empty((capacity, *tensor.shape[1:]))
+    grown[: len(tensor)] = tensor
+    return grown
+
+
+def sample_episodes(
+    policy: Policy,
+    env: EnvLike,
+    *,
+    episodes: int = 1,
+    seed: int = 0,
+    deterministic: bool = False,
+    max_steps: int = 100_000,
+) -> Rollout:
+    """Run ``episodes`` whole episodes side by side and return them, padded, as a :class:`Rollout`.
+
+    Parameters
+    ----------
+    policy : Policy
+        Left as it is: observation statistics are not updated.
+    env : EnvLike
+        A vector environment decides the number of episodes itself: one per copy.
+    seed : int
+        Seeds the environment and the action samples; a stream apart from the training's.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from policyopt.control import make_policy, sample_episodes
+    >>> import gymnasium as gym
+    >>> one = gym.make("CartPole-v1")
+    >>> g = torch.Generator().manual_seed(0)
+    >>> policy = make_policy(one.observation_space, one.action_space, generator=g)
+    >>> rollout = sample_episodes(policy, "CartPole-v1", episodes=5)
+    >>> len(rollout.episodes), rollout.steps == int(rollout.episodes.lengths.sum())
+    (5, True)
+    """
+    vector, owned = make_vector_env(env, episodes)
+    try:
+        device = next((p.device for p in policy.parameters()), torch.device("cpu"))
+        generator = torch.Generator(device).manual_seed(environment_seed(seed, 2))
+        collector = Collector(
+            vector, policy, generator, seed=environment_seed(seed, 1), name=environment_name(env)
+        )
+        return collector._run(max_steps, deterministic=deterministic, one_episode=True)
+    finally:
+        if owned:
+            vector.close()

@@ -1,0 +1,347 @@
+"""Returns, advantages and KL divergences, estimated from samples.
+
+Time comes first: rewards, values and flags have shape ``[T, ...]``, usually ``[T, N]`` for ``N`` environments
+side by side. Two flags end an episode and they are never mixed up:
+
+``terminated[t]``
+    the episode ended in a true terminal state. Nothing follows, so nothing is bootstrapped.
+``truncated[t]``
+    the episode was cut (time limit, end of the buffer) although the state has a future. That future is worth
+    ``next_values[t]`` = V(final observation), which is bootstrapped; the λ-trace stops there all the same.
+
+Every function here is pure: tensors in, tensors out, no gradient history is required or removed.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "discounted_returns",
+    "explained_variance",
+    "gae",
+    "group_relative_advantages",
+    "kl_estimate",
+    "leave_one_out_advantages",
+    "normalize",
+    "td_errors",
+]
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
+
+
+def _check_same_shape(**tensors: Tensor) -> None:
+    (first, reference), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.shape != reference.shape:
+            raise ValueError(
+                f"{name} must have the shape of {first}, {tuple(reference.shape)}, got {tuple(tensor.shape)}"
+            )
+    if reference.ndim == 0 or reference.shape[0] == 0:
+        raise ValueError(
+            f"{first} must have a time dimension first, [T, ...] with T > 0, got {tuple(reference.shape)}"
+        )
+
+
+def td_errors(
+    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, *, gamma: float
+) -> Tensor:
+    r"""Temporal-difference errors, δ_t = r_t + γ (1 − terminated_t) V(s_{t+1}) − V(s_t).
+
+    Parameters
+    ----------
+    rewards, values, next_values : Tensor
+        Shape ``[T, ...]``. ``next_values[t]`` is the value of the state that action ``t`` led to; at a
+        truncation that is the *final* observation, not the first one of the next episode.
+    terminated : Tensor
+        Boolean ``[T, ...]``.
+    gamma : float
+        Discount per step, in [0, 1].
+
+    Returns
+    -------
+    Tensor
+        Shape ``[T, ...]``, in units of reward.
+
+    Examples
+    --------
+    >>> import torch
+    >>> one, false = torch.ones(1), torch.tensor([False])
+    >>> td_errors(one, 2 * one, 4 * one, false, gamma=0.5), td_errors(one, 2 * one, 4 * one, ~false, gamma=0.5)
+    (tensor([1.]), tensor([-1.]))
+    """
+    _check_fraction("gamma", gamma)
+    _check_same_shape(rewards=rewards, values=values, next_values=next_values, terminated=terminated)
+    return rewards + gamma * torch.where(terminated, 0.0, next_values) - values
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    *,
+    gamma: float,
+    gae_lambda: float,
+) -> Tensor:
+    r"""Generalised advantage estimates.
+
+    .. math:: \hat A_t = \delta_t + \gamma\lambda\,(1-\text{terminated}_t)(1-\text{truncated}_t)\,\hat A_{t+1}
+
+    with the :func:`td_errors` δ. λ = 0 gives δ itself (low variance, biased by V); λ = 1 gives the return minus
+    V(s_t) (unbiased, high variance). The last row of the buffer is treated as a truncation.
+
+    Parameters
+    ----------
+    rewards, values, next_values : Tensor
+        Shape ``[T, ...]``, see :func:`td_errors`.
+    terminated, truncated : Tensor
+        Boolean ``[T, ...]``. Where both are set, ``terminated`` wins.
+    gamma, gae_lambda : float
+        Discount γ and trace decay λ, in [0, 1].
+
+    Returns
+    -------
+    Tensor
+        Advantages ``[T, ...]``; add ``values`` to get the λ-returns, the value function's regression target.
+
+    References
+    ----------
+    Schulman, Moritz, Levine, Jordan, Abbeel (2016), High-dimensional continuous control using generalized
+    advantage estimation, arXiv:1506.02438, eq. 16. Truncation: Pardo et al. (2018), arXiv:1712.00378.
+
+    Examples
+    --------
+    >>> import torch
+    >>> r, v = torch.ones(2), torch.zeros(2)
+    >>> end, no = torch.tensor([False, True]), torch.tensor([False, False])
+    >>> gae(r, v, v + 8, end, no, gamma=0.5, gae_lambda=1.0)  # terminated: nothing after the last step
+    tensor([5.5000, 1.0000])
+    >>> gae(r, v, v + 8, no, end, gamma=0.5, gae_lambda=1.0)  # truncated: V = 8 after the last step
+    tensor([7.5000, 5.0000])
+    """
+    _check_fraction("gae_lambda", gae_lambda)
+    _check_same_shape(rewards=rewards, truncated=truncated)
+    deltas = td_errors(rewards, values, next_values, terminated, gamma=gamma)
+    decay = torch.where(terminated | truncated, 0.0, gamma * gae_lambda).to(deltas.dtype)
+    carried = torch.zeros_like(deltas[0])
+    backwards = []
+    for delta, d in zip(reversed(deltas.unbind()), reversed(decay.unbind()), strict=True):
+        carried = torch.addcmul(delta, d, carried)
+        backwards.append(carried)
+    return torch.stack(backwards[::-1])
+
+
+def discounted_returns(
+    rewards: Tensor,
+    terminated: Tensor,
+    truncated: Tensor | None = None,
+    next_values: Tensor | None = None,
+    *,
+    gamma: float,
+) -> Tensor:
+    r"""Return-to-go, G_t = r_t + γ G_{t+1}, restarted at every episode end.
+
+    Parameters
+    ----------
+    rewards, terminated : Tensor
+        Shape ``[T, ...]``.
+    truncated, next_values : Tensor, optional
+        Shape ``[T, ...]``. Where ``truncated`` (and at the last row), G_t = r_t + γ ``next_values[t]``; without
+        ``next_values`` the future after a cut counts as 0.
+    gamma : float
+        Discount per step, in [0, 1].
+
+    Returns
+    -------
+    Tensor
+        Shape ``[T, ...]``. It is :func:`gae` with V = 0 inside the episode and λ = 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> discounted_returns(torch.ones(3), torch.tensor([False, False, True]), gamma=0.5)
+    tensor([1.7500, 1.5000, 1.0000])
+    """
+    zeros = torch.zeros_like(rewards)
+    truncated = torch.zeros_like(terminated) if truncated is None else truncated
+    if next_values is None:
+        bootstrap = zeros
+    else:
+        _check_same_shape(rewards=rewards, truncated=truncated, next_values=next_values)
+        cut = truncated.clone()
+        cut[-1] = True
+        bootstrap = torch.where(cut, next_values, zeros)
+    return gae(rewards, zeros, bootstrap, terminated, truncated, gamma=gamma, gae_lambda=1.0)
+
+
+def normalize(x: Tensor, mask: Tensor | None = None, *, eps: float = 1e-8) -> Tensor:
+    """Shift and scale to mean 0 and standard deviation 1 over the entries where ``mask`` holds.
+
+    The standard deviation has the denominator n (not n − 1), so one entry gives 0 and not NaN. Entries outside
+    the mask are returned as 0.
+
+    Parameters
+    ----------
+    x : Tensor
+        Any shape.
+    mask : Tensor, optional
+        Boolean, the shape of ``x``.
+    eps : float
+        Added to the standard deviation.
+
+    Examples
+    --------
+    >>> import torch
+    >>> normalize(torch.tensor([1.0, 3.0, 99.0]), torch.tensor([True, True, False]))
+    tensor([-1.,  1.,  0.])
+    """
+    if mask is None:
+        return (x - x.mean()) / (x.std(correction=0) + eps)
+    if not bool(mask.any()):
+        raise ValueError("mask selects no entry: there is nothing to normalise")
+    chosen = x[mask]
+    return torch.where(mask, (x - chosen.mean()) / (chosen.std(correction=0) + eps), 0.0)
+
+
+def group_relative_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-4) -> Tensor:
+    r"""Advantage of each sample against the other samples of its group, A_i = (r_i − mean r) / (std r + ε).
+
+    Parameters
+    ----------
+    rewards : Tensor
+        Shape ``[..., K]``: ``K`` ≥ 2 samples of the same state (prompt) in the last dimension.
+    scale : bool
+        Divide by the group's standard deviation (denominator K − 1). ``False`` is "Dr. GRPO".
+    eps : float
+        Added to the standard deviation; a group whose rewards are all equal gets advantages of exactly 0.
+
+    References
+    ----------
+    Shao et al. (2024), DeepSeekMath, arXiv:2402.03300, §4.1.2. Without scaling: Liu et al. (2025),
+    arXiv:2503.20783.
+
+    Examples
+    --------
+    >>> import torch
+    >>> group_relative_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0]), scale=False)
+    tensor([ 0.5000, -0.5000, -0.5000,  0.5000])
+    """
+    _check_group(rewards)
+    centred = rewards - rewards.mean(dim=-1, keepdim=True)
+    return centred / (rewards.std(dim=-1, keepdim=True) + eps) if scale else centred
+
+
+def leave_one_out_advantages(rewards: Tensor) -> Tensor:
+    r"""Advantage of each sample against the mean of the *others* in its group.
+
+    A_i = r_i − (1/(K−1)) Σ_{j≠i} r_j. The baseline does not depend on sample i, so the gradient estimate stays
+    unbiased. It equals K/(K−1) times the unscaled :func:`group_relative_advantages`.
+
+    Parameters
+    ----------
+    rewards : Tensor
+        Shape ``[..., K]`` with ``K`` ≥ 2.
+
+    References
+    ----------
+    Kool, van Hoof, Welling (2019), Buy 4 REINFORCE samples, get a baseline for free; Ahmadian et al. (2024),
+    arXiv:2402.14740.
+
+    Examples
+    --------
+    >>> import torch
+    >>> leave_one_out_advantages(torch.tensor([3.0, 1.0, 2.0]))
+    tensor([ 1.5000, -1.5000,  0.0000])
+    """
+    _check_group(rewards)
+    k = rewards.shape[-1]
+    return rewards - (rewards.sum(dim=-1, keepdim=True) - rewards) / (k - 1)
+
+
+def _check_group(rewards: Tensor) -> None:
+    if rewards.ndim == 0 or rewards.shape[-1] < 2:
+        raise ValueError(
+            f"rewards must hold groups of at least 2 samples in the last dimension, got shape {tuple(rewards.shape)}: "
+            "one sample has nothing to be compared with"
+        )
+
+
+def kl_estimate(
+    log_prob: Tensor, reference_log_prob: Tensor, kind: Literal["k1", "k2", "k3"] = "k3"
+) -> Tensor:
+    r"""Per-sample estimates of KL(π ‖ π_ref) from actions drawn from π.
+
+    With log r = log π_ref(a) − log π(a):
+
+    ====  ================  =============================  ==============================================
+    kind  value             mean over a ~ π                gradient of the value, mean over a ~ π
+    ====  ================  =============================  ==============================================
+    k1    −log r            KL(π ‖ π_ref) exactly          0 (useless as a loss)
+    k2    ½ (log r)²        biased, small when π ≈ π_ref   ∇ KL(π ‖ π_ref) exactly
+    k3    r − 1 − log r     KL(π ‖ π_ref), low variance    ∇ KL(π_ref ‖ π): the *other* direction
+    ====  ================  =============================  ==============================================
+
+    Parameters
+    ----------
+    log_prob, reference_log_prob : Tensor
+        log π(a) and log π_ref(a) of the same sampled actions, same shape.
+    kind : {"k1", "k2", "k3"}
+
+    Returns
+    -------
+    Tensor
+        The shape of the input, in nats. k2 and k3 are never negative; k1 can be.
+
+    References
+    ----------
+    Schulman (2020), Approximating KL divergence, http://joschu.net/blog/kl-approx.html. Gradients: derived in
+    the tests by enumeration; see also Tang and Munos (2025), arXiv:2506.09477.
+
+    Examples
+    --------
+    >>> import torch
+    >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])
+    >>> [round((p * kl_estimate(p.log(), q.log(), kind)).sum().item(), 4) for kind in ("k1", "k2", "k3")]
+    [0.1438, 0.1612, 0.1438]
+    """
+    _check_same_shape(
+        log_prob=torch.atleast_1d(log_prob), reference_log_prob=torch.atleast_1d(reference_log_prob)
+    )
+    log_ratio = reference_log_prob - log_prob
+    if kind == "k1":
+        return -log_ratio
+    if kind == "k2":
+        return 0.5 * log_ratio.square()
+    if kind == "k3":
+        return torch.expm1(log_ratio) - log_ratio
+    raise ValueError(f"kind must be 'k1', 'k2' or 'k3', got {kind!r}")
+
+
+def explained_variance(values: Tensor, targets: Tensor) -> Tensor:
+    """Share of the targets' variance that the value function explains, 1 − Var(target − V) / Var(target).
+
+    1 is perfect, 0 is no better than a constant, below 0 is worse than one; NaN when the targets do not vary.
+
+    Parameters
+    ----------
+    values, targets : Tensor
+        Same shape.
+
+    Examples
+    --------
+    >>> import torch
+    >>> explained_variance(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0])).item()
+    0.75
+    """
+    _check_same_shape(values=values, targets=targets)
+    variance = targets.var(correction=0)
+    residual = (targets - values).var(correction=0)
+    return torch.where(variance > 0, 1 - residual / variance, torch.nan)
