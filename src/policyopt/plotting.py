@@ -63,7 +63,7 @@ def use_book_style() -> None:
     """Set matplotlib's ``rcParams`` to the figure style of the book.
 
     Lines differ by colour *and* by line style, the background is opaque white, and the text stays readable
-    when a figure of the default size is squeezed to the width of a phone.  ``matplotlib.rcdefaults()``
+    when a figure of the default size is squeezed to the width of a phone. ``matplotlib.rcdefaults()``
     undoes it.
     """
     mpl.rcParams.update(
@@ -99,8 +99,8 @@ def use_book_style() -> None:
 def interquartile_mean(x: ArrayLike, axis: int = 0) -> FloatArray:
     """Mean of the middle half of ``x`` along ``axis``: a quarter of the values is cut off at each end.
 
-    It is less moved by one freak run than the mean, and uses more of the data than the median.  With ``n``
-    values, ``n // 4`` are cut at each end.  NaN anywhere along the axis gives NaN: a missing run is not
+    It is less moved by one freak run than the mean, and uses more of the data than the median. With ``n``
+    values, ``n // 4`` are cut at each end. NaN anywhere along the axis gives NaN: a missing run is not
     quietly left out.
 
     Parameters
@@ -150,7 +150,7 @@ def bootstrap_band(
 
     Whole runs are drawn with replacement, so the dependence of one run's points on each other is kept.
     The band is pointwise: it covers each point with probability ``level``, not the whole curve at once.
-    With one task, this is the stratified bootstrap of the source.  A column in which a run is NaN gets NaN.
+    With one task, this is the stratified bootstrap of the source. A column in which a run is NaN gets NaN.
 
     Parameters
     ----------
@@ -219,8 +219,8 @@ def align_runs(
     """Put the episodes of several runs on one grid of environment steps.
 
     The value of a run at a grid point is the mean over its last ``window`` episodes that had ended by then
-    (over fewer, while fewer have ended).  Before a run's first episode has ended its value is NaN: nothing
-    is known yet, and filling it in would favour the runs whose first episodes are short.  After its last
+    (over fewer, while fewer have ended). Before a run's first episode has ended its value is NaN: nothing
+    is known yet, and filling it in would favour the runs whose first episodes are short. After its last
     episode a run keeps its last value.
 
     Parameters
@@ -367,7 +367,7 @@ def learning_curves(
     ax : Axes
         Where to draw.
     results : mapping from str to sequence of results
-        For each label, the results of its seeds.  A result has ``episodes.steps`` ``[n]`` (the
+        For each label, the results of its seeds. A result has ``episodes.steps`` ``[n]`` (the
         environment step at which each episode ended) and ``episodes.returns`` ``[n]`` (its
         undiscounted return).
     window : int
@@ -575,8 +575,7 @@ class SourceListing:
 
 
 def show_source(obj: Any, *, docstring: Literal["summary", "full", "none"] = "summary") -> SourceListing:
-    """Show the real source of a function or class of the package, with a link to its place in the
-    repository.
+    """Show the real source of a function or class of the package, with a link to the repository.
 
     Nothing is copied by hand, so the listing on a page cannot drift from the code that the page runs.
 
@@ -656,7 +655,7 @@ def _path_in_repository(obj: Any, package: str) -> str:
 
 
 def _repository(package: str) -> str | None:
-    """The address in the installed package's ``[project.urls]``, which is the one place that states it."""
+    """Read the address in the installed package's ``[project.urls]``, which is the one place that states it."""
     try:
         entries = metadata.metadata(package).get_all("Project-URL") or []
     except metadata.PackageNotFoundError:
