@@ -1,0 +1,158 @@
+"""Repairs to the pages that Jupyter Book 1.x and its theme make, and links from the API page to the source.
+
+Each repair names the defect it is for; when the defect is gone upstream, the repair can go.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from docutils.parsers.rst.states import Inliner
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+from sphinx.util.typing import ExtensionMetadata
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# What tex-chtml.js loads for the formulas of this book; the other fonts and bundles are 20 MB.
+MATHJAX_KEPT = ("tex-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extensions", "ui", "a11y")
+
+
+class ModuleApi(SphinxDirective):
+    """Document a module: its docstring, a table of its public names, then each of them."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Return the nodes for the module that is named by the argument."""
+        name = self.arguments[0]
+        module = importlib.import_module(name)
+        lines = [f".. automodule:: {name}", "", ".. autosummary::", "   :nosignatures:", ""]
+        lines += [f"   {public}" for public in module.__all__]
+        for public in module.__all__:
+            member = getattr(module, public)
+            kind = "class" if inspect.isclass(member) else "function" if callable(member) else "data"
+            lines += ["", f".. auto{kind}:: {public}"]
+            if kind == "class":
+                lines += ["   :members:", "   :show-inheritance:"]
+        return self.parse_text_to_nodes("\n".join(lines))
+
+
+def plain_bar(self: Inliner, match: re.Match[str], lineno: int) -> tuple[str, list[Any], str, list[Any]]:
+    """Read ``|`` as itself: docstrings write P(s' | s, a) and no substitutions."""
+    end = match.end("start")
+    return match.string[:end], [], match.string[end:], []
+
+
+def use_mathjax_tags(app: Sphinx, doctree: nodes.document) -> None:
+    r"""Pass display formulas on as written.
+
+    Sphinx wraps every formula that holds ``\\`` in a ``split`` environment, in which ``\tag`` is an error.
+    """
+    for node in doctree.findall(nodes.math_block):
+        if not node.get("nowrap") and not node.get("label"):
+            node.children = [nodes.Text(rf"\[{node.astext()}\]")]
+            node["nowrap"] = True
+
+
+def repair_page(
+    app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
+    """Mend what the theme and its extensions put into a page."""
+    # Thebe is off, but its script is emitted (twice) and throws.
+    scripts: dict[str, Any] = {}
+    for script in context.get("script_files", []):
+        body = getattr(script, "attributes", {}).get("body") or ""
+        name = str(getattr(script, "filename", "") or "")
+        if "THEBE_JS_URL" not in body and "sphinx-thebe" not in name:
+            scripts.setdefault(body or name or repr(script), script)
+    context["script_files"] = list(scripts.values())
+    context["css_files"] = [
+        style
+        for style in context.get("css_files", [])
+        if "sphinx-thebe" not in str(getattr(style, "filename", style))
+    ]
+    # Colab and Binder open notebooks only.
+    if doctree is None or app.env.doc2path(pagename, base=False).endswith(".md"):
+        context["header_buttons"] = [
+            button for button in context.get("header_buttons", []) if button.get("label") != "launch-buttons"
+        ]
+    if "body" in context:
+        context["body"] = repair_body(context["body"])
+
+
+def repair_body(body: str) -> str:
+    """Mend the HTML of an article."""
+    # The label hides the visible text from screen readers.
+    body = body.replace('<summary aria-label="Toggle hidden content">', "<summary>")
+    # The corner of a pandas table is an empty header cell.
+    body = re.sub(r"<th>\s*</th>", "<td></td>", body)
+    body = re.sub(
+        r'<script type="text/x-thebe-config">.*?</script>\s*(<script>kernelName[^<]*</script>)?',
+        "",
+        body,
+        flags=re.S,
+    )
+    # What may scroll sideways on a small screen must be reachable by keyboard.
+    body = body.replace('<div class="highlight"><pre>', '<div class="highlight"><pre tabindex="0">')
+    # Sphinx lists the parameters of a long signature in a definition list without terms.
+    return re.sub(
+        r'(<span class="sig-paren">\(</span>)\s*<dl>(.*?)</dl>',
+        lambda m: m[1] + m[2].replace("<dd>", '<span class="sig-param-line">').replace("</dd>", "</span>"),
+        body,
+        flags=re.S,
+    )
+
+
+def link_source(domain: str, info: dict[str, str]) -> str | None:
+    """Return the address of an object's source, for ``sphinx.ext.linkcode``."""
+    if domain != "py" or not info["module"]:
+        return None
+    found: Any = importlib.import_module(info["module"])
+    for part in info["fullname"].split("."):
+        found = getattr(found, part, None)
+        if found is None:
+            return None
+    found = inspect.unwrap(found.fget if isinstance(found, property) else found)
+    try:
+        file, (lines, first) = Path(inspect.getsourcefile(found) or ""), inspect.getsourcelines(found)
+    except (TypeError, OSError):
+        return None  # data, or made at run time
+    if not file.is_relative_to(ROOT / "src"):
+        return None
+    span = f"#L{first}-L{first + len(lines) - 1}"
+    return f"{repository().url}/blob/main/{file.relative_to(ROOT).as_posix()}{span}"
+
+
+def repository() -> Any:
+    """Return the repository's address."""
+    tools = str(ROOT / "book" / "_tools")
+    if tools not in sys.path:
+        sys.path.insert(0, tools)
+    return importlib.import_module("repository").Repository.of(ROOT)
+
+
+def prune_mathjax(app: Sphinx, error: Exception | None) -> None:
+    """Delete the parts of the bundled MathJax that no page loads."""
+    root = Path(app.outdir, "_static", "mathjax")
+    if error is None and root.is_dir():
+        for file in [f for f in root.rglob("*") if f.is_file()]:
+            if not file.relative_to(root).as_posix().startswith(MATHJAX_KEPT):
+                file.unlink()
+
+
+def setup(app: Sphinx) -> ExtensionMetadata:
+    """Register the repairs."""
+    app.add_directive("module-api", ModuleApi)
+    Inliner.dispatch["|"] = plain_bar
+    app.config["linkcode_resolve"] = link_source
+    app.connect("doctree-read", use_mathjax_tags)
+    app.connect("html-page-context", repair_page, priority=900)
+    app.connect("build-finished", prune_mathjax, priority=900)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
