@@ -45,7 +45,7 @@ class Distribution(Protocol):
         ...
 
     def detach(self) -> Distribution:
-        """Return the same distribution, cut off from the gradient."""
+        """Return a frozen copy: no gradient, and no change when the parameters are changed in place."""
         ...
 
 
@@ -105,8 +105,8 @@ class Categorical:
         return (self.log_probs.exp() * (self.log_probs - other.log_probs)).sum(dim=-1)
 
     def detach(self) -> Categorical:
-        """Return the same distribution, cut off from the gradient."""
-        return Categorical(self.log_probs.detach())
+        """Return a frozen copy: no gradient, and no change when the parameters are changed in place."""
+        return Categorical(self.log_probs.detach().clone())
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,5 +164,5 @@ class DiagonalGaussian:
         return per_dimension.sum(dim=-1)
 
     def detach(self) -> DiagonalGaussian:
-        """Return the same distribution, cut off from the gradient."""
-        return DiagonalGaussian(self.mean.detach(), self.log_std.detach())
+        """Return a frozen copy: no gradient, and no change when the parameters are changed in place."""
+        return DiagonalGaussian(self.mean.detach().clone(), self.log_std.detach().clone())

@@ -127,7 +127,8 @@ def train_trpo(
             advantages, targets, _, explained = estimate_advantages(rollout, critic, config)
             observations, actions = rollout.flat(rollout.observations), rollout.flat(rollout.actions)
             with torch.no_grad():
-                old = policy(observations)
+                # A copy: a Gaussian's log σ is itself a parameter, and the step moves parameters in place.
+                old = policy(observations).detach()
                 old_log_prob = old.log_prob(actions)
 
             def loss_and_kl() -> tuple[Tensor, Tensor]:
