@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 from nbval.kernel import RunningKernel
 from nbval.plugin import IPyNbCell, IPyNbFile
+from notebooks import KERNEL_ENVIRONMENT, committed_problem
 
 REL_TOL, ABS_TOL = 1e-5, 1e-8
 FLOAT = re.compile(r"[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE][-+]?\d))(?:[eE][-+]?\d+)?")
 PICTURES = ("image/svg+xml", "application/pdf")
 
-# Kernels inherit this: progress bars write to stderr, and a cell that writes to stderr fails.
-os.environ["TQDM_DISABLE"] = "1"
+os.environ.update(KERNEL_ENVIRONMENT)
 
 
 class Tolerant(str):
@@ -83,23 +83,6 @@ RunningKernel.execute_cell_input = _execute_with_history
 IPyNbCell.sanitize = _tolerant_sanitize
 IPyNbFile.__init__ = _init_without_pictures
 IPyNbFile.get_sanitize_files = _sanitize_files
-
-
-def committed_problem(cell: dict[str, Any], position: int) -> str | None:
-    """Say what is wrong with a committed code cell, the ``position``-th non-empty one of its notebook."""
-    tags = cell["metadata"].get("tags", [])
-    if not cell["source"].strip():
-        return "the cell is empty: delete it"
-    if cell["execution_count"] is None:
-        return "the cell was committed without being executed: run `make execute`"
-    if cell["execution_count"] != position:
-        return (
-            f"the cell was executed as number {cell['execution_count']} but stands at {position}: "
-            "run `make execute`, which runs cells top to bottom"
-        )
-    if "raises-exception" not in tags and any(out["output_type"] == "error" for out in cell["outputs"]):
-        return "the cell was committed with an error as its output: mend it and run `make execute`"
-    return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -40,7 +40,9 @@ class ModuleApi(SphinxDirective):
             kind = "class" if inspect.isclass(member) else "function" if callable(member) else "data"
             lines += ["", f".. auto{kind}:: {public}"]
             if kind == "class":
-                lines += ["   :members:", "   :show-inheritance:"]
+                lines.append("   :members:")
+                if member.__bases__ != (object,):
+                    lines.append("   :show-inheritance:")
         return self.parse_text_to_nodes("\n".join(lines))
 
 

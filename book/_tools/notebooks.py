@@ -152,6 +152,28 @@ def from_twin(name: str) -> str:
     return "outputs kept" if kept else "to be executed"
 
 
+def committed_problem(cell: NotebookNode, position: int) -> str | None:
+    """Say what is wrong with a committed code cell, the ``position``-th (from 1) of its notebook."""
+    if not cell.source.strip():
+        return "the cell is empty: delete it"
+    if cell.execution_count is None:
+        return "the cell was committed without being executed: run `make execute`"
+    if cell.execution_count != position:
+        return (
+            f"the cell was executed as number {cell.execution_count} but stands at {position}: "
+            "run `make execute`, which runs cells top to bottom"
+        )
+    expected = "raises-exception" in cell.metadata.get("tags", [])
+    if not expected and any(out.output_type == "error" for out in cell.outputs):
+        return "the cell was committed with an error as its output: mend it and run `make execute`"
+    return None
+
+
+# What the kernels of `execute` and of the tests run under. Progress bars write to stderr, which nbval takes for a
+# failure, and never look the same twice. One thread: sums then have one order, on any number of cores.
+KERNEL_ENVIRONMENT = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+
+
 @dataclass(frozen=True)
 class Run:
     """What the execution of one notebook cost, and its error if it failed."""
@@ -167,8 +189,7 @@ def execute(name: str) -> Run:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-    # Progress bars write to stderr, which nbval treats as a failure, and never look the same twice.
-    os.environ["TQDM_DISABLE"] = "1"
+    os.environ.update(KERNEL_ENVIRONMENT)
     path = notebook_path(name)
     notebook = read(path)
     put_setup_cell(notebook, setup_source())

@@ -1,0 +1,94 @@
+# `make` lists what there is. Each target does its own set-up: a virtual environment in .venv, filled by pip with
+# the exact versions of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+PORT ?= 8000
+PYTEST_ARGS ?=
+
+TORCH := torch==2.13.0
+EXTRAS := lm book test lab bench
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+NOTEBOOKS := $(BIN)/python book/_tools/notebooks.py
+
+.DEFAULT_GOAL := help
+.PHONY: help book serve jupyter test test-quick execute twins lint format bench repo lock wheel clean
+.DELETE_ON_ERROR:
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
+	  while IFS="$$(printf '\t')" read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+
+book: $(VENV)/.ready ## render the committed notebooks: book/_build/html/index.html
+	@$(BIN)/python book/_tools/build_book.py
+
+serve: book ## render the book and serve it on http://localhost:8000 (PORT=...)
+	@echo "http://localhost:$(PORT)  (Ctrl-C stops)"
+	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory book/_build/html $(PORT)
+
+jupyter: $(VENV)/.lab ## open the chapters in JupyterLab
+	@$(BIN)/python -m jupyterlab --notebook-dir book
+
+test: $(VENV)/.ready ## run everything: package, doctests, book structure, every cell of every notebook
+	@$(PYTEST)
+	@echo "All tests passed, notebooks included."
+
+test-quick: $(VENV)/.ready ## the same without running the notebooks
+	@$(PYTEST) -m "not notebook"
+
+execute: $(VENV)/.ready ## run the notebooks in place (NAMES="mdp ppo"; default: all)
+	@$(NOTEBOOKS) execute $(NAMES)
+	@$(NOTEBOOKS) twins
+
+twins: $(VENV)/.ready ## write the text twin of each notebook: book/twins/*.md
+	@$(NOTEBOOKS) twins
+
+lint: $(VENV)/.ready ## ruff (rules and format) and mypy --strict
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/.ready ## let ruff lay out the code and mend what it can
+	@$(BIN)/ruff check --fix --exit-zero .
+	@$(BIN)/ruff format .
+
+bench: $(VENV)/.bench ## time the package against Stable-Baselines3: book/benchmarks.md
+	@$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+
+repo: $(VENV)/.ready ## move the book to another address: make repo URL=https://github.com/OWNER/NAME
+	@test -n "$(URL)" || { echo 'Say where to: make repo URL=https://github.com/OWNER/NAME' >&2; exit 1; }
+	@$(BIN)/python book/_tools/repository.py "$(URL)"
+
+lock: $(VENV)/.ready ## resolve constraints.txt anew from pyproject.toml
+	@$(BIN)/python -m pip install --quiet uv
+	@echo '$(TORCH)' | $(BIN)/uv pip compile pyproject.toml $(EXTRAS:%=--extra %) --constraint - \
+	  --universal --python-version 3.11 --upgrade --quiet --custom-compile-command 'make lock' -o constraints.txt
+	@echo "constraints.txt written; run make test before you commit it"
+
+wheel: $(VENV)/.ready ## build the package: dist/*.whl
+	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+clean: ## delete what was built and cached (not .venv)
+	rm -rf book/_build build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
+	find book src tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "If you have one under another name: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "On Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
+
+# The files that decide what is installed are the prerequisites, so that a pull that changes them reinstalls.
+$(VENV)/.ready: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing the book's tools and the package into $(VENV) (minutes the first time, mostly PyTorch)"
+	@$(PIP_INSTALL) -e '.[book,test]'
+	@touch $@
+
+$(VENV)/.lab $(VENV)/.bench: $(VENV)/.%: $(VENV)/.ready
+	@$(PIP_INSTALL) -e '.[$*]'
+	@touch $@
