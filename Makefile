@@ -55,7 +55,7 @@ format: $(VENV)/.ready ## let ruff lay out the code and mend what it can
 	@$(BIN)/ruff format .
 
 bench: $(VENV)/.bench ## time the package against Stable-Baselines3: book/benchmarks.md
-	@$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+	@$(BIN)/python benchmarks/control.py $(BENCH_ARGS)
 
 repo: $(VENV)/.ready ## move the book to another address: make repo URL=https://github.com/OWNER/NAME
 	@test -n "$(URL)" || { echo 'Say where to: make repo URL=https://github.com/OWNER/NAME' >&2; exit 1; }
