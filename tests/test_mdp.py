@@ -293,7 +293,7 @@ def two_rooms(stay_reward: float = 0.0) -> dict[str, object]:
 
 
 def test_gamma_one_is_refused_where_a_policy_never_ends() -> None:
-    with pytest.raises(ValueError, match=r"one can stay in states \[0\]"):
+    with pytest.raises(ValueError, match=r"one can stay in states \[0\] for ever"):
         FiniteMDP(**two_rooms(), gamma=1.0)
     problem = FiniteMDP(**two_rooms(), gamma=1.0, allow_undiscounted=True)
     one_hot = torch.eye(2, dtype=F64)
@@ -483,7 +483,13 @@ def test_invalid_arguments() -> None:
         mdp.grid_world(["G#"])
 
 
-def test_float32_policies_are_accepted() -> None:
+def test_float32_is_accepted_and_made_exact() -> None:
+    P = torch.rand(6, 2, 6, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    start = torch.full((6,), 1 / 6)
+    assert start.double().sum() != 1
+    continuing = FiniteMDP(P, torch.ones(6, 2), 0.99, start)
+    visits = mdp.occupancy(continuing, mdp.uniform_policy(continuing)).sum()
+    assert math.isclose(visits.item(), 100.0, rel_tol=1e-12)
     problem = chain(0.9)
     logits = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
     assert mdp.policy_evaluation(problem, logits.softmax(-1)).dtype == F64

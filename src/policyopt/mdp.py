@@ -59,7 +59,7 @@ class FiniteMDP:
     Parameters
     ----------
     P : Tensor
-        ``[S, A, S]``, ``P[s, a, s']`` = P(s' | s, a); each ``P[s, a]`` sums to 1.
+        ``[S, A, S]``, ``P[s, a, s']`` = P(s' | s, a); each ``P[s, a]`` sums to 1 (up to float32 rounding).
     R : Tensor
         ``[S, A]``, the expected reward R(s, a) received for action ``a`` in state ``s``.
     gamma : float
@@ -113,8 +113,11 @@ class FiniteMDP:
         if not torch.isfinite(self.R).all():
             where = (~torch.isfinite(self.R)).nonzero()[0].tolist()
             raise ValueError(f"R must be finite, got {self.R[tuple(where)].item()} at [s, a] = {where}")
-        _check_distributions("P", self.P)
-        _check_distributions("initial", self.initial)
+        for name in ("P", "initial"):
+            probabilities = getattr(self, name)
+            _check_distributions(name, probabilities)
+            # float32 input misses a sum of 1 by its rounding, which would show up in every exact result.
+            object.__setattr__(self, name, probabilities / probabilities.sum(dim=-1, keepdim=True))
         if not 0.0 <= self.gamma <= 1.0:
             raise ValueError(f"gamma must lie in [0, 1], got {self.gamma}")
         stays = torch.diagonal(self.P, dim1=0, dim2=2).T == 1.0  # [S, A]
@@ -123,8 +126,8 @@ class FiniteMDP:
             endless = _endless_states(self)
             if endless.any():
                 raise ValueError(
-                    f"gamma = 1 needs every policy to end, but one can stay in states {_few(endless)}; "
-                    "use gamma < 1, or allow_undiscounted=True to evaluate only policies that do end"
+                    f"gamma = 1 needs every policy to end, but one can stay in states {_few(endless)} "
+                    "for ever; use gamma < 1, or allow_undiscounted=True to evaluate only policies that do end"
                 )
 
     @property
@@ -726,7 +729,7 @@ def grid_world(
 # --- Checks and graph arguments ---------------------------------------------------------------------
 
 
-def _check_distributions(name: str, probabilities: Tensor, tolerance: float = 1e-8) -> None:
+def _check_distributions(name: str, probabilities: Tensor, tolerance: float = 1e-6) -> None:
     """Raise unless the last dimension holds probability distributions; says where the first bad one is."""
     smallest = probabilities.min()
     if not bool(smallest >= 0.0):  # also true for NaN
@@ -741,10 +744,10 @@ def _check_distributions(name: str, probabilities: Tensor, tolerance: float = 1e
 
 
 def _check_policy(mdp: FiniteMDP, policy: Tensor) -> Tensor:
-    """Return ``policy`` as float64 after checking it; float32 rows may miss a sum of 1 by rounding."""
+    """Return ``policy`` as float64 after checking it."""
     if policy.shape != mdp.R.shape:
         raise ValueError(f"policy must have shape [S, A] = {tuple(mdp.R.shape)}, got {tuple(policy.shape)}")
-    _check_distributions("policy", policy.detach(), tolerance=1e-6)
+    _check_distributions("policy", policy.detach())
     return policy.to(torch.float64)
 
 
