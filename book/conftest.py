@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from nbval.kernel import RunningKernel
 from nbval.plugin import IPyNbCell, IPyNbFile
+
 from notebooks import KERNEL_ENVIRONMENT, committed_problem
 
 REL_TOL, ABS_TOL = 1e-5, 1e-8
