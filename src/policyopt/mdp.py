@@ -7,10 +7,10 @@ against the truth.
 Conventions, for ``S`` states and ``A`` actions:
 
 * the transition probabilities ``P[s, a, s']``, rewards ``R[s, a]`` and policies ``policy[s, a]`` are
-float64 tensors; * a policy is a table of probabilities, ``policy[s, a]`` = π(a | s), each row summing to 1;
+  float64 tensors;
+* a policy is a table of probabilities, ``policy[s, a]`` = π(a | s), each row summing to 1;
 * a state is *terminal* when every action keeps the process in it for ever with reward 0. Its value is
-therefore 0,
-  which is all that the end of an episode means;
+  therefore 0, which is all that the end of an episode means;
 * everything that is computed from a policy can be differentiated with respect to it by autograd.
 
 References: Puterman, *Markov Decision Processes*, 1994; Sutton and Barto, *Reinforcement Learning: An
