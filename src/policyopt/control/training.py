@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import importlib
@@ -11,8 +12,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Generic, Literal, NamedTuple, Self, TypeVar
+from types import TracebackType, UnionType
+from typing import Any, Generic, Literal, NamedTuple, Self, TypeVar, get_args, get_origin, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -71,6 +72,10 @@ class ControlConfig:
     """torch.compile the networks. It pays for large networks on a GPU, hardly for small ones on a CPU."""
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            allowed = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
+            allowed = allowed.removeprefix("typing.").replace("float", "finite float")
+            self._check(name, _fits(getattr(self, name), hint), allowed)
         self._check("total_steps", self.total_steps >= 1, ">= 1")
         self._check("num_envs", self.num_envs >= 1, ">= 1")
         self._check("gamma", 0 <= self.gamma <= 1, "in [0, 1]")
@@ -79,6 +84,20 @@ class ControlConfig:
     def _check(self, name: str, ok: bool, allowed: str) -> None:
         if not ok:
             raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is what a config's annotation says; an int will do for a float, NaN and infinity will not."""
+    origin, options = get_origin(hint), get_args(hint)
+    if origin is UnionType:
+        return any(_fits(value, option) for option in options)
+    if origin is Literal:
+        return value in options
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, options[0]) for item in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,10 +215,12 @@ class TrainResult(Generic[ConfigT, RowT]):
         ValueError
             If the policy is of your own making: only its ``state_dict`` could be saved, not how to rebuild it.
         """
-        if type(self.policy).__module__ != "policyopt.control.policies":
+        rebuilt, _ = build_networks(*self.spaces, self.config, critic=False, generator=torch.Generator())
+        if _structure(self.policy) != _structure(rebuilt):
             raise ValueError(
-                f"policy must be one made by make_policy to be saved whole, got {type(self.policy).__name__}; save "
-                "its state_dict() with safetensors.torch.save_file instead"
+                "policy must be the one that the config describes to be saved whole, got a "
+                f"{type(self.policy).__name__} of another structure; save its state_dict() with "
+                "safetensors.torch.save_file instead"
             )
         tensors = {f"policy.{k}": v for k, v in self.policy.state_dict().items()}
         if self.critic is not None:
@@ -265,6 +286,10 @@ class TrainResult(Generic[ConfigT, RowT]):
             spaces=(observation_space, action_space),
             reward_statistics=tuple(meta["reward_statistics"]),
         )
+
+
+def _structure(module: nn.Module) -> tuple[Any, ...]:
+    return type(module), str(module), {name: tensor.shape for name, tensor in module.state_dict().items()}
 
 
 def _strip(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -411,7 +436,10 @@ def minibatches(size: int, minibatch: int, generator: torch.Generator) -> Iterat
 
 
 class _RewardScaler:
-    """Divide rewards by the running standard deviation of the discounted return (never shift them)."""
+    """Divide rewards by the running standard deviation of the discounted return (never shift them).
+
+    While that return has not varied yet, rewards stay as they are.
+    """
 
     def __init__(self, gamma: float, copies: int, statistics: tuple[float, float, float]) -> None:
         self.gamma = gamma
@@ -420,7 +448,8 @@ class _RewardScaler:
 
     def __call__(self, rollout: Rollout) -> Rollout:
         rewards = rollout.rewards.cpu().numpy().astype(np.float64)
-        done = (rollout.terminated | rollout.truncated).cpu().numpy()
+        # Padding counts as an end: it must not leak into the next rollout.
+        done = (rollout.terminated | rollout.truncated | ~rollout.valid).cpu().numpy()
         returns = np.empty_like(rewards)
         for t, reward in enumerate(rewards):
             returns[t] = self._running = self._running * self.gamma + reward
@@ -432,7 +461,10 @@ class _RewardScaler:
         spread += delta**2 * self.count * len(seen) / total
         self.mean += delta * len(seen) / total
         self.variance, self.count = spread / total, float(total)
-        return dataclasses.replace(rollout, rewards=rollout.rewards / (math.sqrt(self.variance) + 1e-8))
+        deviation = math.sqrt(self.variance)
+        return dataclasses.replace(
+            rollout, rewards=rollout.rewards / (deviation if deviation > 1e-8 else 1.0)
+        )
 
     @property
     def statistics(self) -> tuple[float, float, float]:
@@ -460,8 +492,9 @@ class Run(Generic[ConfigT, RowT]):
         callback: Callback | None,
         progress: bool,
     ) -> None:
-        if seed < 0:
-            raise ValueError(f"seed must be >= 0, got {seed!r}")
+        if not isinstance(seed, (int, np.integer)) or seed < 0:
+            raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
+        seed = int(seed)
         self.algorithm, self.config, self.seed, self.callback = algorithm, config, seed, callback
         self.device = resolve_device(config.device)
         self.name = environment_name(env)
@@ -493,6 +526,7 @@ class Run(Generic[ConfigT, RowT]):
         self.history: History[RowT] = History()
         self._episodes: list[Episodes] = []
         self.stop_reason = "budget"
+        self._resumed_optimizer: dict[str, Any] = {}
         statistics = (0.0, 0.0, 0.0)
         start = 0
         if resume is not None:
@@ -502,10 +536,17 @@ class Run(Generic[ConfigT, RowT]):
                 self.critic.load_state_dict(resume.critic.state_dict())
             self.history.extend(resume.history)
             self._episodes.append(resume.episodes)
+            self._resumed_optimizer = resume.optimizer_state
             statistics, start = resume.reward_statistics, resume.steps
-        self.policy.to(self.device)
-        if self.critic is not None:
-            self.critic.to(self.device)
+        for module in (self.policy,) if self.critic is None else (self.policy, self.critic):
+            module.to(self.device)
+            if config.compile:
+                module.compile()
+        if config.compile:
+            for network in (self.policy, self.critic):
+                if network is not None:
+                    # The inner network, where there is one: the distribution around it is plain Python.
+                    getattr(network, "network", network).compile()
         # A resumed run continues with fresh random streams, not with those it has already used.
         fresh = environment_seed(seed, 3 + start) if start else seed
         self.generator = torch.Generator(self.device).manual_seed(fresh)
@@ -543,8 +584,14 @@ class Run(Generic[ConfigT, RowT]):
             raise ValueError(
                 f"resume was trained on spaces {resume.spaces}, but {self.name} has {self.spaces}"
             )
-        if resume.config.hidden != self.config.hidden:
-            raise ValueError(f"resume has hidden={resume.config.hidden}, the config {self.config.hidden}")
+        for name in ("hidden", "activation"):
+            theirs, ours = getattr(resume.config, name), getattr(self.config, name)
+            if theirs != ours:
+                raise ValueError(f"resume has {name}={theirs!r}, the config {ours!r}")
+        if resume.policy.encoder.normalize != self.policy.encoder.normalize:
+            raise ValueError("resume and the config differ in normalize_observations")
+        if (resume.critic is None) != (self.critic is None):
+            raise ValueError("resume must have a critic exactly when the config asks for one")
 
     # --- the loop's interface -------------------------------------------------------------------------------
 
@@ -556,6 +603,10 @@ class Run(Generic[ConfigT, RowT]):
     def adam(self, parameters: Sequence[nn.Parameter], learning_rate: float) -> torch.optim.Adam:
         """Make the optimiser, with the resumed state if there is one to restore."""
         optimizer = torch.optim.Adam(parameters, lr=learning_rate, eps=1e-5, fused=self.device.type != "mps")
+        if self._resumed_optimizer:
+            # The moments only, and a copy of them; the step size is this config's.
+            moments = copy.deepcopy(self._resumed_optimizer["state"])
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         self._optimizer = optimizer
         return optimizer
 
@@ -657,6 +708,8 @@ class Run(Generic[ConfigT, RowT]):
         self._close()
         if error is None:
             return False
+        # An update that broke off counts for nothing, so that policy and history agree.
+        self._restore(self._good)
         if isinstance(error, KeyboardInterrupt):
             self.stop_reason = "interrupted"
             warnings.warn(
@@ -665,9 +718,9 @@ class Run(Generic[ConfigT, RowT]):
                 stacklevel=3,
             )
             return True
-        self._restore(self._good)
         self.stop_reason = f"{type(error).__name__}: {error}"
         if isinstance(error, FloatingPointError):
+            self._optimizer = None  # its moments are no longer finite either
             raise TrainingDivergedError(
                 f"{error} (seed {self.seed}, {self.steps} steps). The exception's .result holds the policy of update "
                 f"{len(self.history)}, the last good one. Try a lower learning rate or normalize_rewards=True.",
