@@ -204,11 +204,23 @@ def normalize(x: Tensor, mask: Tensor | None = None, *, eps: float = 1e-8) -> Te
     tensor([-1.,  1.,  0.])
     """
     if mask is None:
-        return (x - x.mean()) / (x.std(correction=0) + eps)
+        centred = _centre(x.flatten())
+        return (centred / (centred.std(correction=0) + eps)).view_as(x)
     if not bool(mask.any()):
         raise ValueError("mask selects no entry: there is nothing to normalise")
-    chosen = x[mask]
-    return torch.where(mask, (x - chosen.mean()) / (chosen.std(correction=0) + eps), 0.0)
+    result = torch.zeros_like(x)
+    result[mask] = normalize(x[mask], eps=eps)
+    return result
+
+
+def _centre(x: Tensor) -> Tensor:
+    """Subtract the mean over the last dimension; equal entries give exactly 0.
+
+    The mean of equal numbers may differ from them by a rounding, which a division by their standard deviation would
+    blow up; taking the first entry off beforehand prevents that.
+    """
+    shifted = x - x[..., :1]
+    return shifted - shifted.mean(dim=-1, keepdim=True)
 
 
 def group_relative_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-4) -> Tensor:
@@ -235,7 +247,7 @@ def group_relative_advantages(rewards: Tensor, *, scale: bool = True, eps: float
     tensor([ 0.5000, -0.5000, -0.5000,  0.5000])
     """
     _check_group(rewards)
-    centred = rewards - rewards.mean(dim=-1, keepdim=True)
+    centred = _centre(rewards)
     return centred / (rewards.std(dim=-1, keepdim=True) + eps) if scale else centred
 
 

@@ -288,6 +288,10 @@ def aggregate(
     if denominator is not None and not bool(torch.as_tensor(denominator) > 0):
         raise ValueError(f"denominator must be > 0, got {denominator!r}")
     if reduction == "sum":
+        if denominator is not None:
+            raise ValueError(
+                f"denominator must be None with reduction='sum', got {denominator!r}; use reduction='mean'"
+            )
         return values.sum()
     if reduction == "mean":
         if mask is None and denominator is None and values.numel() > 0:
