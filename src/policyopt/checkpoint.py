@@ -57,7 +57,7 @@ def save_checkpoint(folder: str | Path, tensors: Mapping[str, Tensor], metadata:
         (folder / name).unlink(missing_ok=True)
         raise
     if previous is not None:
-        (folder / previous).unlink(missing_ok=True)
+        (folder / Path(previous).name).unlink(missing_ok=True)
     return folder
 
 
@@ -74,4 +74,5 @@ def load_checkpoint(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, An
     if not state.exists():
         raise FileNotFoundError(f"{folder} holds no checkpoint: {_STATE} is missing")
     content = json.loads(state.read_text())
-    return load_file(folder / content["tensors"]), content["metadata"]
+    # The name only: a checkpoint from elsewhere must not point out of its folder.
+    return load_file(folder / Path(content["tensors"]).name), content["metadata"]

@@ -307,17 +307,21 @@ def trust_region_step(
         new_loss, new_kl = loss_and_kl()
         return float(new_loss), float(new_kl)
 
-    search = line_search(
-        evaluate,
-        old_loss=loss.item(),
-        expected_improvement=expected,
-        kl_limit=kl_limit,
-        backtracks=backtracks,
-        shrink=shrink,
-        accept_ratio=accept_ratio,
-    )
-    if not search.accepted:
-        _assign(theta, start)
+    accepted = False
+    try:
+        search = line_search(
+            evaluate,
+            old_loss=loss.item(),
+            expected_improvement=expected,
+            kl_limit=kl_limit,
+            backtracks=backtracks,
+            shrink=shrink,
+            accept_ratio=accept_ratio,
+        )
+        accepted = search.accepted
+    finally:  # also when an exception (Ctrl-C) breaks the search off at an untested length
+        if not accepted:
+            _assign(theta, start)
     return TrustRegionStep(
         search=search,
         expected_improvement=expected,
