@@ -62,15 +62,19 @@ class ObservationEncoder(nn.Module):
             self.register_buffer("variance", torch.ones(self.features))
             self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
+    def fits(self, space: gym.Space[Any]) -> bool:
+        """Whether observations of this space can be encoded."""
+        if isinstance(space, spaces.Discrete):
+            return (self.kind, self.features, self.start) == ("one-hot", int(space.n), int(space.start))
+        return self.kind == "flat" and self.shape == space.shape
+
     def forward(self, observations: Tensor) -> Tensor:
         """Map raw observations ``[..., *space.shape]`` to features ``[..., features]`` (float32)."""
         if self.kind == "one-hot":
             return nn.functional.one_hot(observations.long() - self.start, self.features).float()
-        x = (
-            observations.float().flatten(observations.ndim - len(self.shape))
-            if len(self.shape) != 1
-            else observations
-        )
+        x = observations if observations.dtype == torch.float32 else observations.float()
+        if len(self.shape) != 1:
+            x = x.reshape(*x.shape[: x.ndim - len(self.shape)], self.features)
         if not self.normalize:
             return x
         return ((x - self.mean) * torch.rsqrt(self.variance + 1e-8)).clamp(-10.0, 10.0)

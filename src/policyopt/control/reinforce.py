@@ -43,7 +43,6 @@ class ReinforceConfig(ControlConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check("learning_rate", self.learning_rate > 0, "> 0")
-        self._check("baseline", self.baseline in ("none", "mean", "learned"), "'none', 'mean' or 'learned'")
         self._check("entropy_coef", self.entropy_coef >= 0, ">= 0")
         self._check("critic_epochs", self.critic_epochs >= 1, ">= 1")
 

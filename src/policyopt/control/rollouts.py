@@ -29,7 +29,7 @@ from policyopt.control.environments import (
     environment_seed,
     make_vector_env,
 )
-from policyopt.control.policies import Policy
+from policyopt.control.policies import ObservationEncoder, Policy
 
 __all__ = ["Collector", "Episodes", "Rollout", "sample_episodes"]
 
@@ -136,6 +136,11 @@ class Collector:
         seed: int,
         name: str = "environment",
     ) -> None:
+        encoder, space = policy.encoder, env.single_observation_space
+        if type(encoder) is ObservationEncoder and not encoder.fits(space):
+            raise ValueError(
+                f"policy was made for other observations than those of {name}, {space}: make one for its spaces"
+            )
         self.env = env
         self.policy = policy
         self.generator = generator
@@ -233,7 +238,16 @@ class Collector:
             raise AssertionError
         observations, rewards, valid = observations[:t], rewards[:t], valid[:t]
         terminated, truncated = terminated[:t], truncated[:t]
+        last = np.array(self._observation)
+        final = np.stack([f[2] for f in finals]) if finals else np.empty((0, *first.shape[1:]), first.dtype)
         self._check_finite(observations, rewards)
+        # Neither is a row of the buffer, but both are bootstrapped from.
+        for array in (last, final):
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise ValueError(
+                    f"{self.name} returned a last or final observation that is NaN or infinite; mend the environment "
+                    "or wrap it so that every observation is finite"
+                )
         episodes = self._close_episodes(rewards, terminated | truncated, valid)
 
         def to_device(array: NDArray[Any]) -> Tensor:
@@ -246,14 +260,12 @@ class Collector:
             terminated=to_device(terminated),
             truncated=to_device(truncated),
             valid=to_device(valid),
-            last_observations=to_device(np.array(self._observation)),
+            last_observations=to_device(last),
             final_index=(
                 torch.tensor([f[0] for f in finals], dtype=torch.long, device=device),
                 torch.tensor([f[1] for f in finals], dtype=torch.long, device=device),
             ),
-            final_observations=to_device(
-                np.stack([f[2] for f in finals]) if finals else np.empty((0, *first.shape[1:]), first.dtype)
-            ),
+            final_observations=to_device(final),
             episodes=episodes,
         )
 
@@ -334,6 +346,8 @@ def sample_episodes(
     >>> len(rollout.episodes), rollout.steps == int(rollout.episodes.lengths.sum())
     (5, True)
     """
+    if episodes < 1:
+        raise ValueError(f"episodes must be >= 1, got {episodes!r}")
     vector, owned = make_vector_env(env, episodes)
     try:
         device = next((p.device for p in policy.parameters()), torch.device("cpu"))

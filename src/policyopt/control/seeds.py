@@ -84,7 +84,9 @@ def train_seeds(
     with tqdm(total=len(jobs), desc="runs", disable=not progress) as bar:
         if processes == 1:
             for label, seed in jobs:
-                results[label, seed] = _run(variants[label], seed)
+                result = results[label, seed] = _run(variants[label], seed)
+                if result.stop_reason == "interrupted":
+                    raise KeyboardInterrupt  # Ctrl-C means all the runs, not just this one
                 bar.update()
         else:
             with ProcessPoolExecutor(processes, _context(), _start_worker) as pool:
