@@ -541,12 +541,8 @@ class Run(Generic[ConfigT, RowT]):
         for module in (self.policy,) if self.critic is None else (self.policy, self.critic):
             module.to(self.device)
             if config.compile:
-                module.compile()
-        if config.compile:
-            for network in (self.policy, self.critic):
-                if network is not None:
-                    # The inner network, where there is one: the distribution around it is plain Python.
-                    getattr(network, "network", network).compile()
+                # The inner network, where there is one: the distribution around it is plain Python.
+                getattr(module, "network", module).compile()
         # A resumed run continues with fresh random streams, not with those it has already used.
         fresh = environment_seed(seed, 3 + start) if start else seed
         self.generator = torch.Generator(self.device).manual_seed(fresh)
