@@ -509,12 +509,12 @@ def plot_grid(
         red, green, blue, _ = colours(norm(numbers[row, column]))
         ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
         if letter in terminal or letter == "S":
-            ax.text(column - 0.44, row - 0.42, letter, color=ink, va="top", weight="bold", size=9.5)
+            ax.text(column - 0.44, row - 0.42, letter, color=ink, va="top", weight="bold", size=11.0)
         arrows = None if probabilities is None or letter in terminal else probabilities[row, column]
         if decimals >= 0:
             text = f"{numbers[row, column]:.{decimals}f}"
             height = row if arrows is None else row + 0.31
-            ax.text(column, height, text, color=ink, ha="center", va="center", size=10.0)
+            ax.text(column, height, text, color=ink, ha="center", va="center", size=11.5)
         if arrows is not None:
             _draw_arrows(ax, row - (0.12 if decimals >= 0 else 0.0), column, arrows, ink)
 
