@@ -1,0 +1,21 @@
+"""Settings that all tests share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Derandomised: a run of the tests says something about the code, not about the day.
+settings.register_profile("policyopt", derandomize=True, deadline=None, max_examples=25, database=None)
+settings.load_profile("policyopt")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked ``cuda`` where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(skip)
