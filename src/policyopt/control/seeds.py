@@ -81,7 +81,9 @@ def train_seeds(
     processes = min(workers or available, len(jobs))
 
     results: dict[tuple[Any, int], TrainResult[Any, Any]] = {}
-    with tqdm(total=len(jobs), desc="runs", disable=not progress) as bar:
+    # Only ever disabled here, never forced on: TQDM_DISABLE must keep its say.
+    switch: dict[str, Any] = {} if progress else {"disable": True}
+    with tqdm(total=len(jobs), desc="runs", **switch) as bar:
         if processes == 1:
             for label, seed in jobs:
                 result = results[label, seed] = _run(variants[label], seed)
