@@ -68,6 +68,9 @@ class ControlConfig:
     """Initial log σ of a Gaussian policy, on the scale where the action bounds are ±1."""
     device: str = "auto"
     """"auto" takes cuda, then mps, then cpu; or any PyTorch device name."""
+    cpu_threads: int = 1
+    """CPU threads that PyTorch may use while training. Networks this small are fastest with one: a second thread
+    waits more than it works, and the last digits of the results would depend on the number of cores."""
     compile: bool = False
     """torch.compile the networks. It pays for large networks on a GPU, hardly for small ones on a CPU."""
 
@@ -78,6 +81,7 @@ class ControlConfig:
             self._check(name, _fits(getattr(self, name), hint), allowed)
         self._check("total_steps", self.total_steps >= 1, ">= 1")
         self._check("num_envs", self.num_envs >= 1, ">= 1")
+        self._check("cpu_threads", self.cpu_threads >= 1, ">= 1")
         self._check("gamma", 0 <= self.gamma <= 1, "in [0, 1]")
         self._check("hidden", all(width >= 1 for width in self.hidden), "a tuple of widths >= 1")
 
@@ -560,6 +564,7 @@ class Run(Generic[ConfigT, RowT]):
         self._good = self._snapshot()
         self._stopped = False
         self._progress = progress
+        self._threads = torch.get_num_threads()
         self._optimizer: torch.optim.Optimizer | None = None
         self._started = time.perf_counter()
 
@@ -688,6 +693,8 @@ class Run(Generic[ConfigT, RowT]):
     _bar: tqdm[Any] | None = None
 
     def __enter__(self) -> Self:
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(self.config.cpu_threads)
         if self._progress:
             self._bar = tqdm(
                 total=self.config.total_steps,
@@ -701,6 +708,7 @@ class Run(Generic[ConfigT, RowT]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
+        torch.set_num_threads(self._threads)
         self._close()
         if error is None:
             return False
