@@ -245,8 +245,8 @@ class Collector:
         for array in (last, final):
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise ValueError(
-                    f"{self.name} returned a last or final observation that is NaN or infinite; mend the environment "
-                    "or wrap it so that every observation is finite"
+                    f"{self.name} returned a NaN or infinite last or final observation; mend the environment or "
+                    "wrap it so that every observation is finite"
                 )
         episodes = self._close_episodes(rewards, terminated | truncated, valid)
 
@@ -277,8 +277,8 @@ class Collector:
                 if len(bad):
                     t, i = bad[0][:2]
                     raise ValueError(
-                        f"{self.name} returned a {what} that is NaN or infinite ({array[t, i]}) at step {t} of the "
-                        f"rollout in copy {i}; mend the environment or wrap it so that every {what} is finite"
+                        f"{self.name} returned a NaN or infinite {what} ({array[t, i]}) at step {t} of the rollout "
+                        f"in copy {i}; mend the environment or wrap it so that every {what} is finite"
                     )
 
     def _close_episodes(

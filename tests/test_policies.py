@@ -1,0 +1,204 @@
+"""Policies, encoders and critics over Gymnasium spaces."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from hypothesis import given
+from hypothesis import strategies as st
+
+from policyopt.control import CategoricalPolicy, Critic, GaussianPolicy, ObservationEncoder, make_policy
+
+BOX = spaces.Box(-1, 1, (3,), np.float32)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# --- Observations --------------------------------------------------------------------------------------------
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    shape=st.sampled_from([(3,), (2, 2), ()]),
+)
+def test_running_statistics_equal_numpys(seed: int, sizes: list[int], shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(seed)
+    batches = [rng.normal(5.0, 3.0, (size, *shape)).astype(np.float32) for size in sizes]
+    encoder = ObservationEncoder(spaces.Box(-np.inf, np.inf, shape, np.float32), normalize=True)
+    for batch in batches:
+        encoder.update(torch.from_numpy(batch))
+    seen = np.concatenate(batches).astype(np.float64).reshape(sum(sizes), -1)
+    np.testing.assert_allclose(encoder.mean.numpy(), seen.mean(0), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(encoder.variance.numpy(), seen.var(0), rtol=1e-4, atol=1e-5)
+    assert encoder.count.item() == sum(sizes)
+    x = torch.from_numpy(batches[0])
+    expected = (batches[0].reshape(sizes[0], -1) - seen.mean(0)) / np.sqrt(seen.var(0) + 1e-8)
+    np.testing.assert_allclose(encoder(x).numpy(), np.clip(expected, -10, 10), rtol=1e-2, atol=1e-2)
+
+
+def test_statistics_survive_large_offsets() -> None:
+    """A mean of 1e4 and a deviation of 1: the sum of squares minus the square of the sum would lose it all."""
+    x = 1e4 + torch.randn(1000, 3, generator=generator())
+    encoder = ObservationEncoder(BOX, normalize=True)
+    for batch in x.split(10):
+        encoder.update(batch)
+    torch.testing.assert_close(encoder.variance, x.double().var(0, correction=0).float(), rtol=2e-2, atol=0)
+
+
+def test_normalised_observations_are_clipped_and_only_on_request() -> None:
+    encoder = ObservationEncoder(BOX, normalize=True)
+    before = encoder(torch.full((1, 3), 5.0))
+    assert before.tolist() == [[5.0, 5.0, 5.0]]  # no statistics yet: nearly the identity
+    encoder.update(torch.randn(100, 3, generator=generator()))
+    assert encoder(torch.full((1, 3), 1e6)).tolist() == [[10.0, 10.0, 10.0]]
+    plain = ObservationEncoder(BOX)
+    plain.update(torch.randn(100, 3, generator=generator()))
+    assert plain(torch.full((1, 3), 1e6)).tolist() == [[1e6, 1e6, 1e6]]
+    encoder.update(torch.empty(0, 3))
+    assert encoder.count.item() == 100
+
+
+@pytest.mark.parametrize("leading", [(), (5,), (2, 5)])
+def test_encodings(leading: tuple[int, ...]) -> None:
+    one_hot = ObservationEncoder(spaces.Discrete(4, start=-2))
+    observations = torch.randint(-2, 2, leading, generator=generator())
+    assert torch.equal(one_hot(observations).argmax(-1) - 2, observations)
+    assert one_hot(observations).sum(-1).eq(1).all()
+    flat = ObservationEncoder(spaces.Box(0, 255, (2, 3), np.uint8))
+    image = torch.randint(0, 255, (*leading, 2, 3), generator=generator()).to(torch.uint8)
+    assert torch.equal(flat(image), image.reshape(*leading, 6).float())
+    double = ObservationEncoder(spaces.Box(-1, 1, (3,), np.float64))
+    assert double(torch.zeros(*leading, 3, dtype=torch.float64)).dtype == torch.float32
+    scalar = ObservationEncoder(spaces.Box(-1, 1, (), np.float32))
+    assert scalar(torch.zeros(leading)).shape == (*leading, 1)
+
+
+# --- Actions -------------------------------------------------------------------------------------------------
+
+
+def test_actions_are_scaled_and_clipped_to_the_bounds() -> None:
+    space = spaces.Box(
+        np.array([0, -2, -np.inf, 1], np.float32), np.array([10, 2, np.inf, np.inf], np.float32)
+    )
+    policy = make_policy(BOX, space, generator=generator())
+    actions = torch.tensor([[0.0, 0.5, 3.0, 0.0], [1.0, -1.0, -40.0, 5.0], [9.0, -9.0, 0.0, -9.0]])
+    expected = [[5.0, 1.0, 3.0, 1.0], [10.0, -2.0, -40.0, 5.0], [10.0, -2.0, 0.0, 1.0]]
+    assert policy.to_env(actions).tolist() == expected
+    assert policy.to_env(actions).dtype == np.float32
+
+
+def test_action_shapes_and_starts() -> None:
+    shaped = make_policy(BOX, spaces.Box(-1, 1, (2, 1, 2), np.float64), generator=generator())
+    actions = shaped.act(torch.zeros(5, 3), generator())
+    assert actions.shape == (5, 4)
+    assert shaped.to_env(actions).shape == (5, 2, 1, 2)
+    assert shaped.to_env(actions).dtype == np.float64
+    shifted = make_policy(BOX, spaces.Discrete(3, start=7), generator=generator())
+    actions = shifted.act(torch.zeros(200, 3), generator())
+    assert set(actions.tolist()) == {0, 1, 2}
+    assert set(shifted.to_env(actions).tolist()) == {7, 8, 9}
+
+
+def test_acting() -> None:
+    discrete = make_policy(BOX, spaces.Discrete(3), generator=generator())
+    continuous = make_policy(BOX, spaces.Box(-1, 1, (2,)), log_std=-1.0, generator=generator())
+    x = torch.randn(500, 3, generator=generator())
+    for policy in (discrete, continuous):
+        assert torch.equal(policy.act(x, generator(1)), policy.act(x, generator(1)))
+        assert not torch.equal(policy.act(x, generator(1)), policy.act(x, generator(2)))
+        assert torch.equal(policy.act(x, deterministic=True), policy(x).mode())
+        assert not policy.act(x, generator(1)).requires_grad
+    noise = continuous.act(x, generator(1)) - continuous.act(x, deterministic=True)
+    assert noise.std().item() == pytest.approx(math.exp(-1.0), rel=0.1)
+
+
+# --- Networks ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("action_space", [spaces.Discrete(4), spaces.Box(-1, 1, (4,))])
+def test_orthogonal_start_is_nearly_uniform_or_centred(action_space: spaces.Space) -> None:
+    policy = make_policy(BOX, action_space, generator=generator())
+    x = 5 * torch.randn(100, 3, generator=generator())
+    if isinstance(policy, CategoricalPolicy):
+        assert (policy(x).log_probs + math.log(4)).abs().max() < 0.05
+    else:
+        assert policy(x).mean.abs().max() < 0.05
+    hidden = policy.network[2].weight
+    gain = torch.nn.init.calculate_gain("tanh")
+    torch.testing.assert_close(hidden @ hidden.T, gain**2 * torch.eye(64), rtol=1e-4, atol=1e-4)
+
+
+def test_initialisation_takes_its_randomness_from_the_generator() -> None:
+    state = torch.get_rng_state()
+    for orthogonal in (True, False):
+        one, same, other = (
+            make_policy(BOX, spaces.Discrete(2), orthogonal=orthogonal, generator=generator(s))
+            for s in (0, 0, 1)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
+        assert not torch.equal(one.network[0].weight, other.network[0].weight)
+        assert all(torch.isfinite(p).all() for p in one.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_default_initialisation_has_pytorchs_range() -> None:
+    policy = make_policy(BOX, spaces.Discrete(2), orthogonal=False, generator=generator())
+    for layer in (policy.network[0], policy.network[2]):
+        bound = 1 / math.sqrt(layer.in_features)
+        for tensor in (layer.weight, layer.bias):
+            assert tensor.abs().max() <= bound
+            assert tensor.abs().max() > 0.8 * bound
+
+
+def test_architecture_follows_the_arguments() -> None:
+    policy = make_policy(BOX, spaces.Discrete(2), hidden=(7, 5, 4), activation="relu", generator=generator())
+    linear = [layer for layer in policy.network if isinstance(layer, torch.nn.Linear)]
+    assert [layer.out_features for layer in linear] == [7, 5, 4, 2]
+    assert sum(isinstance(layer, torch.nn.ReLU) for layer in policy.network) == 3
+    critic = Critic(policy.encoder, hidden=(7,), generator=generator())
+    assert critic(torch.zeros(2, 5, 3)).shape == (2, 5)
+    assert not {id(p) for p in critic.parameters()} & {id(p) for p in policy.parameters()}
+
+
+@pytest.mark.parametrize(
+    ("observations", "actions", "message"),
+    [
+        (spaces.Dict({"x": BOX}), spaces.Discrete(2), "observation space must be Discrete or Box, got Dict"),
+        (
+            spaces.MultiBinary(3),
+            spaces.Discrete(2),
+            "observation space must be Discrete or Box, got MultiBinary",
+        ),
+        (
+            BOX,
+            spaces.MultiDiscrete([2, 2]),
+            "action space must be Discrete or a floating-point Box, got MultiDis",
+        ),
+        (
+            BOX,
+            spaces.Box(0, 5, (2,), np.int32),
+            "action space must be Discrete or a floating-point Box, got Box",
+        ),
+    ],
+)
+def test_other_spaces_are_refused(observations: spaces.Space, actions: spaces.Space, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_policy(observations, actions, generator=generator())
+
+
+def test_unknown_activation_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"activation must be one of \['relu', 'tanh'\], got 'gelu'"):
+        make_policy(BOX, spaces.Discrete(2), activation="gelu", generator=generator())
+
+
+def test_gaussian_policy_starts_at_the_given_width() -> None:
+    policy = make_policy(BOX, spaces.Box(-1, 1, (2,)), log_std=-0.7, generator=generator())
+    assert isinstance(policy, GaussianPolicy)
+    torch.testing.assert_close(policy(torch.zeros(4, 3)).log_std.detach(), torch.full((2,), -0.7))
