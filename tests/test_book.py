@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 from nbformat import NotebookNode
 
 import notebooks
-from build_book import EXTERNAL, pages
+from build_book import EXTERNAL, pages, problems
 from repository import ROOT
 
 BOOK = ROOT / "book"
@@ -192,3 +192,13 @@ def test_the_api_pages_cover_every_public_module() -> None:
     public = {p.stem for p in package.glob("*.py") if not p.stem.startswith("_")}
     public |= {p.parent.name for p in package.glob("*/__init__.py")}
     assert documented == public
+
+
+def test_a_build_that_lacks_a_page_or_needs_the_network_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "sound.html").write_text('<img src="a.png"><a href="https://example.org">elsewhere</a>')
+    (tmp_path / "script.html").write_text('<script async src="https://example.org/x.js"></script>')
+    (tmp_path / "style.html").write_text('<link href="//example.org/x.css" rel="stylesheet">')
+    (tmp_path / "broken.html").write_text('<aside class="system-message">')
+    assert problems(tmp_path, ["sound"]) == []
+    for page in ("missing", "script", "style", "broken"):
+        assert len(problems(tmp_path, ["sound", page])) == 1, page
