@@ -87,6 +87,8 @@ def test_names() -> None:
     assert environment_name(gym.spec("CartPole-v1")) == "CartPole-v1"
     assert environment_name(my_factory) == "my_factory"
     assert environment_name(CartPoleEnv) == "CartPoleEnv"
+    assert environment_name(partial(CartPoleEnv, render_mode=None)) == "CartPoleEnv"
+    assert environment_name(partial(gym.make, "Pendulum-v1")) == "Pendulum-v1"
     assert environment_name(SyncVectorEnv([CartPoleEnv])) == "SyncVectorEnv"
 
 

@@ -320,6 +320,32 @@ def test_time_series_errors() -> None:
         )
 
 
+def test_reinforce_weights_by_hand() -> None:
+    """Two episodes, γ = 1/2: rewards 1, 2, 4, then truncated with final value 8; and 16, then terminated, padded."""
+    rewards = torch.tensor([[1.0, 16.0], [2.0, 99.0], [4.0, 99.0]])
+    valid = torch.tensor([[True, True], [True, False], [True, False]])
+    no = torch.zeros(3, 2, dtype=torch.bool)
+    terminated, truncated = no.clone(), no.clone()
+    terminated[0, 1] = truncated[2, 0] = True
+    none = torch.empty(0, dtype=torch.long)
+    rollout = Rollout(
+        rewards, rewards, rewards, terminated, truncated, valid, rewards[0], (none, none), none,
+        Episodes.concatenate([]),
+    )  # fmt: skip
+    values, next_values = torch.full((3, 2), 10.0), torch.full((3, 2), 8.0)
+    cases: list[tuple[dict[str, Any], list[list[float]]]] = [
+        ({}, [[3.0, 16.0], [4.0, 0.0], [4.0, 0.0]]),
+        ({"reward_to_go": False}, [[3.0, 16.0], [3.0, 0.0], [3.0, 0.0]]),
+        ({"next_values": next_values}, [[4.0, 16.0], [6.0, 0.0], [8.0, 0.0]]),
+        ({"baseline": "mean"}, [[-3.75, 9.25], [-2.75, 0.0], [-2.75, 0.0]]),  # mean of 3, 4, 4, 16
+        ({"baseline": "mean", "reward_to_go": False}, [[-3.25, 9.75], [-3.25, 0.0], [-3.25, 0.0]]),
+        ({"baseline": "learned", "values": values}, [[-7.0, 6.0], [-6.0, 0.0], [-6.0, 0.0]]),
+    ]
+    for arguments, expected in cases:
+        weights, _ = reinforce_weights(rollout, gamma=0.5, **arguments)
+        assert weights.tolist() == expected, arguments
+
+
 def test_reinforce_weights_needs_values_for_a_learned_baseline() -> None:
     rollout, _ = all_trajectories(tiny_mdp(1.0))
     with pytest.raises(ValueError, match="values must be given with baseline='learned'"):

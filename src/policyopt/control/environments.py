@@ -23,6 +23,8 @@ def environment_name(env: EnvLike) -> str:
         return env
     if isinstance(env, EnvSpec):
         return env.id
+    if isinstance(env, partial):
+        return environment_name(env.args[0] if env.func is gym.make and env.args else env.func)
     spec = getattr(env, "spec", None)
     if spec is not None:
         return str(spec.id)
