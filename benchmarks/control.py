@@ -111,13 +111,10 @@ def child(contestant: str, algorithm: str, seed: int) -> None:
     if library == "policyopt":
         import policyopt.control  # noqa: F401 - imported before the clock starts
     else:
-        import sb3_contrib
         import stable_baselines3  # noqa: F401
     started = time.process_time()
-    if library == "policyopt":
-        steps = run_policyopt(algorithm, seed, mark)
-    else:
-        steps = run_peer(algorithm, setting, seed, mark)
+    ours = library == "policyopt"
+    steps = run_policyopt(algorithm, seed, mark) if ours else run_peer(algorithm, setting, seed, mark)
     cpu = time.process_time() - started
     result = {"cpu": cpu, "steps_per_second": steps / cpu, "cpu_to_threshold": reached.get("cpu"),
               "steps_to_threshold": reached.get("steps")}  # fmt: skip
@@ -195,7 +192,9 @@ def page(results: dict[str, Any]) -> str:
             steps = spread([row["steps_to_threshold"] for row in solved], 0) if solved else "–"
             label = names[contestant].format(peer=peers[algorithm])
             rate = spread([row["steps_per_second"] for row in rows], 0)
-            lines.append(f"| {label} | {rate} | {until} | {steps} | {len(rows) - len(solved)} of {len(rows)} |")
+            lines.append(
+                f"| {label} | {rate} | {until} | {steps} | {len(rows) - len(solved)} of {len(rows)} |"
+            )
         lines += ["", "Ratios within a seed, policyopt over the other:", ""]
         lines += ["| | steps per CPU second | time until solved |", "|---|---:|---:|"]
         for contestant in list(runs)[1:]:
@@ -218,7 +217,8 @@ def page(results: dict[str, Any]) -> str:
         "- Many copies and large minibatches: fewer, fuller calls into PyTorch.",
         "- Adam is fused; statistics leave the graph once per minibatch.",
         "",
-        f"Measured on {results['date']} on one core of: {results['processor']}. Python {results['python']}, {versions}.",
+        f"Measured on {results['date']} on one core of: {results['processor']}. Python {results['python']},",
+        f"{versions}.",
         "",
     ]
     return "\n".join(lines)
@@ -226,7 +226,9 @@ def page(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, save the raw figures beside this script, and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--page", type=Path, default=REPOSITORY / "book" / "benchmarks.md")
     parser.add_argument("--child", nargs=3, metavar=("CONTESTANT", "ALGORITHM", "SEED"))
