@@ -58,9 +58,8 @@ def test_bootstrap_band_is_the_percentile_bootstrap() -> None:
 def test_bootstrap_band_does_not_depend_on_its_blocks() -> None:
     runs = np.random.default_rng(0).normal(size=(10, 300))  # several blocks
     low, high = plotting.bootstrap_band(runs)
-    for column in (0, 150, 299):
-        low_one, high_one = plotting.bootstrap_band(runs[:, column])
-        assert (low[column], high[column]) == (low_one, high_one)
+    pieces = [plotting.bootstrap_band(runs[:, :130]), plotting.bootstrap_band(runs[:, 130:])]
+    np.testing.assert_array_equal([low, high], np.concatenate(pieces, axis=1))
     assert low.shape == (300,)
 
 

@@ -150,7 +150,8 @@ def bootstrap_band(
 
     Whole runs are drawn with replacement, so the dependence of one run's points on each other is kept.
     The band is pointwise: it covers each point with probability ``level``, not the whole curve at once.
-    With one task, this is the stratified bootstrap of the source. A column in which a run is NaN gets NaN.
+    With one task, this is the stratified bootstrap of the source. Where a
+    run is NaN, the band of the default statistic is NaN.
 
     Parameters
     ----------
@@ -196,16 +197,13 @@ def bootstrap_band(
     n_runs = table.shape[0]
     columns = table.reshape(n_runs, -1)
     drawn = np.random.default_rng(seed).integers(n_runs, size=(resamples, n_runs))
-    # A NaN column is taken out first: a resample could miss the NaN run and give it a band that is too good.
-    complete = ~np.isnan(columns).any(axis=0)
-    band = np.full((2, columns.shape[1]), np.nan)
-    # Column by column in blocks, so that memory stays at a few MB however fine the grid of x is.
+    band = np.empty((2, columns.shape[1]))
+    # In blocks of columns, so that memory stays at a few MB however fine the grid of x is.
     block = max(1, 2**20 // (resamples * n_runs))
-    where = np.flatnonzero(complete)
-    for start in range(0, len(where), block):
-        index = where[start : start + block]
-        estimates = statistic(columns[:, index][drawn], axis=1)
-        band[:, index] = np.quantile(estimates, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    for start in range(0, columns.shape[1], block):
+        part = slice(start, start + block)
+        estimates = statistic(columns[:, part][drawn], axis=1)
+        band[:, part] = np.quantile(estimates, [(1 - level) / 2, (1 + level) / 2], axis=0)
     low, high = band.reshape(2, *table.shape[1:])
     return low, high
 
@@ -430,12 +428,8 @@ def _read_episodes(label: str, index: int, episodes: _Episodes) -> tuple[FloatAr
     return steps, returns
 
 
-_ARROWS = (
-    (0, -1),
-    (1, 0),
-    (0, 1),
-    (-1, 0),
-)  # left, down, right, up as (row, column): FrozenLake's order of actions
+# Left, down, right, up as (row, column): FrozenLake's order of actions.
+_ARROWS = ((0, -1), (1, 0), (0, 1), (-1, 0))
 
 
 def plot_grid(
