@@ -71,8 +71,9 @@ def reinforce_weights(
 ) -> tuple[Tensor, Tensor]:
     r"""Weights w_t of the policy gradient, and the return-to-go G_t that they come from.
 
-    The textbook's factor γ^t in front of ∇ log π(a_t|s_t) is left out, as nearly everybody does: the result is the
-    gradient of a mixture of start states rather than of J itself.
+    The textbook's factor γ^t in front of ∇ log π(a_t|s_t) is left out, as nearly everybody does. The result estimates
+    Σ_s η(s) Σ_a Q(s,a) ∇π(a|s) with the undiscounted visits η in place of the discounted ones: not ∇J, and in
+    general the gradient of no function at all (Nota and Thomas 2020, arXiv:1906.07073).
 
     Parameters
     ----------
