@@ -42,7 +42,8 @@ from policyopt.control import (
     train_trpo,
 )
 from policyopt.control import ppo as ppo_module
-from policyopt.control.training import _RewardScaler, build_networks, minibatches
+from policyopt.control.config import build_networks
+from policyopt.control.training import _RewardScaler, minibatches
 from policyopt.losses import ClippedSurrogate, Surrogate, clipped_surrogate_loss, surrogate_loss
 
 SMALL: dict[str, Any] = {"num_envs": 4, "hidden": (16,), "device": "cpu"}

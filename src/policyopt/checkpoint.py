@@ -43,7 +43,7 @@ def save_checkpoint(folder: str | Path, tensors: Mapping[str, Tensor], metadata:
     state = folder / _STATE
     previous = json.loads(state.read_text())["tensors"] if state.exists() else None
     name = f"tensors-{uuid.uuid4().hex[:12]}.safetensors"
-    text = json.dumps({"tensors": name, "metadata": dict(metadata)}, indent=1)
+    text = json.dumps({"tensors": name, "metadata": dict(metadata)}, indent=1, allow_nan=False)
     scratch = folder / f"{_STATE}.{uuid.uuid4().hex[:12]}"
     try:
         # Clones: safetensors refuses tensors that share memory, such as views of one flat vector.

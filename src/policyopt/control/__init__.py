@@ -1,5 +1,6 @@
 """Reinforcement learning on Gymnasium environments: REINFORCE, TRPO and PPO as plain functions."""
 
+from policyopt.control.config import ActorCriticConfig, ControlConfig
 from policyopt.control.environments import EnvLike, make_vector_env
 from policyopt.control.evaluation import Evaluation, evaluate
 from policyopt.control.policies import (
@@ -17,16 +18,9 @@ from policyopt.control.reinforce import (
     reinforce_weights,
     train_reinforce,
 )
+from policyopt.control.results import History, TrainingDivergedError, TrainResult, Update
 from policyopt.control.rollouts import Collector, Episodes, Rollout, sample_episodes
 from policyopt.control.seeds import train_seeds
-from policyopt.control.training import (
-    ActorCriticConfig,
-    ControlConfig,
-    History,
-    TrainingDivergedError,
-    TrainResult,
-    Update,
-)
 from policyopt.control.trpo import TRPOConfig, TRPOUpdate, train_trpo
 
 __all__ = [

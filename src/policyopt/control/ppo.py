@@ -9,17 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from policyopt.control.config import ActorCriticConfig
 from policyopt.control.environments import EnvLike
 from policyopt.control.policies import Policy
-from policyopt.control.training import (
-    ActorCriticConfig,
-    Callback,
-    Run,
-    TrainResult,
-    Update,
-    estimate_advantages,
-    minibatches,
-)
+from policyopt.control.results import TrainResult, Update
+from policyopt.control.training import Callback, Run, estimate_advantages, minibatches
 from policyopt.losses import ClippedSurrogate, aggregate, clipped_surrogate_loss, entropy_loss, value_loss
 
 __all__ = ["PPOConfig", "PPOUpdate", "train_ppo"]

@@ -8,10 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from policyopt.control.config import ControlConfig
 from policyopt.control.environments import EnvLike
 from policyopt.control.policies import Policy
+from policyopt.control.results import TrainResult, Update
 from policyopt.control.rollouts import Rollout
-from policyopt.control.training import Callback, ControlConfig, Run, TrainResult, Update
+from policyopt.control.training import Callback, Run
 from policyopt.estimators import discounted_returns, explained_variance, normalize
 from policyopt.losses import aggregate, entropy_loss, policy_gradient_loss, value_loss
 

@@ -13,7 +13,7 @@ import cloudpickle
 import torch
 from tqdm import tqdm
 
-from policyopt.control.training import TrainingDivergedError, TrainResult
+from policyopt.control.results import TrainingDivergedError, TrainResult
 
 __all__ = ["train_seeds"]
 

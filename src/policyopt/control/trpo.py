@@ -8,17 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from policyopt.control.config import ActorCriticConfig
 from policyopt.control.environments import EnvLike
 from policyopt.control.policies import Policy
-from policyopt.control.training import (
-    ActorCriticConfig,
-    Callback,
-    Run,
-    TrainResult,
-    Update,
-    estimate_advantages,
-    minibatches,
-)
+from policyopt.control.results import TrainResult, Update
+from policyopt.control.training import Callback, Run, estimate_advantages, minibatches
 from policyopt.losses import Surrogate, aggregate, surrogate_loss, value_loss
 from policyopt.trust_region import trust_region_step
 

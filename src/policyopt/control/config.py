@@ -1,0 +1,154 @@
+"""Settings of a training run, and what they name: the device and the networks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import gymnasium as gym
+import torch
+
+from policyopt.control.policies import Critic, Policy, make_policy
+
+__all__ = ["ActorCriticConfig", "ControlConfig", "build_networks", "resolve_device"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlConfig:
+    """Settings that every control algorithm has. Frozen: use ``dataclasses.replace`` to change one."""
+
+    total_steps: int = 100_000
+    """Environment steps to train for, over all copies. Training ends after the update that reaches it."""
+    num_envs: int = 32
+    """Copies of the environment, side by side."""
+    gamma: float = 0.99
+    """Discount γ per step, in [0, 1]."""
+    hidden: tuple[int, ...] = (64, 64)
+    """Width of each hidden layer, policy and critic alike."""
+    activation: Literal["tanh", "relu"] = "tanh"
+    orthogonal_init: bool = True
+    """Orthogonal weights, output gain 0.01 (policy) and 1 (critic); False is PyTorch's default."""
+    normalize_observations: bool | None = None
+    """Running normalisation of Box observations; None means: when the actions are continuous."""
+    normalize_rewards: bool = False
+    """Divide rewards by the running standard deviation of the discounted return, so that values are of order 1."""
+    initial_log_std: float = 0.0
+    """Initial log σ of a Gaussian policy, on the scale where the action bounds are ±1."""
+    device: str = "auto"
+    """"auto" takes cuda, then mps, then cpu; or any PyTorch device name."""
+    cpu_threads: int = 1
+    """CPU threads that PyTorch may use while training. Networks this small are fastest with one: a second thread
+    waits more than it works, and the last digits of the results would depend on the number of cores."""
+    compile: bool = False
+    """torch.compile the networks. It pays for large networks on a GPU, hardly for small ones on a CPU."""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            allowed = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
+            allowed = allowed.removeprefix("typing.").replace("float", "finite float")
+            self._check(name, _fits(getattr(self, name), hint), allowed)
+        self._check("total_steps", self.total_steps >= 1, ">= 1")
+        self._check("num_envs", self.num_envs >= 1, ">= 1")
+        self._check("cpu_threads", self.cpu_threads >= 1, ">= 1")
+        self._check("gamma", 0 <= self.gamma <= 1, "in [0, 1]")
+        self._check("hidden", all(width >= 1 for width in self.hidden), "a tuple of widths >= 1")
+
+    def _check(self, name: str, ok: bool, allowed: str) -> None:
+        if not ok:
+            raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is what a config's annotation says; an int will do for a float, NaN and infinity will not."""
+    origin, options = get_origin(hint), get_args(hint)
+    if origin is UnionType:
+        return any(_fits(value, option) for option in options)
+    if origin is Literal:
+        return value in options
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, options[0]) for item in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorCriticConfig(ControlConfig):
+    """Settings that TRPO and PPO have in common: how a batch is collected and its advantages estimated."""
+
+    rollout_steps: int | None = 64
+    """Steps per copy and update; None runs one whole episode per copy instead."""
+    gae_lambda: float = 0.95
+    """λ of the advantage estimate, in [0, 1]."""
+    use_critic: bool = True
+    """False takes V = 0, so that the advantage is a λ-discounted sum of rewards. It needs whole episodes
+    (``rollout_steps=None``): without V nothing stands for the rewards after a cut."""
+    normalize_advantages: bool = True
+    """Shift and scale advantages to mean 0 and standard deviation 1 over the batch."""
+    bootstrap_truncated: bool = True
+    """False treats a time limit as a terminal state: a common mistake, kept to be measured."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check("rollout_steps", self.rollout_steps is None or self.rollout_steps >= 1, ">= 1 or None")
+        self._check("gae_lambda", 0 <= self.gae_lambda <= 1, "in [0, 1]")
+        self._check(
+            "use_critic", self.use_critic or self.rollout_steps is None, "True unless rollout_steps is None"
+        )
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device for a config's ``device`` field; ``"auto"`` takes cuda, then mps, then cpu.
+
+    Raises
+    ------
+    ValueError
+        If PyTorch does not know the name, or the machine does not have the device.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device must be 'auto' or a device that this machine has (such as 'cpu'), got {name!r}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    return device
+
+
+def build_networks(
+    observation_space: gym.Space[Any],
+    action_space: gym.Space[Any],
+    config: ControlConfig,
+    *,
+    critic: bool,
+    generator: torch.Generator,
+) -> tuple[Policy, Critic | None]:
+    """Build the policy and, on request, the critic that a config describes (on the CPU)."""
+    continuous = isinstance(action_space, gym.spaces.Box)
+    normalize = config.normalize_observations
+    policy = make_policy(
+        observation_space,
+        action_space,
+        hidden=config.hidden,
+        activation=config.activation,
+        normalize_observations=continuous if normalize is None else normalize,
+        orthogonal=config.orthogonal_init,
+        log_std=config.initial_log_std,
+        generator=generator,
+    )
+    if not critic:
+        return policy, None
+    return policy, Critic(
+        policy.encoder,
+        hidden=config.hidden,
+        activation=config.activation,
+        orthogonal=config.orthogonal_init,
+        generator=generator,
+    )
