@@ -10,6 +10,9 @@ from hypothesis import settings
 settings.register_profile("policyopt", derandomize=True, deadline=None, max_examples=25, database=None)
 settings.load_profile("policyopt")
 
+# The tensors here are tiny: a second thread would only wait, above all when tests run in several processes.
+torch.set_num_threads(1)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what is marked ``cuda`` where there is no CUDA device."""

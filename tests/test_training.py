@@ -177,7 +177,7 @@ def test_the_number_of_threads_is_put_back(train: Any, ending: str) -> None:
 
     with warnings.catch_warnings(), contextlib.suppress(RuntimeError):
         warnings.simplefilter("ignore")
-        with_config(train, cpu_threads=before + 1)(callback=callback)
+        with_config(train, cpu_threads=before + 1, total_steps=1)(callback=callback)
     assert set(during) == {before + 1}
     assert torch.get_num_threads() == before
 
