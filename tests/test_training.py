@@ -162,7 +162,7 @@ def test_the_entropy_bonus_keeps_the_policy_spread_out(train: Any) -> None:
     wide = with_config(
         train, orthogonal_init=False, learning_rate=0.05, total_steps=2000, entropy_coef=100.0
     )(seed=1)
-    assert wide.history[-1].entropy > 0.999 * math.log(2) > narrow.history[-1].entropy
+    assert wide.history[-1].entropy > 0.97 * math.log(2) > narrow.history[-1].entropy
 
 
 @ALGORITHMS
