@@ -150,7 +150,7 @@ def conjugate_gradient(
 
     Raises
     ------
-    ValueError
+    FloatingPointError
         If A turns out not to be positive definite along a search direction (curvature ≤ 0, or NaN).
 
     References
@@ -179,7 +179,7 @@ def conjugate_gradient(
         product = matvec(direction)
         curvature = direction @ product
         if not bool(curvature > 0):
-            raise ValueError(
+            raise FloatingPointError(
                 f"matvec must be positive definite, but vᵀAv = {curvature.item():.3g} along a search direction: "
                 "raise the damping, or check for NaN in the data"
             )
