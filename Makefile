@@ -31,8 +31,10 @@ serve: book ## render the book and serve it on http://localhost:8000 (PORT=...)
 jupyter: $(VENV)/.lab ## open the chapters in JupyterLab
 	@$(BIN)/python -m jupyterlab --notebook-dir book
 
+# One notebook at a time: each spreads its seeds over all cores, so the seconds printed at the end are its own.
 test: $(VENV)/.ready ## run everything: package, doctests, book structure, every cell of every notebook
-	@$(PYTEST)
+	@$(PYTEST) -m "not notebook"
+	@$(BIN)/python -m pytest -m notebook -q $(PYTEST_ARGS) book
 	@echo "All tests passed, notebooks included."
 
 test-quick: $(VENV)/.ready ## the same without running the notebooks

@@ -23,6 +23,7 @@ from notebooks import KERNEL_ENVIRONMENT, committed_problem
 
 REL_TOL, ABS_TOL = 1e-5, 1e-8
 FLOAT = re.compile(r"[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE][-+]?\d))(?:[eE][-+]?\d+)?")
+SECONDS_PER_CHAPTER = 120
 PICTURES = ("image/svg+xml", "application/pdf")
 
 os.environ.update(KERNEL_ENVIRONMENT)
@@ -114,4 +115,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if seconds:
         terminalreporter.section("seconds per notebook, kernel start included")
         for path, spent in sorted(seconds.items()):
-            terminalreporter.write_line(f"{spent:7.1f}  {path}")
+            over = (
+                f"  (over the limit of {SECONDS_PER_CHAPTER} s on two cores)"
+                if spent > SECONDS_PER_CHAPTER
+                else ""
+            )
+            terminalreporter.write_line(f"{spent:7.1f}  {path}{over}")
