@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import gymnasium as gym
 import torch
 
-from policyopt.control.policies import Critic, Policy, make_policy
+from policyopt.control.policies import Critic, ObservationEncoder, Policy, make_policy
 
-__all__ = ["ActorCriticConfig", "ControlConfig", "build_networks", "resolve_device"]
+__all__ = ["ActorCriticConfig", "ControlConfig", "build_critic", "build_networks", "resolve_device"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,10 +143,13 @@ def build_networks(
         log_std=config.initial_log_std,
         generator=generator,
     )
-    if not critic:
-        return policy, None
-    return policy, Critic(
-        policy.encoder,
+    return policy, build_critic(policy.encoder, config, generator=generator) if critic else None
+
+
+def build_critic(encoder: ObservationEncoder, config: ControlConfig, *, generator: torch.Generator) -> Critic:
+    """Build the critic that a config describes (on the CPU), on the encoder of its policy."""
+    return Critic(
+        encoder,
         hidden=config.hidden,
         activation=config.activation,
         orthogonal=config.orthogonal_init,

@@ -17,7 +17,7 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from policyopt.control.config import ActorCriticConfig, build_networks, resolve_device
+from policyopt.control.config import ActorCriticConfig, build_critic, build_networks, resolve_device
 from policyopt.control.environments import (
     EnvLike,
     environment_name,
@@ -121,8 +121,8 @@ class Run(Generic[ConfigT, RowT]):
     """The frame of a training loop.
 
     A trainer makes one, loops inside ``with run:`` while :attr:`unfinished`, calls :meth:`collect` and :meth:`log`
-    once per update, and returns :meth:`result`. The frame owns the
-    environment's life, the random streams, the record, and the ways in which a run can end early.
+    once per update, and returns :meth:`result`. The frame owns the environment's life, the random streams, the
+    record, and the ways in which a run can end early.
     """
 
     def __init__(
@@ -162,13 +162,17 @@ class Run(Generic[ConfigT, RowT]):
         progress: bool,
     ) -> None:
         config = self.config
-        # One CPU generator starts the weights, so they do not depend on the device.
-        built, self.critic = (
-            build_networks(*self.spaces, config, critic=critic, generator=torch.Generator().manual_seed(seed))
-            if policy is None
-            else (policy, self._critic_for(policy, seed) if critic else None)
-        )
-        self.policy: Policy = built
+        # A CPU generator starts the weights, so they do not depend on the device.
+        start_weights = torch.Generator().manual_seed(seed)
+        self.policy: Policy
+        self.critic: Critic | None
+        if policy is None:
+            self.policy, self.critic = build_networks(
+                *self.spaces, config, critic=critic, generator=start_weights
+            )
+        else:
+            self.policy = policy
+            self.critic = build_critic(policy.encoder, config, generator=start_weights) if critic else None
         self.history: History[RowT] = History()
         self._episodes: list[Episodes] = []
         self.stop_reason = "budget"
@@ -184,7 +188,7 @@ class Run(Generic[ConfigT, RowT]):
             self._episodes.append(resume.episodes)
             self._resumed_optimizer = resume.optimizer_state
             statistics, start = resume.reward_statistics, resume.steps
-        for module in (self.policy,) if self.critic is None else (self.policy, self.critic):
+        for module in self._networks():
             module.to(self.device)
             if config.compile:
                 # The inner network, where there is one: the distribution around it is plain Python.
@@ -206,19 +210,8 @@ class Run(Generic[ConfigT, RowT]):
         self._good = self._snapshot()
         self._stopped = False
         self._progress = progress
-        self._threads = torch.get_num_threads()
         self._optimizer: torch.optim.Optimizer | None = None
         self._started = time.perf_counter()
-
-    def _critic_for(self, policy: Policy, seed: int) -> Critic:
-        config = self.config
-        return Critic(
-            policy.encoder,
-            hidden=config.hidden,
-            activation=config.activation,
-            orthogonal=config.orthogonal_init,
-            generator=torch.Generator().manual_seed(seed),
-        )
 
     def _check_resumable(self, resume: TrainResult[ConfigT, RowT]) -> None:
         if resume.algorithm != self.algorithm:
@@ -240,8 +233,7 @@ class Run(Generic[ConfigT, RowT]):
 
     def trainable(self) -> list[nn.Parameter]:
         """Return the parameters of the policy, then those of the critic."""
-        modules = [self.policy] if self.critic is None else [self.policy, self.critic]
-        return [p for module in modules for p in module.parameters()]
+        return [p for module in self._networks() for p in module.parameters()]
 
     def adam(self, parameters: Sequence[nn.Parameter], learning_rate: float) -> torch.optim.Adam:
         """Make the optimiser, with the resumed state if there is one to restore."""
@@ -376,6 +368,9 @@ class Run(Generic[ConfigT, RowT]):
         error.__dict__["result"] = self.result()
         error.add_note("The policy trained so far is in this exception's .result")
         return False
+
+    def _networks(self) -> list[nn.Module]:
+        return [self.policy] if self.critic is None else [self.policy, self.critic]
 
     def _close(self) -> None:
         if self._bar is not None:
