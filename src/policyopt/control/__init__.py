@@ -18,10 +18,10 @@ from policyopt.control.reinforce import (
     reinforce_weights,
     train_reinforce,
 )
-from policyopt.control.results import History, TrainingDivergedError, TrainResult, Update
+from policyopt.control.results import TrainResult, Update
 from policyopt.control.rollouts import Collector, Episodes, Rollout, sample_episodes
-from policyopt.control.seeds import train_seeds
 from policyopt.control.trpo import TRPOConfig, TRPOUpdate, train_trpo
+from policyopt.runs import History, TrainingDivergedError, train_seeds
 
 __all__ = [
     "ActorCriticConfig",

@@ -1,22 +1,21 @@
-"""Settings of a training run, and what they name: the device and the networks."""
+"""Settings of a training run, and the networks that they name."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import gymnasium as gym
 import torch
 
 from policyopt.control.policies import Critic, ObservationEncoder, Policy, make_policy
+from policyopt.runs import Settings
 
-__all__ = ["ActorCriticConfig", "ControlConfig", "build_critic", "build_networks", "resolve_device"]
+__all__ = ["ActorCriticConfig", "ControlConfig", "build_critic", "build_networks"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ControlConfig:
+class ControlConfig(Settings):
     """Settings that every control algorithm has. Frozen: use ``dataclasses.replace`` to change one."""
 
     total_steps: int = 100_000
@@ -45,33 +44,12 @@ class ControlConfig:
     """torch.compile the networks. It pays for large networks on a GPU, hardly for small ones on a CPU."""
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            allowed = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
-            allowed = allowed.removeprefix("typing.").replace("float", "finite float")
-            self._check(name, _fits(getattr(self, name), hint), allowed)
+        super().__post_init__()
         self._check("total_steps", self.total_steps >= 1, ">= 1")
         self._check("num_envs", self.num_envs >= 1, ">= 1")
         self._check("cpu_threads", self.cpu_threads >= 1, ">= 1")
         self._check("gamma", 0 <= self.gamma <= 1, "in [0, 1]")
         self._check("hidden", all(width >= 1 for width in self.hidden), "a tuple of widths >= 1")
-
-    def _check(self, name: str, ok: bool, allowed: str) -> None:
-        if not ok:
-            raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is what a config's annotation says; an int will do for a float, NaN and infinity will not."""
-    origin, options = get_origin(hint), get_args(hint)
-    if origin is UnionType:
-        return any(_fits(value, option) for option in options)
-    if origin is Literal:
-        return value in options
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(item, options[0]) for item in value)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,29 +75,6 @@ class ActorCriticConfig(ControlConfig):
         self._check(
             "use_critic", self.use_critic or self.rollout_steps is None, "True unless rollout_steps is None"
         )
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the device for a config's ``device`` field; ``"auto"`` takes cuda, then mps, then cpu.
-
-    Raises
-    ------
-    ValueError
-        If PyTorch does not know the name, or the machine does not have the device.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"device must be 'auto' or a device that this machine has (such as 'cpu'), got {name!r}: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
-    return device
 
 
 def build_networks(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import importlib
 import math
@@ -14,15 +13,15 @@ from typing import Any, Generic, TypeVar
 import gymnasium as gym
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from policyopt.checkpoint import load_checkpoint, save_checkpoint
 from policyopt.control.config import ControlConfig, build_networks
 from policyopt.control.policies import Critic, Policy
 from policyopt.control.rollouts import Episodes
+from policyopt.runs import History
 
-__all__ = ["ConfigT", "History", "RowT", "TrainResult", "TrainingDivergedError", "Update"]
+__all__ = ["ConfigT", "RowT", "TrainResult", "Update"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,42 +40,6 @@ class Update:
 
 RowT = TypeVar("RowT", bound=Update)
 ConfigT = TypeVar("ConfigT", bound=ControlConfig)
-
-
-class History(list[RowT]):
-    """The rows of a run, one per update; a list with columns."""
-
-    def column(self, name: str) -> NDArray[Any]:
-        """Return one field of every row.
-
-        Raises
-        ------
-        ValueError
-            If the rows have no such field.
-        """
-        if self and name not in (names := [f.name for f in dataclasses.fields(self[0])]):
-            raise ValueError(f"name must be one of {names}, got {name!r}")
-        return np.array([getattr(row, name) for row in self])
-
-    def table(self) -> dict[str, NDArray[Any]]:
-        """Return all columns by name, ready for ``pandas.DataFrame``."""
-        return {f.name: self.column(f.name) for f in dataclasses.fields(self[0])} if self else {}
-
-    def to_csv(self, path: str | Path) -> None:
-        """Write the table with a header line."""
-        table = self.table()
-        with Path(path).open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(table)
-            writer.writerows(zip(*(column.tolist() for column in table.values()), strict=True))
-
-
-class TrainingDivergedError(FloatingPointError):
-    """A parameter or statistic became NaN or infinite; ``result`` holds the last good policy."""
-
-    def __init__(self, message: str, result: TrainResult[Any, Any]) -> None:
-        super().__init__(message)
-        self.result = result
 
 
 @dataclass
@@ -103,6 +66,12 @@ class TrainResult(Generic[ConfigT, RowT]):
     """Observation and action space of one environment."""
     reward_statistics: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Running (mean, variance, count) of the discounted return, when rewards are normalised."""
+
+    def cpu(self) -> None:
+        """Move the networks to the CPU, in place."""
+        for network in (self.policy, self.critic):
+            if network is not None:
+                network.cpu()
 
     def save(self, folder: str | Path) -> Path:
         """Write weights and optimiser state (safetensors) and all the rest (JSON), atomically; return the folder.

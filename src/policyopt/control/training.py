@@ -17,7 +17,7 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from policyopt.control.config import ActorCriticConfig, build_critic, build_networks, resolve_device
+from policyopt.control.config import ActorCriticConfig, build_critic, build_networks
 from policyopt.control.environments import (
     EnvLike,
     environment_name,
@@ -25,9 +25,10 @@ from policyopt.control.environments import (
     make_vector_env,
 )
 from policyopt.control.policies import Critic, Policy
-from policyopt.control.results import ConfigT, History, RowT, TrainingDivergedError, TrainResult
+from policyopt.control.results import ConfigT, RowT, TrainResult
 from policyopt.control.rollouts import Collector, Episodes, Rollout
 from policyopt.estimators import explained_variance, gae, normalize
+from policyopt.runs import History, TrainingDivergedError, resolve_device
 
 __all__ = ["Advantages", "Callback", "Run", "estimate_advantages", "minibatches"]
 

@@ -1,0 +1,265 @@
+"""What every training run needs, whatever it trains: settings, a history, streams of seeds, many seeds at once."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import dataclasses
+import math
+import multiprocessing
+import os
+import pickle
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints, overload
+
+import cloudpickle
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+__all__ = ["History", "Settings", "TrainingDivergedError", "derive_seed", "resolve_device", "train_seeds"]
+
+RowT = TypeVar("RowT", bound="DataclassInstance")
+ResultT = TypeVar("ResultT")
+KeyT = TypeVar("KeyT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base of every config: a frozen dataclass whose fields are checked against their annotations.
+
+    Use ``dataclasses.replace`` to change a field.
+    """
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            allowed = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
+            allowed = allowed.removeprefix("typing.").replace("float", "finite float")
+            self._check(name, _fits(getattr(self, name), hint), allowed)
+
+    def _check(self, name: str, ok: bool, allowed: str) -> None:
+        if not ok:
+            raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is what a config's annotation says; an int will do for a float, NaN and infinity will not."""
+    origin, options = get_origin(hint), get_args(hint)
+    if origin is UnionType:
+        return any(_fits(value, option) for option in options)
+    if origin is Literal:
+        return value in options
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, options[0]) for item in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device for a config's ``device`` field; ``"auto"`` takes cuda, then mps, then cpu.
+
+    Raises
+    ------
+    ValueError
+        If PyTorch does not know the name, or the machine does not have the device.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device must be 'auto' or a device that this machine has (such as 'cpu'), got {name!r}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    return device
+
+
+def derive_seed(*path: int) -> int:
+    """Hash integers ≥ 0, such as (seed, step, purpose), into a seed of 63 bits.
+
+    Streams that differ anywhere in the path are independent, and none has to be carried along: a run that is resumed
+    at step 1,000 draws what the uninterrupted run draws there.
+
+    Examples
+    --------
+    >>> derive_seed(0, 1) == derive_seed(0, 1), derive_seed(0, 1) == derive_seed(1, 0)
+    (True, False)
+    """
+    return int(np.random.SeedSequence(list(path)).generate_state(1, np.uint64)[0] >> 1)
+
+
+class History(list[RowT]):
+    """The rows of a run, one per update; a list with columns."""
+
+    def column(self, name: str) -> NDArray[Any]:
+        """Return one field of every row.
+
+        Raises
+        ------
+        ValueError
+            If the rows have no such field.
+        """
+        if self and name not in (names := [f.name for f in dataclasses.fields(self[0])]):
+            raise ValueError(f"name must be one of {names}, got {name!r}")
+        return np.array([getattr(row, name) for row in self])
+
+    def table(self) -> dict[str, NDArray[Any]]:
+        """Return all columns by name, ready for ``pandas.DataFrame``."""
+        return {f.name: self.column(f.name) for f in dataclasses.fields(self[0])} if self else {}
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the table with a header line."""
+        table = self.table()
+        with Path(path).open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(table)
+            writer.writerows(zip(*(column.tolist() for column in table.values()), strict=True))
+
+
+class TrainingDivergedError(FloatingPointError):
+    """A parameter or statistic became NaN or infinite; ``result`` holds the last good policy."""
+
+    def __init__(self, message: str, result: Any) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+@overload
+def train_seeds(
+    runs: Callable[..., ResultT],
+    seeds: int | Sequence[int] = ...,
+    *,
+    workers: int | None = ...,
+    progress: bool = ...,
+) -> list[ResultT]: ...
+@overload
+def train_seeds(
+    runs: Mapping[KeyT, Callable[..., ResultT]],
+    seeds: int | Sequence[int] = ...,
+    *,
+    workers: int | None = ...,
+    progress: bool = ...,
+) -> dict[KeyT, list[ResultT]]: ...
+def train_seeds(
+    runs: Callable[..., ResultT] | Mapping[KeyT, Callable[..., ResultT]],
+    seeds: int | Sequence[int] = 10,
+    *,
+    workers: int | None = None,
+    progress: bool = True,
+) -> list[ResultT] | dict[KeyT, list[ResultT]]:
+    """Repeat one training run, or several variants of it, over seeds, in parallel processes.
+
+    Parameters
+    ----------
+    runs : callable, or mapping of label to callable
+        Each is called as ``run(seed=seed, progress=False)``; make it with ``functools.partial``. Functions defined in
+        a notebook may be used.
+    seeds : int or sequence of int
+        A number ``n`` means 0 … n − 1.
+    workers : int, optional
+        Processes; by default one per core that this process may use. Each computes with one thread. 1 runs in this
+        process. In a script the call must stand under ``if __name__ == "__main__":``.
+    progress : bool
+        Show a bar that counts finished runs.
+
+    Returns
+    -------
+    list of results, or dict of label to list
+        What the callables return (each needs a method ``cpu``), in the order of ``seeds``. A run that diverged is
+        represented by its last good result, whose ``stop_reason`` tells.
+
+    Examples
+    --------
+    >>> from functools import partial
+    >>> from policyopt.control import PPOConfig, train_ppo, train_seeds
+    >>> short = PPOConfig(total_steps=2_000, device="cpu")
+    >>> results = train_seeds(partial(train_ppo, "CartPole-v1", short), seeds=2, workers=1, progress=False)
+    >>> [result.seed for result in results]
+    [0, 1]
+    """
+    seed_list = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if not seed_list:
+        raise ValueError(f"seeds must name at least one seed, got {seeds!r}")
+    variants: Mapping[Any, Callable[..., ResultT]] = runs if isinstance(runs, Mapping) else {None: runs}
+    jobs = [(label, seed) for label in variants for seed in seed_list]
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be >= 1 or None, got {workers!r}")
+    processes = min(workers or available, len(jobs))
+
+    results: dict[tuple[Any, int], ResultT] = {}
+    # Only ever disabled here, never forced on: TQDM_DISABLE must keep its say.
+    switch: dict[str, Any] = {} if progress else {"disable": True}
+    with tqdm(total=len(jobs), desc="runs", **switch) as bar:
+        if processes == 1:
+            for label, seed in jobs:
+                # A copy, as the processes below have: what one run trains must not be where the next one starts.
+                result = results[label, seed] = _run(copy.deepcopy(variants[label]), seed)
+                if getattr(result, "stop_reason", None) == "interrupted":
+                    raise KeyboardInterrupt  # Ctrl-C means all the runs, not just this one
+                bar.update()
+        else:
+            with ProcessPoolExecutor(processes, _context(), _start_worker) as pool:
+                # cloudpickle carries functions that were defined in a notebook or a script.
+                futures: dict[Future[bytes], tuple[Any, int]] = {
+                    pool.submit(_run_pickled, cloudpickle.dumps((variants[label], seed))): (label, seed)
+                    for label, seed in jobs
+                }
+                try:
+                    for future in as_completed(futures):
+                        results[futures[future]] = pickle.loads(future.result())
+                        bar.update()
+                except BaseException as error:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    if isinstance(error, Exception):
+                        error.add_note(f"in the run {futures[future]} (label, seed)")
+                    raise
+    grouped = {label: [results[label, seed] for seed in seed_list] for label in variants}
+    return grouped if isinstance(runs, Mapping) else grouped[None]
+
+
+def _run(run: Callable[..., ResultT], seed: int) -> ResultT:
+    try:
+        return run(seed=seed, progress=False)
+    except TrainingDivergedError as error:
+        return error.result  # type: ignore[no-any-return]
+
+
+def _run_pickled(job: bytes) -> bytes:
+    run, seed = pickle.loads(job)
+    result = _run(run, seed)
+    result.cpu()  # tensors of a GPU could not outlive this process
+    return cloudpickle.dumps(result)  # type: ignore[no-any-return]
+
+
+def _start_worker() -> None:
+    # The parallelism is over runs; more threads per run would only fight each other.
+    torch.set_num_threads(1)
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """Return a start method that is safe beside PyTorch's threads.
+
+    A fork of this process could inherit a locked thread pool. A fork server imports PyTorch once and forks from a
+    clean state, which makes a second pool start at once; Windows has only "spawn".
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    halves = ("policyopt.control", "policyopt.lm")
+    context.set_forkserver_preload([half for half in halves if half in sys.modules])
+    return context
