@@ -9,24 +9,33 @@ side by side. Two flags end an episode and they are never mixed up:
     the episode was cut (time limit, end of the buffer) although the state has a future. That future is worth
     ``next_values[t]`` = V(final observation), which is bootstrapped; the λ-trace stops there all the same.
 
-Every function here is pure: tensors in, tensors out, no gradient history is required or removed.
+Completions of a language model come the other way round, ``[B, T]``, one row per completion, with a Boolean
+``mask`` that holds at their tokens, the end-of-sequence token included.
+
+Every function here is pure: tensors in, tensors out. No gradient history is required or removed, except by
+:func:`importance_weights`, whose result is data.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "adaptive_kl_coefficient",
     "discounted_returns",
     "explained_variance",
     "gae",
     "group_relative_advantages",
+    "importance_weights",
     "kl_estimate",
+    "kl_shaped_rewards",
     "leave_one_out_advantages",
     "normalize",
+    "sequence_log_prob",
     "td_errors",
 ]
 
@@ -36,13 +45,20 @@ def _check_fraction(name: str, value: float) -> None:
         raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
 
 
-def _check_same_shape(**tensors: Tensor) -> None:
-    (first, reference), *others = tensors.items()
-    for name, tensor in others:
+def _check_match(reference_name: str, reference: Tensor, **others: Tensor) -> None:
+    """Refuse shapes that differ, which broadcasting would hide; :mod:`policyopt.losses` uses it too."""
+    for name, tensor in others.items():
         if tensor.shape != reference.shape:
             raise ValueError(
-                f"{name} must have the shape of {first}, {tuple(reference.shape)}, got {tuple(tensor.shape)}"
+                f"{name} must have the shape of {reference_name}, {tuple(reference.shape)}, "
+                f"got {tuple(tensor.shape)}"
             )
+
+
+def _check_same_shape(**tensors: Tensor) -> None:
+    """Check a time series: equal shapes, time first, at least one step."""
+    (first, reference), *others = tensors.items()
+    _check_match(first, reference, **dict(others))
     if reference.ndim == 0 or reference.shape[0] == 0:
         raise ValueError(
             f"{first} must have a time dimension first, [T, ...] with T > 0, got {tuple(reference.shape)}"
@@ -255,7 +271,8 @@ def leave_one_out_advantages(rewards: Tensor) -> Tensor:
     r"""Advantage of each sample against the mean of the *others* in its group.
 
     A_i = r_i − (1/(K−1)) Σ_{j≠i} r_j. The baseline does not depend on sample i, so the gradient estimate stays
-    unbiased. It equals K/(K−1) times the unscaled :func:`group_relative_advantages`.
+    unbiased. It equals K/(K−1) times the unscaled :func:`group_relative_advantages`, and is computed so: equal rewards
+    give exactly 0.
 
     Parameters
     ----------
@@ -275,7 +292,7 @@ def leave_one_out_advantages(rewards: Tensor) -> Tensor:
     """
     _check_group(rewards)
     k = rewards.shape[-1]
-    return rewards - (rewards.sum(dim=-1, keepdim=True) - rewards) / (k - 1)
+    return _centre(rewards) * (k / (k - 1))
 
 
 def _check_group(rewards: Tensor) -> None:
@@ -324,9 +341,7 @@ def kl_estimate(
     >>> [round((p * kl_estimate(p.log(), q.log(), kind)).sum().item(), 4) for kind in ("k1", "k2", "k3")]
     [0.1438, 0.1612, 0.1438]
     """
-    _check_same_shape(
-        log_prob=torch.atleast_1d(log_prob), reference_log_prob=torch.atleast_1d(reference_log_prob)
-    )
+    _check_match("log_prob", log_prob, reference_log_prob=reference_log_prob)
     log_ratio = reference_log_prob - log_prob
     if kind == "k1":
         return -log_ratio
@@ -335,6 +350,184 @@ def kl_estimate(
     if kind == "k3":
         return torch.expm1(log_ratio) - log_ratio
     raise ValueError(f"kind must be 'k1', 'k2' or 'k3', got {kind!r}")
+
+
+def kl_shaped_rewards(
+    scores: Tensor,
+    log_prob: Tensor,
+    reference_log_prob: Tensor,
+    mask: Tensor,
+    *,
+    beta: float,
+    kind: Literal["k1", "k2", "k3"] = "k1",
+) -> Tensor:
+    r"""Rewards of the tokens in RLHF: a KL penalty on each, and the completion's score on the last.
+
+    .. math:: r_t = -\beta\,\mathrm{kl}_t + [t \text{ is the last token}]\cdot\text{score}
+
+    With k1, kl_t = log π(a_t|s_t) − log π_ref(a_t|s_t), the undiscounted return of a completion is
+    score − β log(π/π_ref) of the whole, so that the policy gradient of these rewards is *exactly* the gradient of
+    E[score] − β KL(π ‖ π_ref). With k2 and k3 it is not.
+
+    Parameters
+    ----------
+    scores : Tensor
+        Shape ``[B]``, one score per completion, in units of reward.
+    log_prob, reference_log_prob : Tensor
+        Shape ``[B, T]``, of the sampled tokens, in nats.
+    mask : Tensor
+        Boolean ``[B, T]``; its last True marks the last token, wherever the padding is.
+    beta : float
+        β ≥ 0, units of reward per nat.
+    kind : {"k1", "k2", "k3"}
+        See :func:`kl_estimate`.
+
+    Returns
+    -------
+    Tensor
+        Shape ``[B, T]``; 0 at padding, whatever the log-probabilities hold there.
+
+    Raises
+    ------
+    ValueError
+        If a completion has no token, so that there is nowhere to put its score.
+
+    References
+    ----------
+    Ziegler et al. (2019), Fine-tuning language models from human preferences, arXiv:1909.08593, eq. 2.
+
+    Examples
+    --------
+    >>> import torch
+    >>> log_prob, mask = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[True, True, False]])
+    >>> kl_shaped_rewards(torch.tensor([5.0]), log_prob, log_prob - 1, mask, beta=0.5)
+    tensor([[-0.5000,  4.5000,  0.0000]])
+    """
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"beta must be finite and >= 0, got {beta!r}")
+    _check_match("log_prob", log_prob, reference_log_prob=reference_log_prob, mask=mask)
+    if log_prob.ndim != 2 or scores.shape != log_prob.shape[:1]:
+        raise ValueError(
+            f"log_prob must have the shape [B, T] and scores [B], got {tuple(log_prob.shape)} and {tuple(scores.shape)}"
+        )
+    position = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    last = torch.where(mask, position, -1).amax(dim=1, keepdim=True)
+    if bool((last < 0).any()):
+        empty = (last < 0).flatten().nonzero().flatten().tolist()
+        raise ValueError(f"mask must hold at least one token in every row, got none in {empty}; drop them")
+    penalty = torch.where(mask, kl_estimate(log_prob, reference_log_prob, kind), 0.0)
+    return torch.where(position == last, scores.unsqueeze(1), 0.0) - beta * penalty
+
+
+def adaptive_kl_coefficient(beta: float, kl: float, *, target: float, gain: float = 0.1) -> float:
+    r"""Return the KL penalty's next coefficient, so that the KL divergence settles near a target.
+
+    .. math:: \beta \leftarrow \beta\,\bigl(1 + K_\beta\, e\bigr), \qquad
+              e = \operatorname{clip}\Bigl(\frac{\mathrm{KL} - \text{target}}{\text{target}}, -0.2, 0.2\Bigr)
+
+    Parameters
+    ----------
+    beta : float
+        Present coefficient β > 0, units of reward per nat.
+    kl : float
+        KL(π ‖ π_ref) of a completion measured on the last batch, in nats.
+    target : float
+        The divergence wanted, in nats, > 0.
+    gain : float
+        K_β, in (0, 5): one update changes β by at most a factor of 1 ± 0.2 K_β.
+
+    References
+    ----------
+    Ziegler et al. (2019), arXiv:1909.08593, §2.2, with K_β = 0.1.
+
+    Examples
+    --------
+    >>> [round(adaptive_kl_coefficient(1.0, kl, target=5.0), 3) for kl in (0.0, 4.9, 5.0, 50.0)]
+    [0.98, 0.998, 1.0, 1.02]
+    """
+    for name, value in (("beta", beta), ("target", target)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be finite and > 0, got {value!r}")
+    if not 0 < gain < 5:
+        raise ValueError(f"gain must lie in (0, 5), so that beta stays positive, got {gain!r}")
+    if not math.isfinite(kl):
+        raise ValueError(f"kl must be finite, got {kl!r}: the policy has probably diverged")
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return beta * (1 + gain * error)
+
+
+def importance_weights(log_prob: Tensor, sampler_log_prob: Tensor, *, cap: float) -> Tensor:
+    r"""Return the truncated importance weights min(π(a|s) / π_sampler(a|s), cap), with no gradient.
+
+    They correct a loss whose samples came from a slightly different policy than the trainer believes: another
+    numerical precision, another kernel, an older copy of the weights. Without truncation the correction is
+    unbiased, but its variance may be infinite; truncation bounds it, at the price of a bias that only counts where
+    the ratio exceeds the cap.
+
+    Parameters
+    ----------
+    log_prob, sampler_log_prob : Tensor
+        log-probabilities of the sampled actions under the policy to be trained, before its first update on them,
+        and under the distribution really sampled from; same shape. Where both are 0 (padding) the weight is 1.
+    cap : float
+        Largest weight, ≥ 1.
+
+    Returns
+    -------
+    Tensor
+        The shape of the input; multiply the per-item loss by it.
+
+    References
+    ----------
+    Ionides (2008), Truncated importance sampling, doi:10.1198/106186008X320456.
+
+    Examples
+    --------
+    >>> import torch
+    >>> ratio = torch.tensor([0.5, 1.0, 3.0])
+    >>> importance_weights(ratio.log(), torch.zeros(3), cap=2.0)
+    tensor([0.5000, 1.0000, 2.0000])
+    """
+    if not cap >= 1:
+        raise ValueError(
+            f"cap must be >= 1, got {cap!r}: a smaller one would also shrink the weights that are right"
+        )
+    _check_match("log_prob", log_prob, sampler_log_prob=sampler_log_prob)
+    return torch.exp(log_prob - sampler_log_prob).clamp(max=cap).detach()
+
+
+def sequence_log_prob(log_prob: Tensor, mask: Tensor, *, reduction: Literal["sum", "mean"] = "sum") -> Tensor:
+    r"""Log-probability of whole completions from those of their tokens.
+
+    Parameters
+    ----------
+    log_prob : Tensor
+        log π(a_t|s_t), ``[..., T]``.
+    mask : Tensor
+        Boolean, the same shape. Masked-out entries do not count, even if they are NaN.
+    reduction : {"sum", "mean"}
+        ``"sum"`` is log π(completion | prompt). ``"mean"`` divides it by the number of tokens: no longer the
+        log-probability of anything, but comparable between completions of different length.
+
+    Returns
+    -------
+    Tensor
+        Shape ``[...]``, in nats (per token with ``"mean"``); 0 for a completion without tokens.
+
+    Examples
+    --------
+    >>> import torch
+    >>> log_prob, mask = torch.tensor([[-1.0, -3.0, 9.0]]), torch.tensor([[True, True, False]])
+    >>> sequence_log_prob(log_prob, mask), sequence_log_prob(log_prob, mask, reduction="mean")
+    (tensor([-4.]), tensor([-2.]))
+    """
+    _check_match("log_prob", log_prob, mask=mask)
+    total = torch.where(mask, log_prob, 0.0).sum(dim=-1)
+    if reduction == "sum":
+        return total
+    if reduction == "mean":
+        return total / mask.sum(dim=-1).clamp(min=1)
+    raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
 
 
 def explained_variance(values: Tensor, targets: Tensor) -> Tensor:

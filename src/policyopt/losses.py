@@ -8,23 +8,32 @@ what it is divided by, so that a batch cut into pieces gives the gradient of the
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from policyopt.estimators import kl_estimate
+from policyopt.estimators import _check_match, kl_estimate, sequence_log_prob
 
 __all__ = [
+    "DPO",
+    "BradleyTerry",
     "ClippedSurrogate",
     "EntropyLoss",
     "PolicyGradient",
+    "Ranking",
     "Surrogate",
     "ValueLoss",
     "aggregate",
+    "bradley_terry_loss",
     "clipped_surrogate_loss",
+    "dpo_loss",
     "entropy_loss",
     "policy_gradient_loss",
+    "ranking_loss",
+    "sequence_log_ratio",
     "surrogate_loss",
     "value_loss",
 ]
@@ -72,13 +81,35 @@ class EntropyLoss(NamedTuple):
     loss: Tensor
 
 
-def _check_match(reference_name: str, reference: Tensor, **others: Tensor) -> None:
-    for name, tensor in others.items():
-        if tensor.shape != reference.shape:
-            raise ValueError(
-                f"{name} must have the shape of {reference_name}, {tuple(reference.shape)}, "
-                f"got {tuple(tensor.shape)}"
-            )
+class BradleyTerry(NamedTuple):
+    """Result of :func:`bradley_terry_loss`, one entry per pair."""
+
+    loss: Tensor
+    margin: Tensor
+    """Score of the chosen minus score of the rejected (detached); the pair is ordered rightly where it is > 0."""
+
+
+class DPO(NamedTuple):
+    """Result of :func:`dpo_loss`, one entry per pair."""
+
+    loss: Tensor
+    chosen_reward: Tensor
+    """Implicit reward β log(π/π_ref) of the chosen completion (detached)."""
+    rejected_reward: Tensor
+    """The same of the rejected completion (detached)."""
+    margin: Tensor
+    """``chosen_reward`` − ``rejected_reward`` (detached); the pair is ordered rightly where it is > 0."""
+    weight: Tensor
+    """w = −∂L/∂(chosen log-prob) = ∂L/∂(rejected log-prob) (detached): −∇L = w (∇ log π(chosen) − ∇ log π(rejected)).
+    Negative only where label smoothing or IPO pulls back a margin that has grown too large."""
+
+
+class Ranking(NamedTuple):
+    """Result of :func:`ranking_loss`, one entry per ordered pair, in the order (0, 1), (0, 2), …, (K−2, K−1)."""
+
+    loss: Tensor
+    margin: Tensor
+    """β (log-prob of the better − log-prob of the worse) (detached)."""
 
 
 def policy_gradient_loss(log_prob: Tensor, weights: Tensor) -> PolicyGradient:
@@ -186,6 +217,49 @@ def clipped_surrogate_loss(
     return ClippedSurrogate(loss=-pessimistic, ratio=ratio.detach(), clipped=off.to(ratio.dtype), kl=kl)
 
 
+def sequence_log_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> Tensor:
+    r"""Log-ratio of whole completions, per token, repeated for each of their tokens (GSPO).
+
+    .. math:: \log s_i = \frac{1}{|y_i|} \sum_t \log\frac{\pi_\theta(a_t|s_t)}{\pi_\text{old}(a_t|s_t)}
+
+    Give it to :func:`clipped_surrogate_loss` as the log-probability, with zeros as the old one: all tokens of a
+    completion then share one ratio s_i, and are clipped together or not at all. The gradient of s_i is
+    s_i times the mean over its tokens of ∇ log π(a_t|s_t). With one advantage per completion it equals that of "GSPO-token", where
+    token t carries the value s_i but only its own gradient; that holds for each reduction of :func:`aggregate`.
+
+    Parameters
+    ----------
+    log_prob : Tensor
+        log π_θ(a_t|s_t), ``[..., T]``, with gradient.
+    old_log_prob : Tensor
+        Same shape; no gradient flows through it.
+    mask : Tensor
+        Boolean, the same shape.
+
+    Returns
+    -------
+    Tensor
+        Shape ``[..., T]``, in nats per token; 0 at padding.
+
+    References
+    ----------
+    Zheng et al. (2025), Group sequence policy optimization, arXiv:2507.18071, eq. 7 and §4.3.
+
+    Examples
+    --------
+    >>> import torch
+    >>> log_prob, mask = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[True, True, False]])
+    >>> log_ratio = sequence_log_ratio(log_prob, log_prob - torch.tensor([[0.5, 0.25, 0.0]]), mask)
+    >>> log_ratio
+    tensor([[0.3750, 0.3750, 0.0000]])
+    >>> clipped_surrogate_loss(log_ratio, torch.zeros_like(log_ratio), torch.ones(1, 3)).clipped
+    tensor([[1., 1., 0.]])
+    """
+    _check_match("log_prob", log_prob, old_log_prob=old_log_prob, mask=mask)
+    mean = sequence_log_prob(log_prob - old_log_prob.detach(), mask, reduction="mean")
+    return torch.where(mask, mean.unsqueeze(-1), 0.0)
+
+
 def value_loss(
     values: Tensor, targets: Tensor, old_values: Tensor | None = None, *, clip: float | None = None
 ) -> ValueLoss:
@@ -240,6 +314,191 @@ def entropy_loss(entropy: Tensor) -> EntropyLoss:
     return EntropyLoss(-entropy)
 
 
+def bradley_terry_loss(
+    chosen_scores: Tensor, rejected_scores: Tensor, *, centering: float = 0.0
+) -> BradleyTerry:
+    r"""Reward model on comparisons: L = −log σ(s_w − s_l) + c (s_w + s_l)².
+
+    The Bradley–Terry model says P(w beats l) = σ(s_w − s_l), so the first term is a negative log-likelihood. It sees
+    differences only: adding a constant to all scores changes nothing. The second term picks the scores whose sum
+    is near 0.
+
+    Parameters
+    ----------
+    chosen_scores, rejected_scores : Tensor
+        s_w and s_l, same shape, with gradient.
+    centering : float
+        c ≥ 0; 0.01 is usual, 0 leaves the constant free.
+
+    References
+    ----------
+    Bradley and Terry (1952), doi:10.2307/2334029; Ouyang et al. (2022), arXiv:2203.02155, eq. 1. Centring:
+    Eisenstein et al. (2023), Helping or herding?, arXiv:2312.09244.
+
+    Examples
+    --------
+    >>> import torch
+    >>> bradley_terry_loss(torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0]))
+    BradleyTerry(loss=tensor([0.1269, 2.1269]), margin=tensor([ 2., -2.]))
+    """
+    if not centering >= 0:
+        raise ValueError(f"centering must be >= 0, got {centering!r}")
+    _check_match("chosen_scores", chosen_scores, rejected_scores=rejected_scores)
+    margin = chosen_scores - rejected_scores
+    loss = -logsigmoid(margin) + centering * (chosen_scores + rejected_scores).square()
+    return BradleyTerry(loss=loss, margin=margin.detach())
+
+
+def dpo_loss(
+    chosen_log_prob: Tensor,
+    rejected_log_prob: Tensor,
+    reference_chosen_log_prob: Tensor | None = None,
+    reference_rejected_log_prob: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    kind: Literal["sigmoid", "ipo", "hinge"] = "sigmoid",
+    label_smoothing: float = 0.0,
+    target_margin: float = 0.0,
+) -> DPO:
+    r"""Direct preference optimisation: a reward model's loss, with the policy's log-ratio as the score.
+
+    With the margin m = β (log π/π_ref of the chosen − log π/π_ref of the rejected completion) and x = m − γ:
+
+    =============  ===================  ========================================================================
+    kind           ℓ(x)                 what it asks for
+    =============  ===================  ========================================================================
+    ``"sigmoid"``  −log σ(x)            the likelihood of the preferences (DPO); always a little more margin
+    ``"ipo"``      ((x − ½) / β)²       a difference of log-ratios of 1/(2β), no more and no less (IPO)
+    ``"hinge"``    max(0, 1 − x)        a margin of at least 1 (SLiC)
+    =============  ===================  ========================================================================
+
+    The loss is (1 − ε) ℓ(x) + ε ℓ(−x) with the label smoothing ε, the share of preferences believed to be the wrong
+    way round ("conservative DPO").
+
+    For length-normalised DPO give means over tokens instead of sums,
+    :func:`~policyopt.estimators.sequence_log_prob` with ``reduction="mean"``. SimPO is that without a reference, and
+    with ``target_margin``.
+
+    Parameters
+    ----------
+    chosen_log_prob, rejected_log_prob : Tensor
+        log π_θ(completion | prompt), summed over its tokens; same shape, with gradient.
+    reference_chosen_log_prob, reference_rejected_log_prob : Tensor, optional
+        The same under the reference policy; no gradient flows through them. None for both: no reference, both
+        count as 0.
+    beta : float
+        β > 0, how dear it is to leave the reference: the optimum of DPO is π_ref exp(reward/β)/Z.
+    kind : {"sigmoid", "ipo", "hinge"}
+    label_smoothing : float
+        ε in [0, 0.5).
+    target_margin : float
+        γ ≥ 0, in units of reward; 0 with ``"ipo"``, whose target is β's.
+
+    References
+    ----------
+    Rafailov et al. (2023), Direct preference optimization, arXiv:2305.18290, eq. 7. IPO: Azar et al. (2023),
+    arXiv:2310.12036, eq. 17 (its τ is our β). Hinge: Zhao et al. (2023), SLiC-HF, arXiv:2305.10425, on
+    log-ratios as in Liu et al. (2023), arXiv:2309.06657. SimPO: Meng et al. (2024), arXiv:2405.14734, eq. 6. Label smoothing: Mitchell (2023), A note on DPO with noisy preferences.
+
+    Examples
+    --------
+    >>> import torch
+    >>> out = dpo_loss(torch.tensor([-45.6]), torch.tensor([-28.3]), beta=0.5)
+    >>> out.margin, out.loss, out.weight
+    (tensor([-8.6500]), tensor([8.6502]), tensor([0.4999]))
+    """
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta must be finite and > 0, got {beta!r}")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must lie in [0, 0.5), got {label_smoothing!r}")
+    if not 0 <= target_margin < math.inf:
+        raise ValueError(f"target_margin must be finite and >= 0, got {target_margin!r}")
+    if kind == "ipo" and target_margin != 0:
+        raise ValueError(
+            f"target_margin must be 0 with kind='ipo', got {target_margin!r}: beta alone sets IPO's target, 1/(2 beta)"
+        )
+    _check_match("chosen_log_prob", chosen_log_prob, rejected_log_prob=rejected_log_prob)
+    chosen, rejected = beta * chosen_log_prob, beta * rejected_log_prob
+    if reference_chosen_log_prob is not None and reference_rejected_log_prob is not None:
+        _check_match(
+            "chosen_log_prob",
+            chosen_log_prob,
+            reference_chosen_log_prob=reference_chosen_log_prob,
+            reference_rejected_log_prob=reference_rejected_log_prob,
+        )
+        chosen = beta * (chosen_log_prob - reference_chosen_log_prob.detach())
+        rejected = beta * (rejected_log_prob - reference_rejected_log_prob.detach())
+    elif reference_chosen_log_prob is not None or reference_rejected_log_prob is not None:
+        raise ValueError(
+            "reference_chosen_log_prob and reference_rejected_log_prob must be given both or neither"
+        )
+    margin = chosen - rejected
+    x = margin - target_margin
+    right, slope = _preference_loss(x, kind, beta)
+    wrong, flipped_slope = _preference_loss(-x, kind, beta)
+    return DPO(
+        loss=(1 - label_smoothing) * right + label_smoothing * wrong if label_smoothing else right,
+        chosen_reward=chosen.detach(),
+        rejected_reward=rejected.detach(),
+        margin=margin.detach(),
+        weight=beta * ((1 - label_smoothing) * slope - label_smoothing * flipped_slope),
+    )
+
+
+def _preference_loss(x: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor]:
+    """Return ℓ(x) of :func:`dpo_loss`, and −ℓ'(x) without gradient."""
+    fixed = x.detach()
+    if kind == "sigmoid":
+        return -logsigmoid(x), torch.sigmoid(-fixed)
+    if kind == "ipo":
+        return ((x - 0.5) / beta).square(), (1 - 2 * fixed) / beta**2
+    if kind == "hinge":
+        return torch.relu(1 - x), (fixed < 1).to(fixed.dtype)
+    raise ValueError(f"kind must be 'sigmoid', 'ipo' or 'hinge', got {kind!r}")
+
+
+def ranking_loss(log_prob: Tensor, *, beta: float) -> Ranking:
+    r"""Pairwise loss on a ranked list: −log σ(β (log π(y_i) − log π(y_j))) for every pair with y_i ranked above y_j.
+
+    It is RankNet's loss with β log π as the score: DPO without a reference, on all K(K−1)/2 pairs of a list. Some
+    tutorials call it GRPO. It is not: it samples nothing, needs no reward and has no ratio to clip.
+
+    Parameters
+    ----------
+    log_prob : Tensor
+        Shape ``[..., K]``: log π_θ(completion | prompt) of the K ≥ 2 completions of one prompt, best first, with
+        gradient. Sums over tokens favour short completions; means over tokens
+        (:func:`~policyopt.estimators.sequence_log_prob`) do not. Log-ratios to a reference may stand in for them.
+    beta : float
+        β > 0.
+
+    Returns
+    -------
+    Ranking
+        Fields of shape ``[..., K(K−1)/2]``.
+
+    References
+    ----------
+    Burges et al. (2005), Learning to rank using gradient descent, doi:10.1145/1102351.1102363.
+
+    Examples
+    --------
+    >>> import torch
+    >>> ranking_loss(torch.tensor([-1.0, -3.0, -2.0]), beta=1.0).margin
+    tensor([ 2.,  1., -1.])
+    """
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta must be finite and > 0, got {beta!r}")
+    if log_prob.ndim == 0 or log_prob.shape[-1] < 2:
+        raise ValueError(
+            f"log_prob must hold lists of at least 2 completions in the last dimension, got {tuple(log_prob.shape)}"
+        )
+    k = log_prob.shape[-1]
+    better, worse = torch.triu_indices(k, k, offset=1, device=log_prob.device)
+    margin = beta * (log_prob[..., better] - log_prob[..., worse])
+    return Ranking(loss=-logsigmoid(margin), margin=margin.detach())
+
+
 def aggregate(
     values: Tensor,
     mask: Tensor | None = None,
@@ -260,7 +519,10 @@ def aggregate(
 
     ``denominator`` replaces the count (of items, or of sequences for ``"sequence-mean"``). Give the count of
     the *whole* batch when it is cut into micro-batches: the pieces' results, and so their gradients, then add
-    up to those of the whole.
+    up to those of the whole. Give it as a plain number: checking a tensor waits for the GPU.
+
+    The group methods differ here: GRPO takes the ``"sequence-mean"``, DAPO the ``"mean"``, Dr. GRPO the ``"mean"`` with
+    a constant denominator (sequences × longest length allowed), and RLOO the ``"mean"`` with the number of sequences.
 
     Parameters
     ----------
