@@ -224,8 +224,9 @@ def sequence_log_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> 
 
     Give it to :func:`clipped_surrogate_loss` as the log-probability, with zeros as the old one: all tokens of a
     completion then share one ratio s_i, and are clipped together or not at all. The gradient of s_i is
-    s_i times the mean over its tokens of ∇ log π(a_t|s_t). With one advantage per completion it equals that of "GSPO-token", where
-    token t carries the value s_i but only its own gradient; that holds for each reduction of :func:`aggregate`.
+    s_i times the mean over its tokens of ∇ log π(a_t|s_t). With one advantage per completion the loss's gradient equals
+    that of "GSPO-token", where token t carries the value s_i but only its own gradient, under each reduction of
+    :func:`aggregate`.
 
     Parameters
     ----------
@@ -397,8 +398,9 @@ def dpo_loss(
     References
     ----------
     Rafailov et al. (2023), Direct preference optimization, arXiv:2305.18290, eq. 7. IPO: Azar et al. (2023),
-    arXiv:2310.12036, eq. 17 (its τ is our β). Hinge: Zhao et al. (2023), SLiC-HF, arXiv:2305.10425, on
-    log-ratios as in Liu et al. (2023), arXiv:2309.06657. SimPO: Meng et al. (2024), arXiv:2405.14734, eq. 6. Label smoothing: Mitchell (2023), A note on DPO with noisy preferences.
+    arXiv:2310.12036, eq. 17 (its τ is our β). Hinge: Zhao et al. (2023), SLiC-HF, arXiv:2305.10425, on log-ratios as
+    in Liu et al. (2023), arXiv:2309.06657. SimPO: Meng et al. (2024), arXiv:2405.14734, eq. 6. Label smoothing:
+    Mitchell (2023), A note on DPO with noisy preferences.
 
     Examples
     --------
