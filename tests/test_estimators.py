@@ -16,13 +16,17 @@ from torch import Tensor
 from policyopt import mdp
 from policyopt.control import Episodes, Rollout, reinforce_weights
 from policyopt.estimators import (
+    adaptive_kl_coefficient,
     discounted_returns,
     explained_variance,
     gae,
     group_relative_advantages,
+    importance_weights,
     kl_estimate,
+    kl_shaped_rewards,
     leave_one_out_advantages,
     normalize,
+    sequence_log_prob,
     td_errors,
 )
 from policyopt.losses import aggregate, clipped_surrogate_loss, policy_gradient_loss, surrogate_loss
@@ -377,6 +381,7 @@ def test_equal_entries_normalise_to_exactly_zero(value: float, n: int) -> None:
     assert not normalize(x).any()
     assert not group_relative_advantages(x).any()
     assert not group_relative_advantages(x, scale=False).any()
+    assert not leave_one_out_advantages(x).any()
 
 
 @given(seed=st.integers(0, 10_000), groups=st.integers(1, 3), k=st.integers(2, 6))
@@ -476,6 +481,105 @@ def test_kl_estimate_errors() -> None:
         kl_estimate(torch.zeros(2), torch.zeros(2), "k4")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="reference_log_prob must have the shape"):
         kl_estimate(torch.zeros(2), torch.zeros(3))
+
+
+# --- Completions -----------------------------------------------------------------------------------------------
+
+LOG_PROB = torch.tensor([[-1.0, -2.0, -3.0], [-0.5, math.nan, math.nan], [math.nan, -4.0, -1.0]], dtype=F64)
+TOKENS = LOG_PROB.isfinite()  # the third row is padded on the left
+
+
+def test_sequence_log_prob_by_hand() -> None:
+    assert sequence_log_prob(LOG_PROB, TOKENS).tolist() == [-6.0, -0.5, -5.0]
+    assert sequence_log_prob(LOG_PROB, TOKENS, reduction="mean").tolist() == [-2.0, -0.5, -2.5]
+    for reduction in ("sum", "mean"):
+        log_prob = LOG_PROB.clone().requires_grad_()
+        sequence_log_prob(log_prob, TOKENS, reduction=reduction).sum().backward()  # type: ignore[arg-type]
+        assert log_prob.grad is not None
+        assert (log_prob.grad[~TOKENS] == 0).all()
+        assert (log_prob.grad[TOKENS] > 0).all()
+        nothing = torch.zeros(2, 3, dtype=torch.bool)
+        assert not sequence_log_prob(LOG_PROB[:2], nothing, reduction=reduction).any()  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="reduction must be 'sum' or 'mean', got 'max'"):
+        sequence_log_prob(LOG_PROB, TOKENS, reduction="max")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="mask must have the shape of log_prob"):
+        sequence_log_prob(LOG_PROB, TOKENS[:, :1])
+
+
+def test_kl_shaped_rewards_by_hand() -> None:
+    """β = 2: a token costs 2 (log π − log π_ref), and the score sits on the last token, wherever the padding is."""
+    reference = LOG_PROB + torch.tensor([0.5, -1.0, 0.25], dtype=F64)
+    scores = torch.tensor([10.0, 20.0, 30.0], dtype=F64)
+    rewards = kl_shaped_rewards(scores, LOG_PROB, reference, TOKENS, beta=2.0)
+    assert rewards.tolist() == [[1.0, -2.0, 10.5], [21.0, 0.0, 0.0], [0.0, -2.0, 30.5]]
+    alone = kl_shaped_rewards(scores, LOG_PROB, reference, TOKENS, beta=0.0)
+    assert alone.tolist() == [[0.0, 0.0, 10.0], [20.0, 0.0, 0.0], [0.0, 0.0, 30.0]]
+    for kind in ("k1", "k2", "k3"):
+        penalty = kl_shaped_rewards(0 * scores, LOG_PROB, reference, TOKENS, beta=1.0, kind=kind)  # type: ignore[arg-type]
+        torch.testing.assert_close(penalty[TOKENS], -kl_estimate(LOG_PROB, reference, kind)[TOKENS])  # type: ignore[arg-type]
+        assert not penalty[~TOKENS].any()
+
+
+def test_kl_shaped_rewards_errors() -> None:
+    scores, log_prob, mask = torch.zeros(3), torch.zeros(3, 4), torch.ones(3, 4, dtype=torch.bool)
+    hollow = mask.clone()
+    hollow[[0, 2]] = False
+    with pytest.raises(ValueError, match=r"at least one token in every row, got none in \[0, 2\]"):
+        kl_shaped_rewards(scores, log_prob, log_prob, hollow, beta=0.1)
+    with pytest.raises(ValueError, match=r"at least one token in every row, got none in \[0, 1, 2\]"):
+        kl_shaped_rewards(scores, log_prob[:, :0], log_prob[:, :0], mask[:, :0], beta=0.1)
+    with pytest.raises(ValueError, match="reference_log_prob must have the shape of log_prob"):
+        kl_shaped_rewards(scores, log_prob, log_prob[:1], mask, beta=0.1)
+    with pytest.raises(ValueError, match="mask must have the shape of log_prob"):
+        kl_shaped_rewards(scores, log_prob, log_prob, mask[:, :1], beta=0.1)
+    for wrong in (torch.zeros(4), torch.zeros(3, 1), torch.tensor(0.0)):
+        with pytest.raises(ValueError, match=r"the shape \[B, T\] and scores \[B\], got \(3, 4\)"):
+            kl_shaped_rewards(wrong, log_prob, log_prob, mask, beta=0.1)
+    for beta in (-0.1, math.inf, math.nan):
+        with pytest.raises(ValueError, match="beta must be finite and >= 0"):
+            kl_shaped_rewards(scores, log_prob, log_prob, mask, beta=beta)
+
+
+def test_importance_weights_by_hand() -> None:
+    ratio = torch.tensor([[0.0, 0.25, 1.0], [1.9, 2.0, 70.0]], dtype=F64)
+    log_prob = ratio.log().requires_grad_()
+    weights = importance_weights(log_prob, torch.zeros(2, 3, dtype=F64), cap=2.0)
+    torch.testing.assert_close(weights, ratio.clamp(max=2.0))
+    assert not weights.requires_grad
+    assert importance_weights(torch.tensor([800.0]), torch.zeros(1), cap=3.0).item() == 3.0
+    with pytest.raises(ValueError, match="sampler_log_prob must have the shape of log_prob"):
+        importance_weights(torch.zeros(3), torch.zeros(3, 1), cap=2.0)
+    for cap in (0.99, math.nan):
+        with pytest.raises(ValueError, match="cap must be >= 1"):
+            importance_weights(torch.zeros(1), torch.zeros(1), cap=cap)
+
+
+def test_adaptive_kl_coefficient() -> None:
+    """Ziegler et al. (2019), §2.2, with their K = 0.1: at most 2 % per update."""
+    for kl, factor in (
+        (0.0, 0.98),
+        (4.0, 0.98),
+        (4.5, 0.99),
+        (5.0, 1.0),
+        (5.5, 1.01),
+        (6.0, 1.02),
+        (99.0, 1.02),
+    ):
+        assert adaptive_kl_coefficient(0.2, kl, target=5.0) == pytest.approx(0.2 * factor)
+    assert adaptive_kl_coefficient(0.2, 9.0, target=5.0, gain=1.0) == pytest.approx(0.24)
+    beta = 1.0  # as a controller: a policy whose divergence is 1/β settles where it should
+    for _ in range(500):
+        beta = adaptive_kl_coefficient(beta, 1 / beta, target=4.0)
+    assert beta == pytest.approx(0.25, rel=1e-3)
+    cases: list[tuple[dict[str, float], str]] = [
+        ({"beta": 0.0}, "beta must be finite and > 0"),
+        ({"target": math.inf}, "target must be finite and > 0"),
+        ({"gain": 5.0}, r"gain must lie in \(0, 5\)"),
+        ({"kl": math.nan}, "kl must be finite, got nan: the policy has probably diverged"),
+    ]
+    for wrong, message in cases:
+        with pytest.raises(ValueError, match=message):
+            adaptive_kl_coefficient(**{"beta": 1.0, "kl": 1.0, "target": 1.0, **wrong})
 
 
 # --- Explained variance --------------------------------------------------------------------------------------

@@ -410,11 +410,12 @@ def kl_shaped_rewards(
         raise ValueError(
             f"log_prob must have the shape [B, T] and scores [B], got {tuple(log_prob.shape)} and {tuple(scores.shape)}"
         )
+    empty = ~mask.any(dim=1)
+    if bool(empty.any()):
+        rows = empty.nonzero().flatten().tolist()
+        raise ValueError(f"mask must hold at least one token in every row, got none in {rows}; drop them")
     position = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     last = torch.where(mask, position, -1).amax(dim=1, keepdim=True)
-    if bool((last < 0).any()):
-        empty = (last < 0).flatten().nonzero().flatten().tolist()
-        raise ValueError(f"mask must hold at least one token in every row, got none in {empty}; drop them")
     penalty = torch.where(mask, kl_estimate(log_prob, reference_log_prob, kind), 0.0)
     return torch.where(position == last, scores.unsqueeze(1), 0.0) - beta * penalty
 
