@@ -1,0 +1,412 @@
+"""Completions drawn from a language model, with the log-probabilities of the distribution they were drawn from.
+
+Every token costs one uniform number, looked up by (seed, row, step), and inverts the cumulative distribution. A sample
+therefore depends on its own row alone: not on the rows beside it, the batch size, or the number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from policyopt.lm.data import Prompt, encode_prompt
+from policyopt.lm.heads import backbone_and_head
+from policyopt.lm.log_probs import filter_logits
+from policyopt.lm.models import LanguageModel
+from policyopt.lm.sequences import Sequences
+from policyopt.runs import Settings
+
+__all__ = ["Sampler", "Samples", "SamplingConfig", "TransformersSampler", "generate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(Settings):
+    """How completions are drawn. The scorer must be given the same temperature, top-k and top-p."""
+
+    max_new_tokens: int = 64
+    """Longest completion, its end-of-sequence token included."""
+    temperature: float = 1.0
+    """Divides the logits. 0 is greedy: the likeliest token, always."""
+    top_k: int | None = None
+    """Draw from the k likeliest tokens; None draws from all."""
+    top_p: float = 1.0
+    """Draw from the smallest set of likeliest tokens that has this probability; 1 draws from all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check("max_new_tokens", self.max_new_tokens >= 1, ">= 1")
+        self._check("temperature", self.temperature >= 0, ">= 0 (0 is greedy)")
+        self._check("top_k", self.top_k is None or self.top_k >= 1, ">= 1, or None for no limit")
+        self._check("top_p", 0 < self.top_p <= 1, "in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """``B`` completions, prompt by prompt."""
+
+    sequences: Sequences
+    log_probs: Tensor
+    """log-probability of each token under the distribution it was drawn from (after temperature, top-k and top-p),
+    float32 ``[B, T]``, 0 at padding. Greedy decoding is deterministic: log 1 = 0 everywhere."""
+    finished: Tensor
+    """Boolean ``[B]``: the completion ends with an end-of-sequence token; False where ``max_new_tokens`` cut it."""
+
+
+class Sampler(Protocol):
+    """Anything that completes prompts."""
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        samples_per_prompt: int,
+        config: SamplingConfig,
+        *,
+        seed: int,
+        first_row: int = 0,
+    ) -> Samples:
+        """Draw completions.
+
+        Parameters
+        ----------
+        prompts : sequence of token id lists
+            ``P`` prompts, none empty.
+        samples_per_prompt : int
+            Completions of each prompt.
+        config : SamplingConfig
+        seed : int
+            Equal seeds give equal samples.
+        first_row : int
+            Number of the first row. Processes that share one batch pass the number of rows before theirs, and
+            together draw what one process would.
+
+        Returns
+        -------
+        Samples
+            ``B = P · samples_per_prompt`` rows, those of the first prompt first.
+        """
+        ...
+
+
+class TransformersSampler:
+    """Sample with the model itself, by a loop over tokens with a cache of keys and values.
+
+    Each prompt is read once, whatever the number of its completions; completions that have ended leave the batch.
+
+    Parameters
+    ----------
+    language_model : LanguageModel
+        Sampled as it is at each call, so training it needs no hand-over. Its modes (train, eval) are kept.
+    batch_size : int, optional
+        Most completions side by side; None takes all. Fewer need less memory and draw the same samples.
+    synchronize : bool
+        Keep all processes of ``torch.distributed`` in step: each runs the forward passes that the slowest needs.
+        Required when the weights are sharded, because every forward pass is then a joint one. All processes must
+        ask for the same number of rows.
+    """
+
+    def __init__(
+        self, language_model: LanguageModel, *, batch_size: int | None = None, synchronize: bool = False
+    ) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, or None for no limit, got {batch_size!r}")
+        self.language_model = language_model
+        self.batch_size = batch_size
+        self.synchronize = synchronize
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        samples_per_prompt: int,
+        config: SamplingConfig,
+        *,
+        seed: int,
+        first_row: int = 0,
+    ) -> Samples:
+        """Draw completions; see :meth:`Sampler.sample`.
+
+        Raises
+        ------
+        ValueError
+            If a prompt is empty or leaves no room for ``max_new_tokens``, or the model has no EOS.
+        FloatingPointError
+            If the model's logits are NaN or infinite.
+        """
+        language_model = self.language_model
+        _check_request(prompts, samples_per_prompt, config, language_model.context_length)
+        eos = torch.tensor(language_model.eos_ids, device=language_model.device)
+        rows = len(prompts) * samples_per_prompt
+        completions: list[list[int]] = []
+        log_probs: list[list[float]] = []
+        with _evaluating(language_model.model):
+            for start in range(0, rows, self.batch_size or rows):
+                stop = min(start + (self.batch_size or rows), rows)
+                uniforms = _uniforms(seed, first_row + start, stop - start, config.max_new_tokens)
+                # The prompts of this batch, and for each of its rows which of them it continues.
+                first = start // samples_per_prompt
+                batch = prompts[first : (stop - 1) // samples_per_prompt + 1]
+                index = [row // samples_per_prompt - first for row in range(start, stop)]
+                ids, scores = self._decode(batch, index, uniforms, eos, config)
+                # A completion ends with its first EOS.
+                ended = torch.isin(ids, eos)
+                lengths = ((ended.cumsum(1) - ended.long()) == 0).sum(1).tolist()
+                for row, row_scores, length in zip(ids.tolist(), scores.tolist(), lengths, strict=True):
+                    completions.append(row[:length])
+                    log_probs.append(row_scores[:length])
+        index = [row // samples_per_prompt for row in range(rows)]
+        sequences = Sequences.pad(prompts, completions, index, pad_id=language_model.pad_id)
+        return _samples(sequences, completions, log_probs, language_model)
+
+    def _decode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        index: list[int],
+        uniforms: Tensor,
+        eos: Tensor,
+        config: SamplingConfig,
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids and log-probabilities ``[b, t]`` of one batch; what follows a row's first EOS means nothing."""
+        parts = backbone_and_head(self.language_model.model)
+        backbone, device = parts.backbone, eos.device
+        T = config.max_new_tokens
+        batch = Sequences.pad(prompts, [], [], device=device)
+        mask = batch.prompt_mask
+        cache = DynamicCache(config=backbone.config)  # type: ignore[arg-type]
+        hidden = backbone(
+            input_ids=batch.prompt_ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+        )[0]
+        rows = torch.tensor(index, device=device)
+        logits = parts.logits(hidden[:, -1])[rows]
+        _repeat_cache(cache, rows, room=T)
+        uniforms = uniforms.to(device)
+        positions = mask.sum(1)[rows, None]
+        mask = torch.cat([mask[rows], mask.new_ones(len(rows), T)], 1)
+        L = batch.prompt_ids.shape[1]
+        # Step by row, so that one step is contiguous.
+        ids = torch.zeros(T, len(rows), dtype=torch.long, device=device)
+        log_probs = torch.zeros(T, len(rows), device=device)
+        active = torch.arange(len(rows), device=device)
+        done = torch.zeros(len(rows), dtype=torch.bool, device=device)
+        # Looking whether all rows are done makes the CPU wait for a GPU, so it is not done at every step there.
+        interval = 1 if device.type == "cpu" else 8
+        for t in range(T):
+            token, log_prob = _draw(logits, uniforms[t], config)
+            ids[t, active] = token
+            log_probs[t, active] = log_prob
+            done |= torch.isin(token, eos)
+            if t + 1 == T:
+                break
+            if (t + 1) % interval == 0:
+                left = len(done) - int(done.sum())
+                if not self._any(left > 0, device):
+                    break
+                if left <= _COMPACT * len(done):
+                    keep = (~done).nonzero()[:, 0] if left else active.new_zeros(1)
+                    token, positions, mask = token[keep], positions[keep], mask[keep]
+                    active, done, uniforms = active[keep], done[keep], uniforms[:, keep]
+                    cache.batch_select_indices(keep)
+            hidden = backbone(
+                input_ids=token[:, None],
+                attention_mask=mask[:, : L + t + 1],
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )[0]
+            logits = parts.logits(hidden[:, -1])
+            positions = positions + 1
+        return ids[: t + 1].T, log_probs[: t + 1].T
+
+    def _any(self, flag: bool, device: torch.device) -> bool:
+        """Whether the flag is set here or, if the processes keep in step, anywhere."""
+        if not self.synchronize:
+            return flag
+        value = torch.tensor(int(flag), device=device)
+        torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
+        return bool(value)
+
+
+_COMPACT = 0.75
+"""Ended rows leave the batch once at most this share of it goes on."""
+
+
+class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """Keys and values of one layer in a buffer with room at the end, so that a step copies one column, not all."""
+
+    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lazy_initialization(keys, values)
+        self.length = keys.shape[-2]
+        self.buffers = self._roomy(keys, room), self._roomy(values, room)
+        self._view()
+
+    @staticmethod
+    def _roomy(states: Tensor, room: int) -> Tensor:
+        B, heads, length, width = states.shape
+        buffer = states.new_empty(B, heads, length + room, width)
+        buffer[:, :, :length] = states
+        return buffer
+
+    def _view(self) -> None:
+        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        start = self.length
+        self.length += key_states.shape[-2]
+        self.buffers[0][:, :, start : self.length] = key_states
+        self.buffers[1][:, :, start : self.length] = value_states
+        self._view()
+        return self.keys, self.values  # type: ignore[return-value]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.buffers = self.buffers[0][indices], self.buffers[1][indices]
+        self._view()
+
+
+def _repeat_cache(cache: DynamicCache, rows: Tensor, room: int) -> None:
+    """Give each completion its prompt's keys and values, and ordinary layers room for ``room`` tokens."""
+    for i, layer in enumerate(cache.layers):
+        # Layers of other kinds (sliding windows, recurrent states) keep their own way.
+        if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
+            cache.layers[i] = _RoomyLayer(layer.keys[rows], layer.values[rows], room)
+        else:
+            layer.batch_select_indices(rows)  # type: ignore[union-attr]
+
+
+def _draw(logits: Tensor, uniforms: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
+    """One token per row, and its log-probability, from logits ``[b, V]`` and uniform numbers ``[b]``."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if config.temperature == 0:
+        top, token = logits.max(-1)
+        return token, (top - top).float()  # 0, or NaN if the logits are not finite
+    if config.temperature != 1:
+        logits = logits / config.temperature
+    logits = filter_logits(logits, top_k=config.top_k, top_p=config.top_p)
+    logits = logits - logits.amax(-1, keepdim=True)
+    cumulative = logits.exp().cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    # The first token whose cumulative weight exceeds u · total; it has weight itself. NaN finds none.
+    token = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True).clamp_(
+        max=logits.shape[-1] - 1
+    )
+    log_prob = logits.gather(-1, token) - total.log()
+    return token[:, 0], log_prob[:, 0].float()
+
+
+def _uniforms(seed: int, first_row: int, rows: int, steps: int) -> Tensor:
+    """Uniform numbers in [0, 1), float64 ``[steps, rows]``, each a function of (seed, row, step) alone.
+
+    Philox is a counter: the row is one word of it, so any row can be drawn without those before it.
+    """
+    table = np.empty((steps, rows))
+    for row in range(rows):
+        bits = np.random.Philox(key=seed % 2**128, counter=[0, first_row + row, 0, 0])
+        table[:, row] = np.random.Generator(bits).random(steps)
+    # So close to 1, u · total would be rounded up to total.
+    return torch.from_numpy(table.clip(max=1 - 2**-50))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and its like off, and leave every module's mode as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _check_request(
+    prompts: Sequence[Sequence[int]],
+    samples_per_prompt: int,
+    config: SamplingConfig,
+    context_length: int | None,
+) -> None:
+    if not prompts:
+        raise ValueError("there are no prompts to complete")
+    if samples_per_prompt < 1:
+        raise ValueError(f"samples_per_prompt must be >= 1, got {samples_per_prompt!r}")
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {i} is empty; begin it with at least one token, such as BOS or EOS")
+        if context_length is not None and len(prompt) + config.max_new_tokens > context_length:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens; with max_new_tokens = {config.max_new_tokens} it does not fit "
+                f"the model's context of {context_length}: shorten the prompt"
+                + (
+                    f", or set max_new_tokens to at most {context_length - len(prompt)}"
+                    if len(prompt) < context_length
+                    else ""
+                )
+            )
+
+
+def _samples(
+    sequences: Sequences,
+    completions: list[list[int]],
+    log_probs: list[list[float]],
+    language_model: LanguageModel,
+) -> Samples:
+    """Pad the log-probabilities like the completions, and check them."""
+    scores = torch.zeros(sequences.completion_ids.shape)
+    scores[sequences.completion_mask] = torch.tensor([x for row in log_probs for x in row])
+    if not bool(scores.isfinite().all()):
+        row = int((~scores.isfinite()).any(1).nonzero()[0])
+        raise FloatingPointError(
+            f"{language_model.name} has NaN or infinite logits (completion {row}): its weights have diverged; go back "
+            "to the last good checkpoint and lower the learning rate"
+        )
+    ends = set(language_model.eos_ids)
+    finished = torch.tensor([completion[-1] in ends for completion in completions])
+    device = language_model.device
+    return Samples(sequences.to(device), scores.to(device), finished.to(device))
+
+
+def generate(
+    language_model: LanguageModel,
+    prompts: Sequence[Prompt],
+    config: SamplingConfig | None = None,
+    *,
+    samples_per_prompt: int = 1,
+    seed: int = 0,
+) -> list[list[str]]:
+    """Complete texts or chat messages.
+
+    Parameters
+    ----------
+    language_model : LanguageModel
+    prompts : sequence of str or chat messages
+    config : SamplingConfig, optional
+    samples_per_prompt : int
+    seed : int
+
+    Returns
+    -------
+    list[list[str]]
+        For each prompt its completions, special tokens left out.
+    """
+    ids = [encode_prompt(language_model.tokenizer, prompt) for prompt in prompts]
+    samples = TransformersSampler(language_model).sample(
+        ids, samples_per_prompt, config or SamplingConfig(), seed=seed
+    )
+    texts = [
+        language_model.decode(row[:length])
+        for row, length in zip(
+            samples.sequences.completion_ids.tolist(), samples.sequences.lengths.tolist(), strict=True
+        )
+    ]
+    return [texts[i : i + samples_per_prompt] for i in range(0, len(texts), samples_per_prompt)]
