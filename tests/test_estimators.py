@@ -494,12 +494,12 @@ def test_sequence_log_prob_by_hand() -> None:
     assert sequence_log_prob(LOG_PROB, TOKENS, reduction="mean").tolist() == [-2.0, -0.5, -2.5]
     for reduction in ("sum", "mean"):
         log_prob = LOG_PROB.clone().requires_grad_()
-        sequence_log_prob(log_prob, TOKENS, reduction=reduction).sum().backward()  # type: ignore[arg-type]
+        sequence_log_prob(log_prob, TOKENS, reduction=reduction).sum().backward()
         assert log_prob.grad is not None
         assert (log_prob.grad[~TOKENS] == 0).all()
         assert (log_prob.grad[TOKENS] > 0).all()
         nothing = torch.zeros(2, 3, dtype=torch.bool)
-        assert not sequence_log_prob(LOG_PROB[:2], nothing, reduction=reduction).any()  # type: ignore[arg-type]
+        assert not sequence_log_prob(LOG_PROB[:2], nothing, reduction=reduction).any()
     with pytest.raises(ValueError, match="reduction must be 'sum' or 'mean', got 'max'"):
         sequence_log_prob(LOG_PROB, TOKENS, reduction="max")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="mask must have the shape of log_prob"):
@@ -515,8 +515,8 @@ def test_kl_shaped_rewards_by_hand() -> None:
     alone = kl_shaped_rewards(scores, LOG_PROB, reference, TOKENS, beta=0.0)
     assert alone.tolist() == [[0.0, 0.0, 10.0], [20.0, 0.0, 0.0], [0.0, 0.0, 30.0]]
     for kind in ("k1", "k2", "k3"):
-        penalty = kl_shaped_rewards(0 * scores, LOG_PROB, reference, TOKENS, beta=1.0, kind=kind)  # type: ignore[arg-type]
-        torch.testing.assert_close(penalty[TOKENS], -kl_estimate(LOG_PROB, reference, kind)[TOKENS])  # type: ignore[arg-type]
+        penalty = kl_shaped_rewards(0 * scores, LOG_PROB, reference, TOKENS, beta=1.0, kind=kind)
+        torch.testing.assert_close(penalty[TOKENS], -kl_estimate(LOG_PROB, reference, kind)[TOKENS])
         assert not penalty[~TOKENS].any()
 
 

@@ -342,6 +342,14 @@ def test_no_gradient_reaches_the_old_policy_through_the_sequence_ratio() -> None
     assert new.grad is not None
 
 
+def test_sequence_ratio_checks_its_shapes() -> None:
+    row, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="old_log_prob must have the shape of log_prob"):
+        sequence_log_ratio(row, row[:1], mask)
+    with pytest.raises(ValueError, match="mask must have the shape of log_prob"):
+        sequence_log_ratio(row, row, mask[:1])
+
+
 # --- Preferences: DPO and its relatives -----------------------------------------------------------------------
 
 KINDS = ["sigmoid", "ipo", "hinge"]
@@ -359,7 +367,7 @@ def minimise(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
         value.backward()
         return value
 
-    optimiser.step(closure)  # type: ignore[no-untyped-call]
+    optimiser.step(closure)
     return theta.detach()
 
 
@@ -656,6 +664,34 @@ def test_clamped_log_probabilities_teach_nothing() -> None:
     loss.sum().backward()
     assert log_prob.grad is not None
     assert not log_prob.grad.any()
+
+
+def test_a_clamped_reference_is_no_reference() -> None:
+    """The source articles clamp the reference's log-probabilities to at least 1e-6. All are negative, so all change."""
+    policy, references = (
+        normal(0, 8).log_softmax(-1),
+        (normal(1, 8).log_softmax(-1), normal(2, 8).log_softmax(-1)),
+    )
+
+    def slope(reference: Tensor, log_target: bool) -> Tensor:
+        log_prob = policy.clone().requires_grad_()
+        loss = torch.nn.functional.kl_div(log_prob, reference, reduction="sum", log_target=log_target)
+        return torch.autograd.grad(loss, log_prob)[0]
+
+    for log_target in (True, False):
+        one, other = (slope(reference.clamp(min=1e-6), log_target) for reference in references)
+        assert torch.equal(one, other)
+        assert (one == one[0]).all()
+    assert (slope(references[0], True) - slope(references[1], True)).abs().max() > 0.05
+
+
+def test_means_over_tokens_take_the_length_out_of_the_margin() -> None:
+    """Equally likely per token, but one twice as long: summed, the longer must make up for its length first."""
+    mask = torch.arange(20) < torch.tensor([[20], [10]])
+    token_log_prob = torch.full((2, 20), -0.5)
+    summed, mean = (sequence_log_prob(token_log_prob, mask, reduction=r) for r in ("sum", "mean"))
+    assert ranking_loss(summed, beta=0.3).margin.item() == pytest.approx(0.3 * -5.0)
+    assert ranking_loss(mean, beta=0.3).margin.item() == 0.0
 
 
 @given(seed=st.integers(0, 10_000), k=st.integers(2, 5), shape=st.sampled_from([(), (3,), (2, 2)]))
