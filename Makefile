@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 NOTEBOOKS := $(BIN)/python book/_tools/notebooks.py
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve jupyter test test-quick execute twins lint format bench repo lock wheel clean
+.PHONY: help book serve jupyter test test-quick execute twins lint format bench models repo lock wheel clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -60,6 +60,9 @@ format: $(VENV)/.ready ## let ruff lay out the code and mend what it can
 
 bench: $(VENV)/.bench ## time the package against Stable-Baselines3: book/benchmarks.md
 	@$(BIN)/python benchmarks/control.py $(BENCH_ARGS)
+
+models: $(VENV)/.ready ## train the embedded language models anew, minutes: src/policyopt/lm/embedded
+	@$(BIN)/python -m policyopt.lm.make_models
 
 repo: $(VENV)/.ready ## move the book to another address: make repo URL=https://github.com/OWNER/NAME
 	@test -n "$(URL)" || { echo 'Say where to: make repo URL=https://github.com/OWNER/NAME' >&2; exit 1; }
