@@ -1,0 +1,277 @@
+"""Prompts and completions as padded tensors, and the states of a language model along them.
+
+A language model is a policy: the state s_t is the prompt with the first t tokens of the completion, the action
+a_t is token t of the completion. :func:`hidden_states` represents every s_t by a vector.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from policyopt.lm.heads import backbone_and_head
+
+__all__ = ["Sequences", "hidden_states"]
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """``P`` prompts and ``B`` completions; several completions may continue one prompt.
+
+    The masks come from lengths. No token is padding because of its id: an end-of-sequence token belongs to the
+    completion even where the tokenizer pads with the same id.
+    """
+
+    prompt_ids: Tensor
+    """Long ``[P, L]``, padded on the left. No prompt is empty."""
+    prompt_mask: Tensor
+    """Boolean ``[P, L]``, true at tokens."""
+    completion_ids: Tensor
+    """Long ``[B, T]``, padded on the right. A completion may be empty, and ``T`` may be 0."""
+    completion_mask: Tensor
+    """Boolean ``[B, T]``, true at tokens."""
+    prompt_index: Tensor
+    """Long ``[B]``: the row of ``prompt_ids`` that each completion continues."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "completion"):
+            ids, mask = getattr(self, f"{name}_ids"), getattr(self, f"{name}_mask")
+            if ids.ndim != 2 or ids.dtype != torch.long:
+                raise ValueError(f"{name}_ids must be a long matrix, got {ids.dtype} {tuple(ids.shape)}")
+            if mask.shape != ids.shape or mask.dtype != torch.bool:
+                raise ValueError(
+                    f"{name}_mask must be Boolean with the shape of {name}_ids, {tuple(ids.shape)}, "
+                    f"got {mask.dtype} {tuple(mask.shape)}"
+                )
+        if self.prompt_index.shape != self.completion_ids.shape[:1] or self.prompt_index.dtype != torch.long:
+            raise ValueError(
+                f"prompt_index must hold one row number per completion, long [{len(self)}], "
+                f"got {self.prompt_index.dtype} {tuple(self.prompt_index.shape)}"
+            )
+
+    @staticmethod
+    def pad(
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        prompt_index: Sequence[int] | None = None,
+        *,
+        pad_id: int = 0,
+        device: torch.device | str | None = None,
+    ) -> Sequences:
+        """Pad lists of token ids: prompts on the left, completions on the right.
+
+        Parameters
+        ----------
+        prompts, completions : sequences of sequences of int
+            Token ids. Completions include their end-of-sequence token if they have one.
+        prompt_index : sequence of int, optional
+            For each completion the number of its prompt; by default completion ``i`` continues prompt ``i``.
+        pad_id : int
+            Fills the gaps. Which id it is makes no difference.
+
+        Raises
+        ------
+        ValueError
+            If a prompt is empty (there would be no state to act in) or ``prompt_index`` does not fit.
+        """
+        for i, prompt in enumerate(prompts):
+            if len(prompt) == 0:
+                raise ValueError(f"prompt {i} is empty; begin it with at least one token, such as BOS or EOS")
+        if prompt_index is None:
+            if len(prompts) != len(completions):
+                raise ValueError(
+                    f"{len(prompts)} prompts and {len(completions)} completions: say with prompt_index "
+                    "which prompt each completion continues"
+                )
+            prompt_index = range(len(prompts))
+        elif len(prompt_index) != len(completions):
+            raise ValueError(f"{len(prompt_index)} entries in prompt_index, {len(completions)} completions")
+        for i, row in enumerate(prompt_index):
+            if not 0 <= row < len(prompts):
+                raise ValueError(
+                    f"completion {i} continues prompt {row}, but there are {len(prompts)} prompts"
+                )
+        prompt_ids, prompt_mask = _pad(prompts, pad_id, left=True)
+        completion_ids, completion_mask = _pad(completions, pad_id, left=False)
+        index = torch.tensor(list(prompt_index), dtype=torch.long)
+        sequences = Sequences(prompt_ids, prompt_mask, completion_ids, completion_mask, index)
+        return sequences if device is None else sequences.to(device)
+
+    def __len__(self) -> int:
+        """Return the number of completions, ``B``."""
+        return self.completion_ids.shape[0]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens per completion, long ``[B]``."""
+        return self.completion_mask.sum(1)
+
+    def to(self, device: torch.device | str) -> Sequences:
+        """Move all tensors to ``device``."""
+        return Sequences(
+            self.prompt_ids.to(device),
+            self.prompt_mask.to(device),
+            self.completion_ids.to(device),
+            self.completion_mask.to(device),
+            self.prompt_index.to(device),
+        )
+
+    def select(self, rows: Tensor) -> Sequences:
+        """Keep the completions ``rows`` (numbers or a Boolean mask), in that order.
+
+        Prompts that no completion continues any more are dropped, and so is padding that no row needs.
+        """
+        used, index = torch.unique(self.prompt_index[rows], return_inverse=True)
+        prompt_mask, completion_mask = self.prompt_mask[used], self.completion_mask[rows]
+        L, T = _longest(prompt_mask), _longest(completion_mask)
+        first = prompt_mask.shape[1] - L
+        return Sequences(
+            self.prompt_ids[used][:, first:],
+            prompt_mask[:, first:],
+            self.completion_ids[rows][:, :T],
+            completion_mask[:, :T],
+            index,
+        )
+
+    def truncate_prompts(self, context_length: int) -> Sequences:
+        """Shorten prompts from the left until each completion fits; completions are never cut.
+
+        Parameters
+        ----------
+        context_length : int
+            Largest number of tokens of prompt and completion together.
+
+        Raises
+        ------
+        ValueError
+            If a completion leaves no room for one token of its prompt.
+        """
+        longest = self.lengths.new_zeros(len(self.prompt_ids))
+        longest = longest.scatter_reduce(0, self.prompt_index, self.lengths, "amax")
+        room = context_length - longest
+        if bool((room < 1).any()):
+            row = int((self.lengths >= context_length).nonzero()[0])
+            raise ValueError(
+                f"completion {row} has {int(self.lengths[row])} tokens, which leaves no room for its prompt in a "
+                f"context of {context_length}; shorten the completion or use a model with a longer context"
+            )
+        L = self.prompt_ids.shape[1]
+        from_the_end = torch.arange(L, 0, -1, device=room.device)
+        mask = self.prompt_mask & (from_the_end <= room[:, None])
+        first = L - _longest(mask)
+        return replace(self, prompt_ids=self.prompt_ids[:, first:], prompt_mask=mask[:, first:])
+
+
+def _pad(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    width = max((len(row) for row in rows), default=0)
+    ids, mask = [], []
+    for row in rows:
+        gap = width - len(row)
+        if left:
+            ids.append([pad_id] * gap + list(row))
+            mask.append([False] * gap + [True] * len(row))
+        else:
+            ids.append(list(row) + [pad_id] * gap)
+            mask.append([True] * len(row) + [False] * gap)
+    shape = (len(rows), width)
+    return torch.tensor(ids, dtype=torch.long).view(shape), torch.tensor(mask, dtype=torch.bool).view(shape)
+
+
+def _longest(mask: Tensor) -> int:
+    return int(mask.sum(1).max()) if mask.numel() else 0
+
+
+def hidden_states(model: nn.Module, sequences: Sequences, *, share_prompts: bool = True) -> Tensor:
+    """Last hidden states of every state along the completions, with gradient.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A causal language model of transformers, with or without LoRA.
+    sequences : Sequences
+        On the model's device.
+    share_prompts : bool
+        Run each prompt once and let all its completions read its keys and values. The result is the same up to
+        rounding, for less work. With dropout, completions of one prompt then share the prompt's noise. Models
+        without a cache of keys and values, and gradient checkpointing, run the prompt again for each completion.
+
+    Returns
+    -------
+    Tensor
+        ``[B, T + 1, H]``; entry ``t`` is the state after reading the prompt and ``t`` tokens of the completion.
+        Entries behind the end of a completion are finite and mean nothing.
+    """
+    backbone = backbone_and_head(model).backbone
+    if len(sequences) == 0:
+        raise ValueError("there are no completions in this batch")
+    if share_prompts and len(sequences) > len(sequences.prompt_ids) and _can_share(backbone):
+        return _shared(backbone, sequences)
+    return _concatenated(backbone, sequences)
+
+
+def _can_share(backbone: nn.Module) -> bool:
+    if backbone.training and getattr(backbone, "is_gradient_checkpointing", False):
+        return False  # transformers switches the cache off then
+    accepted = inspect.signature(backbone.forward).parameters
+    if not {"attention_mask", "position_ids", "past_key_values"} <= accepted.keys():
+        return False
+    # State-space and hybrid models keep states of another kind, which cannot be masked afterwards.
+    config: Any = backbone.config
+    return all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+        for layer in DynamicCache(config=config).layers
+    )
+
+
+def _shared(backbone: nn.Module, sequences: Sequences) -> Tensor:
+    """Two passes: the prompts, then the completions on top of the prompts' keys and values."""
+    mask, index = sequences.prompt_mask, sequences.prompt_index
+    cache = DynamicCache(config=backbone.config)  # type: ignore[arg-type]
+    prompts: Tensor = backbone(
+        input_ids=sequences.prompt_ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+    )[0]
+    first = prompts[:, -1:].index_select(0, index)
+    if sequences.completion_ids.shape[1] == 0:
+        return first
+    for layer in cache.layers:
+        # A layer that reads another layer's cache has none of its own.
+        if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
+            layer.keys = layer.keys.index_select(0, index)
+            layer.values = layer.values.index_select(0, index)
+    steps = torch.arange(sequences.completion_ids.shape[1], device=mask.device)
+    completions: Tensor = backbone(
+        input_ids=sequences.completion_ids,
+        attention_mask=torch.cat([mask[index], sequences.completion_mask], 1),
+        position_ids=mask.sum(1)[index, None] + steps,
+        past_key_values=cache,
+        use_cache=True,
+    )[0]
+    return torch.cat([first, completions], 1)
+
+
+def _concatenated(backbone: nn.Module, sequences: Sequences) -> Tensor:
+    """One pass over prompt and completion, moved together and to the left.
+
+    All padding is then behind the tokens, where causal attention never looks: no mask is needed, positions are
+    0, 1, 2, …, and attention may take its fastest route.
+    """
+    index = sequences.prompt_index
+    prompt_lengths = sequences.prompt_mask.sum(1)[index]
+    ids = torch.cat([sequences.prompt_ids[index], sequences.completion_ids], 1)
+    L, T = sequences.prompt_ids.shape[1], sequences.completion_ids.shape[1]
+    width = int((prompt_lengths + sequences.lengths).max())
+    columns = torch.arange(width, device=ids.device) + (L - prompt_lengths)[:, None]
+    hidden: Tensor = backbone(input_ids=ids.gather(1, columns.clamp(max=L + T - 1)), use_cache=False)[0]
+    wanted = prompt_lengths[:, None] - 1 + torch.arange(T + 1, device=ids.device)
+    wanted = wanted.clamp(max=width - 1)[..., None].expand(-1, -1, hidden.shape[-1])
+    return hidden.gather(1, wanted)
