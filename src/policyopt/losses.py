@@ -310,7 +310,7 @@ def entropy_loss(entropy: Tensor) -> EntropyLoss:
     Parameters
     ----------
     entropy : Tensor
-        H(π(·|s_t)) in nats, any shape, with gradient.
+        H(π) at each state in nats, any shape, with gradient.
     """
     return EntropyLoss(-entropy)
 
