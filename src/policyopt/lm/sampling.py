@@ -6,6 +6,9 @@ therefore depends on its own row alone: not on the rows beside it, the batch siz
 
 from __future__ import annotations
 
+import copy
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,11 +22,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from policyopt.lm.data import Prompt, encode_prompt
 from policyopt.lm.heads import backbone_and_head
 from policyopt.lm.log_probs import filter_logits
-from policyopt.lm.models import LanguageModel
+from policyopt.lm.models import LanguageModel, is_adapted
 from policyopt.lm.sequences import Sequences
-from policyopt.runs import Settings
+from policyopt.runs import Settings, derive_seed
 
-__all__ = ["Sampler", "Samples", "SamplingConfig", "TransformersSampler", "generate"]
+__all__ = ["Sampler", "Samples", "SamplingConfig", "TransformersSampler", "VLLMSampler", "generate"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,9 +163,7 @@ class TransformersSampler:
                 for row, row_scores, length in zip(ids.tolist(), scores.tolist(), lengths, strict=True):
                     completions.append(row[:length])
                     log_probs.append(row_scores[:length])
-        index = [row // samples_per_prompt for row in range(rows)]
-        sequences = Sequences.pad(prompts, completions, index, pad_id=language_model.pad_id)
-        return _samples(sequences, completions, log_probs, language_model)
+        return _samples(prompts, completions, log_probs, language_model)
 
     def _decode(
         self,
@@ -356,24 +357,170 @@ def _check_request(
 
 
 def _samples(
-    sequences: Sequences,
+    prompts: Sequence[Sequence[int]],
     completions: list[list[int]],
     log_probs: list[list[float]],
     language_model: LanguageModel,
 ) -> Samples:
-    """Pad the log-probabilities like the completions, and check them."""
-    scores = torch.zeros(sequences.completion_ids.shape)
-    scores[sequences.completion_mask] = torch.tensor([x for row in log_probs for x in row])
+    """Pad completions and log-probabilities alike, and check that these are numbers."""
+    device, ends = language_model.device, set(language_model.eos_ids)
+    samples_per_prompt = len(completions) // len(prompts)
+    index = [row // samples_per_prompt for row in range(len(completions))]
+    sequences = Sequences.pad(prompts, completions, index, pad_id=language_model.pad_id, device=device)
+    scores = torch.zeros(sequences.completion_ids.shape, device=device)
+    scores[sequences.completion_mask] = torch.tensor([x for row in log_probs for x in row], device=device)
     if not bool(scores.isfinite().all()):
         row = int((~scores.isfinite()).any(1).nonzero()[0])
         raise FloatingPointError(
             f"{language_model.name} has NaN or infinite logits (completion {row}): its weights have diverged; go back "
             "to the last good checkpoint and lower the learning rate"
         )
-    ends = set(language_model.eos_ids)
-    finished = torch.tensor([completion[-1] in ends for completion in completions])
-    device = language_model.device
-    return Samples(sequences.to(device), scores.to(device), finished.to(device))
+    finished = torch.tensor([not ends.isdisjoint(row[-1:]) for row in completions], device=device)
+    return Samples(sequences, scores, finished)
+
+
+class VLLMSampler:
+    """Sample with vLLM (≥ 0.11) in this process, sharing the GPU with the training. Needs the package ``vllm``.
+
+    The weights are handed over before every batch, so the samples are the current policy's. Its kernels round
+    differently from the trainer's: train with an importance correction.
+
+    Parameters
+    ----------
+    language_model : LanguageModel
+        The engine is built from its configuration alone; nothing is read from disk or hub.
+    engine : vllm.LLM, optional
+        An engine to use instead; it must run in this process and return ``logprobs_mode="processed_logprobs"``.
+    **options
+        Of ``vllm.LLM``, such as ``gpu_memory_utilization`` (here 0.3 unless given, the rest is the trainer's),
+        ``max_model_len`` (give it: by default vLLM sets memory aside for the model's whole context) or ``dtype``.
+
+    Raises
+    ------
+    ImportError
+        If vLLM is not installed.
+    """
+
+    def __init__(self, language_model: LanguageModel, *, engine: Any = None, **options: Any) -> None:
+        try:
+            import vllm  # type: ignore[import-not-found,unused-ignore]
+        except ImportError as error:
+            raise ImportError(
+                "VLLMSampler needs vLLM, on Linux with a GPU: pip install vllm. TransformersSampler runs everywhere"
+            ) from error
+        self.language_model = language_model
+        self.context_length = options.get("max_model_len", language_model.context_length)
+        self._sampling_params = vllm.SamplingParams
+        self.engine = _build_engine(vllm.LLM, language_model, options) if engine is None else engine
+        mode = getattr(getattr(self.engine, "model_config", None), "logprobs_mode", "processed_logprobs")
+        if mode != "processed_logprobs":
+            raise ValueError(
+                "the engine returns log-probabilities from before temperature, top-k and top-p; build it with "
+                f"vllm.LLM(..., logprobs_mode='processed_logprobs'), got {mode!r}"
+            )
+
+    def update_weights(self) -> None:
+        """Hand the model's weights, adapters merged, to the engine. :meth:`sample` does so by itself."""
+        model = self.language_model.model
+        # In one process the function is called as it is: nothing is copied to another process or pickled.
+        self.engine.apply_model(lambda inner: inner.load_weights(_merged_weights(model)))
+        self.engine.reset_prefix_cache()  # those keys and values are the old weights'
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        samples_per_prompt: int,
+        config: SamplingConfig,
+        *,
+        seed: int,
+        first_row: int = 0,
+    ) -> Samples:
+        """Draw completions; see :meth:`Sampler.sample`. ``first_row`` must be the first of a prompt's rows.
+
+        Samples depend on (seed, row), and by rounding on the batch: vLLM's kernels are not batch-invariant.
+        """
+        language_model = self.language_model
+        _check_request(prompts, samples_per_prompt, config, self.context_length)
+        self.update_weights()
+        common = {
+            "n": samples_per_prompt,
+            "max_tokens": config.max_new_tokens,
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+            "stop_token_ids": list(language_model.eos_ids),
+            "logprobs": 0,  # of the sampled token only
+            "detokenize": False,
+        }
+        if config.top_k is not None:
+            common["top_k"] = config.top_k
+        outputs = self.engine.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            [
+                # vLLM adds the number of the sample to the seed.
+                self._sampling_params(
+                    **common, seed=derive_seed(seed, first_row + i * samples_per_prompt) >> 1
+                )
+                for i in range(len(prompts))
+            ],
+            use_tqdm=False,
+        )
+        completions: list[list[int]] = []
+        log_probs: list[list[float]] = []
+        for output in outputs:
+            for sample in output.outputs:
+                ids = list(sample.token_ids)
+                scores = [step[token].logprob for step, token in zip(sample.logprobs, ids, strict=True)]
+                completions.append(ids)
+                log_probs.append([0.0] * len(ids) if config.temperature == 0 else scores)
+        return _samples(prompts, completions, log_probs, language_model)
+
+
+def _build_engine(engine: Any, language_model: LanguageModel, options: dict[str, Any]) -> Any:
+    """Build a vLLM engine for the model's architecture, its weights still to come."""
+    model = _base_model(language_model.model)
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    # Only an engine in this process can be given weights without a copy.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        options = {"distributed_executor_backend": "external_launcher", **options}
+    defaults = {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "gpu_memory_utilization": 0.3,
+        "generation_config": "vllm",  # the model's own sampling defaults must not mix with ours
+    }
+    required = {
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "logprobs_mode": "processed_logprobs",
+        "trust_remote_code": False,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        return engine(model=folder, **(defaults | options | required))
+
+
+def _base_model(model: Any) -> Any:
+    return model.get_base_model() if is_adapted(model) else model
+
+
+def _merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Names and weights of the plain model, one at a time; LoRA is added to copies, not to the weights."""
+    base = _base_model(model)
+    for name, parameter in base.named_parameters():
+        weight = parameter.detach()
+        if hasattr(weight, "full_tensor"):  # sharded over processes
+            weight = weight.full_tensor()
+        if ".base_layer." in name:
+            layer = base.get_submodule(name.split(".base_layer.")[0])
+            if name.endswith(".weight"):
+                for adapter in layer.active_adapters:
+                    if adapter in layer.lora_A:
+                        weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
+            name = name.replace(".base_layer", "")
+        elif ".lora_" in name:
+            continue
+        yield name, weight
 
 
 def generate(
@@ -400,13 +547,10 @@ def generate(
         For each prompt its completions, special tokens left out.
     """
     ids = [encode_prompt(language_model.tokenizer, prompt) for prompt in prompts]
-    samples = TransformersSampler(language_model).sample(
-        ids, samples_per_prompt, config or SamplingConfig(), seed=seed
-    )
+    sampler = TransformersSampler(language_model)
+    sequences = sampler.sample(ids, samples_per_prompt, config or SamplingConfig(), seed=seed).sequences
     texts = [
         language_model.decode(row[:length])
-        for row, length in zip(
-            samples.sequences.completion_ids.tolist(), samples.sequences.lengths.tolist(), strict=True
-        )
+        for row, length in zip(sequences.completion_ids.tolist(), sequences.lengths.tolist(), strict=True)
     ]
     return [texts[i : i + samples_per_prompt] for i in range(0, len(texts), samples_per_prompt)]
