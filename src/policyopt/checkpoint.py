@@ -17,7 +17,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
+__all__ = ["has_checkpoint", "load_checkpoint", "save_checkpoint"]
 
 _STATE = "state.json"
 
@@ -25,6 +25,11 @@ _STATE = "state.json"
 def _fsync(path: Path) -> None:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+def has_checkpoint(folder: str | Path) -> bool:
+    """Whether the folder holds a checkpoint."""
+    return (Path(folder) / _STATE).exists()
 
 
 def save_checkpoint(folder: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:

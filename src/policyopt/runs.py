@@ -15,7 +15,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
 import cloudpickle
 import numpy as np
@@ -54,7 +54,7 @@ class Settings:
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value is what a config's annotation says; an int will do for a float, NaN and infinity will not."""
     origin, options = get_origin(hint), get_args(hint)
-    if origin is UnionType:
+    if origin in (Union, UnionType):
         return any(_fits(value, option) for option in options)
     if origin is Literal:
         return value in options

@@ -1,0 +1,423 @@
+"""Language models: loading, saving, adapters, and the reward model that is built on one.
+
+Everything here wraps a standard ``transformers`` causal language model; nothing replaces it. Weights are read and
+written as safetensors (or GGUF, read only), and code from a model repository is never run.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from policyopt.lm.data import Prompt, encode_completion, encode_prompt, pad_id
+from policyopt.lm.sequences import Sequences, hidden_states
+from policyopt.runs import resolve_device
+
+__all__ = [
+    "LanguageModel",
+    "LoRA",
+    "RewardModel",
+    "ScoreNetwork",
+    "add_lora",
+    "embedded_models",
+    "is_adapted",
+    "load",
+    "scalar_head",
+]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _config_value(model: Any, name: str) -> Any:
+    """Read a field of the model's config, or of the text part of a multimodal one."""
+    config = model.config
+    return getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, name, None)
+
+
+@dataclass
+class LanguageModel:
+    """A causal language model and its tokenizer: what every function of this half works on."""
+
+    model: Any
+    """A ``transformers`` causal language model, or a ``peft`` model around one."""
+    tokenizer: PreTrainedTokenizerBase
+    name: str = "custom"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The tokens that end a completion: the generation config's, and the tokenizer's.
+
+        Raises
+        ------
+        ValueError
+            If there is none: sampling would never stop, and no completion would ever be finished.
+        """
+        generation = getattr(self.model, "generation_config", None)
+        ids = getattr(generation, "eos_token_id", None)
+        listed = ids if isinstance(ids, (list, tuple)) else [ids]
+        found = {int(i) for i in (*listed, self.tokenizer.eos_token_id) if i is not None}
+        if not found:
+            raise ValueError(
+                f"{self.name} has no end-of-sequence token; set one of its vocabulary: tokenizer.eos_token = '…'"
+            )
+        return tuple(sorted(found))
+
+    @property
+    def pad_id(self) -> int:
+        """A token to fill batches with. It may equal EOS: masks come from lengths, never from this id."""
+        return pad_id(self.tokenizer)
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens, prompt and completion together, that the model was built for; None if it does not say."""
+        length = _config_value(self.model, "max_position_embeddings")
+        return None if length is None else int(length)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters, adapters included."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def num_trainable_parameters(self) -> int:
+        """Number of parameters that training changes: all of them, or the adapters'."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def encode(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
+        *,
+        prompt_index: Sequence[int] | None = None,
+        finished: Sequence[bool] | None = None,
+    ) -> Sequences:
+        """Turn texts into a padded batch on the model's device.
+
+        Parameters
+        ----------
+        prompts : sequence of str or chat messages
+        completions : sequence of str
+        prompt_index : sequence of int, optional
+            Which prompt each completion belongs to; by default they come prompt by prompt, the same number to each.
+        finished : sequence of bool, optional
+            Whether each completion ends with EOS; by default all do.
+        """
+        if prompt_index is None:
+            if not prompts or len(completions) % len(prompts):
+                raise ValueError(
+                    f"completions must be the same number to each prompt, got {len(completions)} for {len(prompts)} "
+                    "prompts; give prompt_index"
+                )
+            each = len(completions) // len(prompts)
+            prompt_index = [i // each for i in range(len(completions))]
+        ends = [True] * len(completions) if finished is None else finished
+        return Sequences.pad(
+            [encode_prompt(self.tokenizer, prompt) for prompt in prompts],
+            [
+                encode_completion(self.tokenizer, completion, prompts[i], eos=bool(end))
+                for completion, i, end in zip(completions, prompt_index, ends, strict=True)
+            ],
+            prompt_index,
+            pad_id=self.pad_id,
+            device=self.device,
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the tokens, special tokens left out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def copy(self) -> LanguageModel:
+        """Return an independent copy of the weights; the tokenizer is shared."""
+        return LanguageModel(copy.deepcopy(self.model), self.tokenizer, self.name)
+
+    def to(self, device: str | torch.device) -> LanguageModel:
+        """Move the weights, in place; return self."""
+        self.model.to(device)
+        return self
+
+    def merged(self) -> LanguageModel:
+        """Return a plain model with the adapters added into its weights; this one is used up."""
+        if not is_adapted(self.model):
+            return self
+        return LanguageModel(self.model.merge_and_unload(), self.tokenizer, self.name)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a folder that :func:`load` and every ``from_pretrained`` can read (adapters alone for LoRA).
+
+        The folder appears in one step: a crash or a full disk on the way leaves what was there before.
+        """
+        with _new_folder(Path(folder)) as scratch:
+            self.model.save_pretrained(scratch, safe_serialization=True)
+            self.tokenizer.save_pretrained(scratch)
+        return Path(folder)
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a scratch folder that takes the place of ``folder`` if all goes well."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}")
+    old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}")
+    scratch.mkdir()
+    try:
+        yield scratch
+        if folder.exists():
+            folder.replace(old)
+        scratch.replace(folder)
+    finally:
+        for leftover in (scratch, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether the model carries ``peft`` adapters that can be switched off."""
+    return hasattr(model, "disable_adapter")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Low-rank adapters: train W + (α/r) B A with B, A of rank r, and leave W alone (Hu et al. 2021, arXiv:2106.09685).
+
+    The unadapted model stays available, so that the reference policy costs no memory.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Names of the linear layers to adapt; "all-linear" takes all but the output head."""
+
+
+def add_lora(language_model: LanguageModel, lora: LoRA, *, seed: int = 0) -> LanguageModel:
+    """Put adapters on a model, in place of training all its weights. Needs ``peft``.
+
+    B starts at 0, so the adapted model starts equal to the model; ``seed`` draws A.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("LoRA needs the package peft: pip install 'policyopt[lora]'") from error
+    targets = lora.target_modules
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft divides it by r: any number will do
+        lora_dropout=lora.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = get_peft_model(language_model.model, config)
+    return LanguageModel(model, language_model.tokenizer, language_model.name)
+
+
+def embedded_models() -> dict[str, Path]:
+    """Names and folders of the tiny models that come with the package."""
+    root = Path(str(resources.files("policyopt.lm"))) / "embedded"
+    return {folder.name: folder for folder in sorted(root.glob("*")) if (folder / "config.json").exists()}
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
+    device: str = "auto",
+    attention: str | None = None,
+    lora: LoRA | None = None,
+    revision: str | None = None,
+    seed: int = 0,
+) -> LanguageModel:
+    """Load a model and its tokenizer.
+
+    Parameters
+    ----------
+    name_or_path : str or Path
+        One of :func:`embedded_models`, a local folder, a local ``.gguf`` file, or the id of a model on the Hugging Face
+        hub (``"HuggingFaceTB/SmolLM2-135M-Instruct"``).
+    dtype : str
+        Type of the weights; "auto" takes the stored one. The default is float32, because in bfloat16 an optimiser step
+        smaller than 1/256 of a weight is lost. To save time and memory on a GPU, set ``autocast="bfloat16"`` in the
+        trainer's config, or train adapters on bfloat16 weights.
+    device : str
+        "auto" takes cuda, then mps, then cpu; or any PyTorch device name.
+    attention : str, optional
+        ``transformers``' attention implementation: "sdpa", "eager", "flash_attention_2", …
+    lora : LoRA, optional
+        Train adapters instead of all weights.
+    revision : str, optional
+        Branch, tag or commit on the hub.
+    seed : int
+        Of the adapters' first weights.
+
+    Raises
+    ------
+    ValueError
+        If there is no such model, or nothing stops its completions.
+    """
+    place = resolve_device(device)
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise ValueError(f"dtype must be 'auto' or one of {sorted(_DTYPES)}, got {dtype!r}")
+    source = embedded_models().get(str(name_or_path), name_or_path)
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if revision is not None:
+        options["revision"] = revision
+    if str(source).endswith(".gguf"):
+        source, options["gguf_file"] = Path(source).parent, Path(source).name
+    weights: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else _DTYPES[dtype]}
+    if attention is not None:
+        weights["attn_implementation"] = attention
+    if "gguf_file" not in options:
+        weights["use_safetensors"] = True
+    try:
+        with _quiet(Path(source).exists()):
+            tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
+            model = AutoModelForCausalLM.from_pretrained(str(source), **options, **weights)
+    except (OSError, ImportError) as error:
+        raise ValueError(
+            f"name_or_path must be one of {sorted(embedded_models())}, a local folder, a .gguf file or the id of a "
+            f"model on the Hugging Face hub (reachable, with safetensors weights), got {str(name_or_path)!r}: {error}"
+        ) from error
+    network: Any = model
+    loaded = LanguageModel(network.to(place).eval(), tokenizer, str(name_or_path))
+    loaded.eos_ids  # noqa: B018 - says at once when nothing would stop a completion
+    return loaded if lora is None else add_lora(loaded, lora, seed=seed)
+
+
+@contextmanager
+def _quiet(active: bool) -> Iterator[None]:
+    """Hold back the bar over a file that is read in a moment; a download keeps its bar."""
+    showing = logging.is_progress_bar_enabled()
+    if active:
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if active and showing:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+class ScoreNetwork(nn.Module):
+    """A language model with one number in place of its head, read at the last token of the completion."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        # Zero: before training every text scores the same, and the first gradient goes to the head alone.
+        self.score = scalar_head(model)
+
+    def forward(self, sequences: Sequences) -> Tensor:
+        """Scores ``[B]``, float32, of completions given their prompts."""
+        hidden = hidden_states(self.model, sequences)
+        last = hidden[torch.arange(len(sequences), device=hidden.device), sequences.lengths]
+        scores: Tensor = self.score(last.to(self.score.weight.dtype)).squeeze(-1)
+        return scores.float()
+
+
+def scalar_head(model: nn.Module) -> nn.Linear:
+    """Return a linear map from the model's hidden states to one number, on its device, starting at 0."""
+    head = nn.Linear(int(_config_value(model, "hidden_size")), 1, device=next(model.parameters()).device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+class RewardModel:
+    """r_φ(x, y): scores of completions, learned from comparisons.
+
+    It is a reward function: pass the object itself where a trainer asks for one.
+
+    Parameters
+    ----------
+    language_model : LanguageModel
+        Its weights become the reward model's (no copy is made); its own head is not used.
+    batch_size : int
+        Completions scored at a time when texts are scored.
+
+    References
+    ----------
+    Ouyang et al. (2022), Training language models to follow instructions with human feedback, arXiv:2203.02155, §3.5.
+    """
+
+    __name__ = "reward_model"
+
+    def __init__(self, language_model: LanguageModel, *, batch_size: int = 64) -> None:
+        self.language_model = language_model
+        self.network = ScoreNetwork(language_model.model)
+        self.batch_size = batch_size
+
+    def scores(self, sequences: Sequences) -> Tensor:
+        """Scores ``[B]``, float32, with gradient."""
+        return self.network(sequences)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        completions: Sequence[str],
+        prompts: Sequence[Prompt],
+        finished: Sequence[bool] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        """Score texts, one prompt to each: the interface of a reward function."""
+        model = self.language_model
+        ends = [True] * len(completions) if finished is None else list(finished)
+        was_training = self.network.training
+        self.network.eval()
+        scores: list[float] = []
+        for start in range(0, len(completions), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            # Equal prompts that follow one another are run once.
+            unique: list[Prompt] = []
+            index: list[int] = []
+            for prompt in prompts[part]:
+                if not unique or prompt != unique[-1]:
+                    unique.append(prompt)
+                index.append(len(unique) - 1)
+            sequences = model.encode(unique, completions[part], prompt_index=index, finished=ends[part])
+            scores += self.scores(sequences).tolist()
+        self.network.train(was_training)
+        return scores
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the backbone, the tokenizer and the head, all as safetensors, in one step."""
+        with _new_folder(Path(folder)) as scratch:
+            self.language_model.model.save_pretrained(scratch, safe_serialization=True)
+            self.language_model.tokenizer.save_pretrained(scratch)
+            save_file(
+                {
+                    name: tensor.detach().cpu().contiguous()
+                    for name, tensor in self.network.score.state_dict().items()
+                },
+                scratch / "reward_head.safetensors",
+            )
+            (scratch / "reward_model.json").write_text(json.dumps({"format": 1}))
+        return Path(folder)
+
+    @staticmethod
+    def load(folder: str | Path, *, device: str = "auto") -> RewardModel:
+        """Read what :meth:`save` wrote."""
+        head = Path(folder) / "reward_head.safetensors"
+        if not head.exists():
+            raise FileNotFoundError(f"{folder} holds no reward model: {head.name} is missing")
+        reward_model = RewardModel(load(folder, device=device))
+        reward_model.network.score.load_state_dict(load_file(head))
+        return reward_model
