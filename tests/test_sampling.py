@@ -230,6 +230,16 @@ def test_extreme_uniforms_never_choose_an_excluded_token(uniform: float) -> None
     assert token.tolist() == ([1, 0] if uniform == 0 else [4, 2])
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_other_attention_functions_draw_the_same(name: str) -> None:
+    lm, config = tiny(name), SamplingConfig(max_new_tokens=12)
+    usual = TransformersSampler(lm).sample(PROMPTS, 3, config, seed=0)
+    lm.model.set_attn_implementation("eager")
+    eager = TransformersSampler(lm).sample(PROMPTS, 3, config, seed=0)
+    assert completions(eager) == completions(usual)
+    torch.testing.assert_close(eager.log_probs, usual.log_probs, atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_greedy_is_that_of_transformers(name: str) -> None:
     lm = tiny(name)

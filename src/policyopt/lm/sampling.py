@@ -192,8 +192,8 @@ class TransformersSampler:
         _repeat_cache(cache, rows, room=T)
         uniforms = uniforms.to(device)
         positions = mask.sum(1)[rows, None]
-        mask = torch.cat([mask[rows], mask.new_ones(len(rows), T)], 1)
         L = batch.prompt_ids.shape[1]
+        masks = _StepMasks(backbone, cache, mask[rows], T)
         # Step by row, so that one step is contiguous.
         ids = torch.zeros(T, len(rows), dtype=torch.long, device=device)
         log_probs = torch.zeros(T, len(rows), device=device)
@@ -205,7 +205,7 @@ class TransformersSampler:
             token, log_prob = _draw(logits, uniforms[t], config)
             ids[t, active] = token
             log_probs[t, active] = log_prob
-            done |= torch.isin(token, eos)
+            done |= (token[:, None] == eos).any(1)
             if t + 1 == T:
                 break
             if (t + 1) % interval == 0:
@@ -214,12 +214,13 @@ class TransformersSampler:
                     break
                 if left <= _COMPACT * len(done):
                     keep = (~done).nonzero()[:, 0] if left else active.new_zeros(1)
-                    token, positions, mask = token[keep], positions[keep], mask[keep]
-                    active, done, uniforms = active[keep], done[keep], uniforms[:, keep]
+                    token, positions, uniforms = token[keep], positions[keep], uniforms[:, keep]
+                    active, done = active[keep], done[keep]
                     cache.batch_select_indices(keep)
+                    masks.select(keep)
             hidden = backbone(
                 input_ids=token[:, None],
-                attention_mask=mask[:, : L + t + 1],
+                attention_mask=masks.until(L + t + 1),
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
@@ -241,22 +242,44 @@ _COMPACT = 0.75
 """Ended rows leave the batch once at most this share of it goes on."""
 
 
-class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """Keys and values of one layer in a buffer with room at the end, so that a step copies one column, not all."""
+class _StepMasks:
+    """The attention mask of each step, in the form that costs least."""
 
-    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
+    def __init__(self, backbone: Any, cache: DynamicCache, prompts: Tensor, room: int) -> None:
+        self.mask: Tensor | None = None
+        if bool(prompts.all()):
+            return  # nothing is padded, and all tokens may see all before them
+        self.mask = torch.cat([prompts, prompts.new_ones(len(prompts), room)], 1)
+        # With the mask over keys alone transformers builds the one over (row, head, query, key) anew at every step,
+        # and makes the CPU wait for a GPU. Sliding windows and other attention functions need it to.
+        plain = all(type(layer) is _RoomyLayer for layer in cache.layers)
+        if plain and backbone.config._attn_implementation == "sdpa":
+            self.mask = self.mask[:, None, None]
+
+    def until(self, length: int) -> Tensor | None:
+        return None if self.mask is None else self.mask[..., :length]
+
+    def select(self, rows: Tensor) -> None:
+        self.mask = None if self.mask is None else self.mask[rows]
+
+
+class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """Keys and values of one layer in buffers with room at the end, so that a step copies one column, not all."""
+
+    def __init__(self, keys: Tensor, values: Tensor, rows: Tensor, room: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.lazy_initialization(keys, values)
-        self.length = keys.shape[-2]
-        self.buffers = self._roomy(keys, room), self._roomy(values, room)
-        self._view()
+        self.length, self.capacity = keys.shape[-2], keys.shape[-2] + room
+        self._fill(keys, values, rows)
 
-    @staticmethod
-    def _roomy(states: Tensor, room: int) -> Tensor:
-        B, heads, length, width = states.shape
-        buffer = states.new_empty(B, heads, length + room, width)
-        buffer[:, :, :length] = states
-        return buffer
+    def _fill(self, keys: Tensor, values: Tensor, rows: Tensor) -> None:
+        """Make new buffers of these rows."""
+        self.buffers: list[Tensor] = []
+        for states in (keys, values):
+            buffer = states.new_empty(len(rows), states.shape[1], self.capacity, states.shape[3])
+            torch.index_select(states, 0, rows, out=buffer[:, :, : self.length])
+            self.buffers.append(buffer)
+        self._view()
 
     def _view(self) -> None:
         self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
@@ -266,14 +289,13 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     ) -> tuple[Tensor, Tensor]:
         start = self.length
         self.length += key_states.shape[-2]
-        self.buffers[0][:, :, start : self.length] = key_states
-        self.buffers[1][:, :, start : self.length] = value_states
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start : self.length] = states
         self._view()
         return self.keys, self.values  # type: ignore[return-value]
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.buffers = self.buffers[0][indices], self.buffers[1][indices]
-        self._view()
+        self._fill(self.keys, self.values, indices)  # type: ignore[arg-type]
 
 
 def _repeat_cache(cache: DynamicCache, rows: Tensor, room: int) -> None:
@@ -281,7 +303,7 @@ def _repeat_cache(cache: DynamicCache, rows: Tensor, room: int) -> None:
     for i, layer in enumerate(cache.layers):
         # Layers of other kinds (sliding windows, recurrent states) keep their own way.
         if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
-            cache.layers[i] = _RoomyLayer(layer.keys[rows], layer.values[rows], room)
+            cache.layers[i] = _RoomyLayer(layer.keys, layer.values, rows, room)
         else:
             layer.batch_select_indices(rows)  # type: ignore[union-attr]
 
@@ -295,15 +317,12 @@ def _draw(logits: Tensor, uniforms: Tensor, config: SamplingConfig) -> tuple[Ten
     if config.temperature != 1:
         logits = logits / config.temperature
     logits = filter_logits(logits, top_k=config.top_k, top_p=config.top_p)
-    logits = logits - logits.amax(-1, keepdim=True)
-    cumulative = logits.exp().cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    # The first token whose cumulative weight exceeds u · total; it has weight itself. NaN finds none.
-    token = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True).clamp_(
-        max=logits.shape[-1] - 1
-    )
-    log_prob = logits.gather(-1, token) - total.log()
-    return token[:, 0], log_prob[:, 0].float()
+    probabilities = logits.softmax(-1)
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    # The first token whose cumulative probability exceeds u · total; its own is then not 0. NaN finds none.
+    token = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
+    token = token.clamp_(max=logits.shape[-1] - 1)
+    return token[:, 0], probabilities.gather(-1, token)[:, 0].log().float()
 
 
 def _uniforms(seed: int, first_row: int, rows: int, steps: int) -> Tensor:
