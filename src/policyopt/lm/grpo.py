@@ -229,9 +229,9 @@ def train_grpo(
                     )  # fmt: skip
 
             totals, ratio_max = torch.zeros(3, device=run.device), torch.zeros((), device=run.device)
-            for epoch in range(config.epochs_per_batch):
-                everything = torch.arange(len(sequences), device=run.device)
-                for part in minibatches(everything, config.minibatches, size, run.stream(1 + epoch)):
+            for _ in range(config.epochs_per_batch):
+                for numbers in minibatches(len(sequences), config.minibatches, size):
+                    part = torch.tensor(numbers, device=run.device)
                     reduction, denominator = _denominator(counted[part], config, run)
                     # Without a KL term a completion of advantage 0 has no gradient: it is counted but not computed.
                     active = part if config.beta > 0 or run.world > 1 else part[advantages[part] != 0]

@@ -10,6 +10,7 @@ import copy
 import json
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ __all__ = [
     "is_adapted",
     "load",
     "scalar_head",
+    "without_head",
 ]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -225,7 +227,9 @@ def add_lora(language_model: LanguageModel, lora: LoRA, *, seed: int = 0) -> Lan
         lora_dropout=lora.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # peft asks transformers for an attribute by its old name.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         torch.manual_seed(seed)
         model = get_peft_model(language_model.model, config)
     return LanguageModel(model, language_model.tokenizer, language_model.name)
@@ -321,7 +325,7 @@ class ScoreNetwork(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model = without_head(model)
         # Zero: before training every text scores the same, and the first gradient goes to the head alone.
         self.score = scalar_head(model)
 
@@ -331,6 +335,15 @@ class ScoreNetwork(nn.Module):
         last = hidden[torch.arange(len(sequences), device=hidden.device), sequences.lengths]
         scores: Tensor = self.score(last.to(self.score.weight.dtype)).squeeze(-1)
         return scores.float()
+
+
+def without_head(model: nn.Module) -> nn.Module:
+    """Freeze the output head, unless its weights are the input's too: who reads hidden states has no use for it."""
+    causal: Any = model
+    head, inputs = causal.get_output_embeddings(), causal.get_input_embeddings()
+    if head is not None and head.weight is not inputs.weight:
+        head.requires_grad_(False)
+    return model
 
 
 def scalar_head(model: nn.Module) -> nn.Linear:

@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from policyopt.estimators import adaptive_kl_coefficient, explained_variance, gae, kl_shaped_rewards
+from policyopt.estimators import adaptive_kl_coefficient, gae, kl_shaped_rewards
 from policyopt.lm.config import LMConfig
 from policyopt.lm.data import Records, prompt_examples
 from policyopt.lm.log_probs import completion_log_probs
-from policyopt.lm.models import LanguageModel, scalar_head
+from policyopt.lm.models import LanguageModel, scalar_head, without_head
 from policyopt.lm.rewards import RewardFunctions
 from policyopt.lm.rollouts import collect, minibatches
 from policyopt.lm.sampling import Sampler, SamplingConfig, TransformersSampler
@@ -117,7 +117,7 @@ class ActorCritic(nn.Module):
         self.model = model
         self.value_model: nn.Module | None = None
         if critic == "separate":
-            self.value_model = copy.deepcopy(model).requires_grad_(True)
+            self.value_model = without_head(copy.deepcopy(model))
         self.value_head = scalar_head(model)
 
     def forward(self, sequences: Sequences, **options: Any) -> tuple[Tensor, Tensor]:
@@ -234,14 +234,14 @@ def train_ppo_lm(
                 advantages, targets = token_advantages(
                     rewards, old_values, mask, gamma=config.gamma, gae_lambda=config.gae_lambda
                 )
-                explained = explained_variance(old_values[mask], targets[mask])
+                explained = 1 - run.variance(targets - old_values, mask) / run.variance(targets, mask)
                 if config.normalize_advantages:
                     advantages = run.normalize(advantages, mask)
 
             totals, ratio_max = torch.zeros(4, device=run.device), torch.zeros((), device=run.device)
-            for epoch in range(config.epochs_per_batch):
-                everything = torch.arange(len(sequences), device=run.device)
-                for part in minibatches(everything, config.minibatches, size, run.stream(1 + epoch)):
+            for _ in range(config.epochs_per_batch):
+                for numbers in minibatches(len(sequences), config.minibatches, size):
+                    part = torch.tensor(numbers, device=run.device)
                     tokens = run.sum(mask[part].sum())
                     for places in run.micro_batches(len(part), size):
                         rows = part[places]
@@ -287,7 +287,7 @@ def train_ppo_lm(
                 finished=float(run.sum(batch.finished.sum())) / count,
                 policy_loss=policy_sum / seen,
                 value_loss=value_sum / seen,
-                explained_variance=float(run.sum(explained)) / run.world,
+                explained_variance=float(explained),
                 entropy=-float(run.sum(batch.sampler_log_probs.sum())) / batch_tokens,
                 clip_fraction=clipped_sum / seen,
                 ratio_max=run.max(ratio_max),

@@ -90,7 +90,6 @@ def train_reward_model(
     pairs = preference_pairs(data, language_model.tokenizer, **limits)
     held_out = [] if eval_data is None else preference_pairs(eval_data, language_model.tokenizer, **limits)
     start = language_model.copy()
-    start.model.requires_grad_(True)
     reward_model = RewardModel(start)
     run: Run[RewardConfig, RewardUpdate] = Run(
         "reward", start, reward_model.network, config, row_type=RewardUpdate, items=len(pairs), seed=seed,

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from policyopt.lm.data import PromptExample
@@ -79,13 +78,11 @@ def collect(
     )
 
 
-def minibatches(rows: Tensor, count: int, group: int, seed: int) -> list[Tensor]:
-    """Cut rows into ``count`` near-equal pieces of whole groups (``group`` neighbours each), in shuffled order.
+def minibatches(size: int, count: int, group: int) -> list[list[int]]:
+    """Cut the numbers 0 … ``size`` − 1 into ``count`` pieces of whole groups (``group`` neighbours each).
 
-    One piece is returned in its own order: shuffling it would change nothing but rounding.
+    Piece m takes the groups m, m + count, m + 2 count, …: the data are shuffled already, and processes that hold
+    neighbouring shares of a batch cut the same pieces together that one process would cut alone.
     """
-    if count == 1:
-        return [rows]
-    groups = rows.view(-1, group)
-    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).to(rows.device)
-    return [piece.flatten() for piece in groups[order].tensor_split(count)]
+    groups = [range(start, start + group) for start in range(0, size, group)]
+    return [[row for rows in groups[first::count] for row in rows] for first in range(count)]

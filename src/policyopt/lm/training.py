@@ -233,7 +233,7 @@ class Run(Generic[ConfigT, RowT]):
         self._sampled = list(prompts[: config.logged_samples])
         self._before = self._complete()
         if config.gradient_checkpointing:
-            language_model.model.gradient_checkpointing_enable()
+            _recompute(language_model.model, True)
         self._seconds = 0.0
         self._accelerator: Any = None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -335,15 +335,20 @@ class Run(Generic[ConfigT, RowT]):
         """Return the largest of a number over all processes."""
         return float(value if self._accelerator is None else self._accelerator.gather(value.detach()).max())
 
+    def variance(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Return the variance (denominator n) over the masked entries of all processes; NaN if it is 0."""
+        kept = x[mask].double() if x.device.type != "mps" else x[mask]
+        count, total = self.sum(mask.sum()), self.sum(kept.sum())
+        variance = self.sum((kept - total / count).square().sum()) / count
+        return torch.where(variance > 0, variance, torch.nan)
+
     def normalize(self, x: Tensor, mask: Tensor) -> Tensor:
         """Shift and scale to mean 0 and standard deviation 1 over the masked entries of all processes."""
         if self._accelerator is None:
             return normalize(x, mask)
-        kept = x[mask].double()
-        count, total = self.sum(torch.stack([mask.sum().double(), kept.sum()])).tolist()
-        centred = torch.where(mask, x - total / count, 0.0)
-        variance = float(self.sum(centred.double().square().sum())) / count
-        return centred / (math.sqrt(variance) + 1e-8)
+        mean = self.sum(x[mask].sum()) / self.sum(mask.sum())
+        deviation = torch.nan_to_num(self.variance(x, mask)).sqrt() + 1e-8
+        return torch.where(mask, (x - mean.to(x.dtype)) / deviation.to(x.dtype), 0.0)
 
     def log(self, *, tokens: int, **fields: Any) -> None:
         """Record a step: complete the row, write a checkpoint when one is due, ask the callback.
@@ -427,7 +432,7 @@ class Run(Generic[ConfigT, RowT]):
         self._bare.__dict__.pop("forward", None)
         self._bare.eval()
         if self.config.gradient_checkpointing:
-            self.language_model.model.gradient_checkpointing_disable()
+            _recompute(self.language_model.model, False)
         torch.set_rng_state(self._random_state)
         if error is None:
             return False
@@ -463,7 +468,10 @@ class Run(Generic[ConfigT, RowT]):
         model = self.language_model
         sampler = TransformersSampler(model)
         prompts = [encode_prompt(model.tokenizer, prompt) for prompt in self._sampled]
-        sequences = sampler.sample(prompts, 1, SamplingConfig(temperature=0.0), seed=0).sequences
+        sampling: SamplingConfig = getattr(self.config, "sampling", SamplingConfig())
+        room = (model.context_length or math.inf) - max(len(ids) for ids in prompts)
+        greedy = SamplingConfig(temperature=0.0, max_new_tokens=int(min(sampling.max_new_tokens, room)))
+        sequences = sampler.sample(prompts, 1, greedy, seed=0).sequences
         return [
             model.decode(ids[:length].tolist())
             for ids, length in zip(sequences.completion_ids, sequences.lengths.tolist(), strict=True)
@@ -534,3 +542,10 @@ class Run(Generic[ConfigT, RowT]):
             self.history.append(self._row_type(**values))
         self.state = metadata["state"]
         self._seconds = float(self.history[-1].seconds)
+
+
+def _recompute(model: Any, on: bool) -> None:
+    """Switch gradient checkpointing, under its name in transformers 5 or the older one."""
+    switch = "enable" if on else "disable"
+    new = getattr(model, f"activation_checkpointing_{switch}", None)
+    (new or getattr(model, f"gradient_checkpointing_{switch}"))()
