@@ -190,13 +190,15 @@ class TransformersSampler:
         rows = torch.tensor(index, device=device)
         logits = parts.logits(hidden[:, -1])[rows]
         _repeat_cache(cache, rows, room=T)
+        if device.type == "mps":  # has no float64; the bound keeps u · total below total in float32 too
+            uniforms = uniforms.float().clamp(max=1 - 2**-20)
         uniforms = uniforms.to(device)
         positions = mask.sum(1)[rows, None]
         L = batch.prompt_ids.shape[1]
         masks = _StepMasks(backbone, cache, mask[rows], T)
         # Step by row, so that one step is contiguous.
         ids = torch.zeros(T, len(rows), dtype=torch.long, device=device)
-        log_probs = torch.zeros(T, len(rows), device=device)
+        log_probs = torch.zeros(T, len(rows), dtype=torch.float32, device=device)
         active = torch.arange(len(rows), device=device)
         done = torch.zeros(len(rows), dtype=torch.bool, device=device)
         # Looking whether all rows are done makes the CPU wait for a GPU, so it is not done at every step there.
@@ -318,7 +320,7 @@ def _draw(logits: Tensor, uniforms: Tensor, config: SamplingConfig) -> tuple[Ten
         logits = logits / config.temperature
     logits = filter_logits(logits, top_k=config.top_k, top_p=config.top_p)
     probabilities = logits.softmax(-1)
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    cumulative = probabilities.cumsum(-1, dtype=uniforms.dtype)
     # The first token whose cumulative probability exceeds u · total; its own is then not 0. NaN finds none.
     token = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
     token = token.clamp_(max=logits.shape[-1] - 1)
