@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -42,6 +43,8 @@ def save_checkpoint(folder: str | Path, tensors: Mapping[str, Tensor], metadata:
     ------
     TypeError
         If ``metadata`` cannot be written as JSON.
+    OSError
+        If the folder cannot be written to, or the disk is full.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,10 +60,16 @@ def save_checkpoint(folder: str | Path, tensors: Mapping[str, Tensor], metadata:
         scratch.write_text(text)
         _fsync(scratch)
         scratch.replace(state)
-    except BaseException:
+    except BaseException as error:
         scratch.unlink(missing_ok=True)
         (folder / name).unlink(missing_ok=True)
-        raise
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise
+        kept = "it still holds the one of before" if previous else "it holds none"
+        raise OSError(
+            f"no checkpoint could be written to {folder} ({error}); {kept}. Free some space there, or choose another "
+            "folder"
+        ) from error
     if previous is not None:
         (folder / Path(previous).name).unlink(missing_ok=True)
     return folder
