@@ -37,6 +37,8 @@ class ModuleApi(SphinxDirective):
         lines += [f"   {public}" for public in module.__all__]
         for public in module.__all__:
             member = getattr(module, public)
+            if not getattr(member, "__module__", name).startswith(name):
+                continue  # handed on from a floor below, whose own page describes it
             kind = "class" if inspect.isclass(member) else "function" if callable(member) else "data"
             lines += ["", f".. auto{kind}:: {public}"]
             if kind == "class":
