@@ -23,7 +23,7 @@ from notebooks import KERNEL_ENVIRONMENT, committed_problem
 
 REL_TOL, ABS_TOL = 1e-5, 1e-8
 FLOAT = re.compile(r"[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE][-+]?\d))(?:[eE][-+]?\d+)?")
-SECONDS_PER_CHAPTER = 120
+SECONDS_PER_CHAPTER = 150
 PICTURES = ("image/svg+xml", "application/pdf")
 
 os.environ.update(KERNEL_ENVIRONMENT)
