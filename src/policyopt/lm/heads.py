@@ -89,11 +89,14 @@ def _verify(causal: Any, parts: Head) -> None:
     try:
         device = causal.get_input_embeddings().weight.device
         tokens = (torch.arange(1, 5, device=device) % causal.get_input_embeddings().weight.shape[0])[None]
-        whole = causal(input_ids=tokens, use_cache=False).logits.float()
-        rebuilt = parts.logits(parts.backbone(input_ids=tokens, use_cache=False)[0]).float()
+        with torch.autocast(device.type, enabled=False):
+            whole = causal(input_ids=tokens, use_cache=False).logits.float()
+            rebuilt = parts.logits(parts.backbone(input_ids=tokens, use_cache=False)[0]).float()
     finally:
         for module, mode in modes:
             module.training = mode
+    if not bool(whole.isfinite().all()):
+        raise ValueError(f"{type(causal).__name__}: the logits are not finite; the weights are broken")
     # Rounding only: a forgotten factor or cap is far larger in any trained model.
     precision = torch.finfo(next(causal.parameters()).dtype).eps ** 0.5
     error = (rebuilt - whole).abs().max().item() if rebuilt.shape == whole.shape else float("inf")

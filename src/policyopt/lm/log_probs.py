@@ -1,8 +1,8 @@
 """Log-probabilities of completions without the matrix of all log-probabilities.
 
 A dense log-softmax stores ``[tokens, vocabulary]`` several times over. Here the tokens pass through the
-language-model head a chunk at a time: the forward pass keeps one number per token, the log-sum-exp of its logits,
-and the backward pass computes the logits of each chunk again.
+language-model head a chunk at a time: the forward pass keeps the log-probability of each token and forgets its
+logits, the backward pass computes them again.
 """
 
 from __future__ import annotations
@@ -17,9 +17,6 @@ from policyopt.lm.heads import backbone_and_head
 from policyopt.lm.sequences import Sequences, hidden_states
 
 __all__ = ["TokenLogProbs", "chunked_log_probs", "completion_log_probs", "filter_logits"]
-
-_CHUNK_LOGITS = 2**25
-"""Logits held at a time: 128 MiB in float32."""
 
 
 class TokenLogProbs(NamedTuple):
@@ -140,7 +137,8 @@ def chunked_log_probs(
     entropy : bool
         Return the entropy too, with gradient.
     chunk_size : int, optional
-        Tokens at a time; by default as many as make 2²⁵ logits.
+        Tokens at a time; by default about as many as fit into the processor's cache, or on a GPU as make 2²⁶
+        logits, and no fewer than 128.
 
     Returns
     -------
@@ -154,7 +152,7 @@ def chunked_log_probs(
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    size = _chunk_size(chunk_size, weight.shape[0])
+    size = _chunk_size(chunk_size, weight.shape[0], hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         log_probs, entropies = _ChunkedLogProbs.apply(  # type: ignore[no-untyped-call]
             hidden.to(weight.dtype),
@@ -181,9 +179,11 @@ def _check(hidden: Tensor, targets: Tensor, transform: _Transform) -> None:
         raise ValueError(f"softcap must be positive or None, got {transform.softcap!r}")
 
 
-def _chunk_size(chunk_size: int | None, vocabulary: int) -> int:
+def _chunk_size(chunk_size: int | None, vocabulary: int, device: torch.device) -> int:
     if chunk_size is None:
-        return max(1, _CHUNK_LOGITS // vocabulary)
+        # Few enough logits to stay in the cache of a CPU, many enough to fill a GPU. Below 128 tokens reading the
+        # weight would take longer than multiplying by it.
+        return max(128, (2**19 if device.type == "cpu" else 2**26) // vocabulary)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size!r}")
     return chunk_size
@@ -204,19 +204,17 @@ class _ChunkedLogProbs(torch.autograd.Function):
         N = hidden.shape[0]
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         log_probs = hidden.new_empty(N, dtype=dtype)
-        normalisers = hidden.new_empty(N, dtype=dtype)
         entropies = hidden.new_empty(N if entropy else 0, dtype=dtype)
         for start in range(0, N, chunk_size):
             rows = slice(start, start + chunk_size)
-            logits, _ = _logits(hidden[rows], weight, bias, targets[rows], transform, slope=False)
-            normaliser = torch.logsumexp(logits, -1)
-            normalisers[rows] = normaliser
-            log_probs[rows] = logits.gather(1, targets[rows, None])[:, 0] - normaliser
+            logits = nn.functional.linear(hidden[rows], weight, bias)
+            log_p, _ = _log_softmax(logits, targets[rows], transform)
+            del logits
+            log_probs[rows] = log_p.gather(1, targets[rows, None])[:, 0]
             if entropy:
-                p = torch.exp(logits - normaliser[:, None])
-                # Tokens filtered out have p = 0 and logit −∞; they add nothing.
-                entropies[rows] = normaliser - p.mul_(_finite(logits, transform)).sum(-1)
-        ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies)
+                p = log_p.exp()
+                entropies[rows] = -p.mul_(_finite(log_p, transform)).sum(-1)
+        ctx.save_for_backward(hidden, weight, bias, targets, entropies)
         ctx.transform, ctx.entropy, ctx.chunk_size = transform, entropy, chunk_size
         if not entropy:
             ctx.mark_non_differentiable(entropies)
@@ -225,27 +223,27 @@ class _ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_log_probs: Tensor, grad_entropies: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, normalisers, entropies = ctx.saved_tensors
+        hidden, weight, bias, targets, entropies = ctx.saved_tensors
         transform: _Transform = ctx.transform
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dtype = normalisers.dtype
+        dtype = entropies.dtype
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=dtype) if need_bias else None
         for start in range(0, hidden.shape[0], ctx.chunk_size):
             rows = slice(start, start + ctx.chunk_size)
             g = grad_log_probs[rows, None]
-            logits, slope = _logits(hidden[rows], weight, bias, targets[rows], transform, slope=True)
-            normaliser = normalisers[rows, None]
+            logits = nn.functional.linear(hidden[rows], weight, bias)
+            log_p, slope = _log_softmax(logits, targets[rows], transform, slope=True)
+            del logits
             if ctx.entropy:
-                p = torch.exp(logits - normaliser)
-                logits = _finite(logits, transform)
                 # −p (g + g_H (log p + H)), built in place
-                grad = logits.add_(entropies[rows, None] - normaliser).mul_(grad_entropies[rows, None])
+                p = log_p.exp()
+                grad = _finite(log_p, transform).add_(entropies[rows, None]).mul_(grad_entropies[rows, None])
                 grad = grad.add_(g).mul_(p).neg_()
                 del p
             else:
-                grad = logits.sub_(normaliser).exp_().mul_(-g)
+                grad = log_p.exp_().mul_(-g)
             grad.scatter_add_(1, targets[rows, None], g)
             if slope is not None:
                 grad.mul_(slope)
@@ -262,7 +260,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
                     grad_weight.addmm_(grad.T, hidden[rows])
                 else:
                     grad_weight += grad.T @ hidden[rows]
-            del grad, logits
+            del grad, log_p  # before the next chunk needs the room
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -274,35 +272,28 @@ class _ChunkedLogProbs(torch.autograd.Function):
         )
 
 
-def _logits(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    transform: _Transform,
-    *,
-    slope: bool,
+def _log_softmax(
+    logits: Tensor, targets: Tensor, transform: _Transform, *, slope: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits of one chunk, in a buffer of their own, and the derivative of the soft cap."""
-    logits = nn.functional.linear(hidden, weight, bias)
+    """Log-probabilities of one chunk and the derivative of the soft cap; overwrites ``logits``."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     derivative = None
     if transform.scale != 1.0:
         logits.mul_(transform.scale)
     if transform.softcap is not None:
-        logits.div_(transform.softcap).tanh_()
-        if slope:
-            derivative = 1 - logits.square()
-        logits.mul_(transform.softcap)
+        tanh = logits.div_(transform.softcap).tanh_()
+        derivative = 1 - tanh.square() if slope else None
+        logits = tanh * transform.softcap
     if transform.temperature != 1.0:
         logits.div_(transform.temperature)
     if transform.filters:
         logits = filter_logits(logits, top_k=transform.top_k, top_p=transform.top_p, keep=targets)
-    return logits, derivative
+    return torch.log_softmax(logits, -1), derivative
 
 
-def _finite(logits: Tensor, transform: _Transform) -> Tensor:
-    return logits.masked_fill(logits == -torch.inf, 0.0) if transform.filters else logits
+def _finite(log_p: Tensor, transform: _Transform) -> Tensor:
+    """Put 0 for log 0, since what it is multiplied by is 0."""
+    return log_p.masked_fill(log_p == -torch.inf, 0.0) if transform.filters else log_p
 
 
 def _through_module(
@@ -311,18 +302,12 @@ def _through_module(
     """Chunked log-probabilities for a head that is more than one matrix: LoRA on the head, quantised weights."""
 
     def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * transform.scale
-        if transform.softcap is not None:
-            logits = torch.tanh(logits / transform.softcap) * transform.softcap
-        logits = logits / transform.temperature
-        logits = filter_logits(logits, top_k=transform.top_k, top_p=transform.top_p, keep=targets)
-        log_p = torch.log_softmax(logits, -1)
+        log_p, _ = _log_softmax(head(hidden).clone(), targets, transform)
         chosen = log_p.gather(1, targets[:, None])[:, 0]
         return chosen, -(log_p.exp() * _finite(log_p, transform)).sum(-1) if entropy else chosen.new_empty(0)
 
     vocabulary = int(getattr(head, "out_features", 2**17))
-    size = _chunk_size(None, vocabulary)
+    size = _chunk_size(None, vocabulary, hidden.device)
     pieces = [
         checkpoint(score, hidden[i : i + size], targets[i : i + size], use_reentrant=False)
         for i in range(0, max(1, len(hidden)), size)

@@ -216,7 +216,7 @@ def hidden_states(model: nn.Module, sequences: Sequences, *, share_prompts: bool
 
 
 def _can_share(backbone: nn.Module) -> bool:
-    if backbone.training and getattr(backbone, "is_gradient_checkpointing", False):
+    if backbone.training and any(getattr(m, "gradient_checkpointing", False) for m in backbone.modules()):
         return False  # transformers switches the cache off then
     accepted = inspect.signature(backbone.forward).parameters
     if not {"attention_mask", "position_ids", "past_key_values"} <= accepted.keys():
@@ -246,8 +246,7 @@ def _shared(backbone: nn.Module, sequences: Sequences) -> Tensor:
     for layer in cache.layers:
         # A layer that reads another layer's cache has none of its own.
         if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
-            layer.keys = layer.keys.index_select(0, index)
-            layer.values = layer.values.index_select(0, index)
+            layer.keys, layer.values = _rows(layer.keys, index), _rows(layer.values, index)
     steps = torch.arange(sequences.completion_ids.shape[1], device=mask.device)
     completions: Tensor = backbone(
         input_ids=sequences.completion_ids,
@@ -257,6 +256,11 @@ def _shared(backbone: nn.Module, sequences: Sequences) -> Tensor:
         use_cache=True,
     )[0]
     return torch.cat([first, completions], 1)
+
+
+def _rows(tensor: Tensor, index: Tensor) -> Tensor:
+    # As a matrix: the backward pass then adds whole contiguous rows, ten times as fast.
+    return tensor.flatten(1).index_select(0, index).view(len(index), *tensor.shape[1:])
 
 
 def _concatenated(backbone: nn.Module, sequences: Sequences) -> Tensor:
