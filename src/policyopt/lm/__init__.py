@@ -1,5 +1,6 @@
 """Language models as policies: SFT, reward models, PPO, DPO and GRPO on any Hugging Face causal language model."""
 
+import policyopt.lm._requirements  # noqa: F401 - says what is missing, before anything else fails
 from policyopt.lm.config import LMConfig
 from policyopt.lm.data import Prompt, read_records
 from policyopt.lm.dpo import DPOConfig, DPOUpdate, train_dpo

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -169,9 +170,15 @@ class LanguageModel:
         The folder appears in one step: a crash or a full disk on the way leaves what was there before.
         """
         with _new_folder(Path(folder)) as scratch:
-            self.model.save_pretrained(scratch, safe_serialization=True)
-            self.tokenizer.save_pretrained(scratch)
+            self._write(scratch)
         return Path(folder)
+
+    def _write(self, folder: Path) -> None:
+        # Without this peft asks the hub whether the vocabulary has grown.
+        options = {"save_embedding_layers": False} if is_adapted(self.model) else {}
+        with _quiet(True):
+            self.model.save_pretrained(folder, **options)
+        self.tokenizer.save_pretrained(folder)
 
 
 @contextmanager
@@ -182,7 +189,8 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}")
     scratch.mkdir()
     try:
-        yield scratch
+        with _quiet(True):
+            yield scratch
         if folder.exists():
             folder.replace(old)
         scratch.replace(folder)
@@ -227,12 +235,18 @@ def add_lora(language_model: LanguageModel, lora: LoRA, *, seed: int = 0) -> Lan
         lora_dropout=lora.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # peft asks transformers for an attribute by its old name.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    with torch.random.fork_rng(devices=[]), _old_names():
         torch.manual_seed(seed)
         model = get_peft_model(language_model.model, config)
     return LanguageModel(model, language_model.tokenizer, language_model.name)
+
+
+@contextmanager
+def _old_names() -> Iterator[None]:
+    """Hold back the warning that peft asks transformers for an attribute by its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
 
 
 def embedded_models() -> dict[str, Path]:
@@ -256,8 +270,9 @@ def load(
     Parameters
     ----------
     name_or_path : str or Path
-        One of :func:`embedded_models`, a local folder, a local ``.gguf`` file, or the id of a model on the Hugging Face
-        hub (``"HuggingFaceTB/SmolLM2-135M-Instruct"``).
+        One of :func:`embedded_models`, a local folder (of a model, or of adapters, which are put on their base model),
+        a local ``.gguf`` file (unpacked, so that it can be trained), or the id of a model on the Hugging Face hub
+        (``"HuggingFaceTB/SmolLM2-135M-Instruct"``).
     dtype : str
         Type of the weights; "auto" takes the stored one. The default is float32, because in bfloat16 an optimiser step
         smaller than 1/256 of a weight is lost. To save time and memory on a GPU, set ``autocast="bfloat16"`` in the
@@ -276,8 +291,13 @@ def load(
     Raises
     ------
     ValueError
-        If there is no such model, or nothing stops its completions.
+        If there is no such model (or no base model for the adapters), or nothing stops its completions.
     """
+    folder = Path(name_or_path)
+    if (folder / "adapter_config.json").exists():
+        if lora is not None:
+            raise ValueError(f"{folder} holds adapters; they are trained on as they are: leave lora out")
+        return _load_adapters(folder, dtype=dtype, device=device, attention=attention, revision=revision)
     place = resolve_device(device)
     if dtype != "auto" and dtype not in _DTYPES:
         raise ValueError(f"dtype must be 'auto' or one of {sorted(_DTYPES)}, got {dtype!r}")
@@ -292,24 +312,62 @@ def load(
         weights["attn_implementation"] = attention
     if "gguf_file" not in options:
         weights["use_safetensors"] = True
+    elif hasattr(transformers, "GgufConfig"):
+        # Packed weights could be neither trained nor saved. Versions without this always unpack.
+        weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         with _quiet(Path(source).exists()):
             tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
             model = AutoModelForCausalLM.from_pretrained(str(source), **options, **weights)
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{str(name_or_path)!r} needs code from its own repository, which is never run; choose a model whose "
+                "architecture transformers knows"
+            ) from error
         raise ValueError(
             f"name_or_path must be one of {sorted(embedded_models())}, a local folder, a .gguf file or the id of a "
             f"model on the Hugging Face hub (reachable, with safetensors weights), got {str(name_or_path)!r}: {error}"
         ) from error
     network: Any = model
-    loaded = LanguageModel(network.to(place).eval(), tokenizer, str(name_or_path))
+    if getattr(network, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"{name_or_path} holds adapters; download it (huggingface_hub.snapshot_download) and load the folder"
+        )
+    name = str(name_or_path)
+    if Path(source).exists() and name not in embedded_models():
+        file = folder.resolve()
+        name, network.name_or_path = file.stem if file.suffix == ".gguf" else file.name, str(file)
+    else:
+        network.name_or_path = name  # what adapters will look for
+    loaded = LanguageModel(network.to(place).eval(), tokenizer, name)
     loaded.eos_ids  # noqa: B018 - says at once when nothing would stop a completion
     return loaded if lora is None else add_lora(loaded, lora, seed=seed)
 
 
+def _load_adapters(folder: Path, **options: Any) -> LanguageModel:
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise ImportError(
+            f"{folder} holds adapters, which need peft: pip install 'policyopt[lora]'"
+        ) from error
+    base_name = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+    try:
+        base = load(base_name, **options)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder} holds adapters for {base_name!r}, which cannot be loaded (base_model_name_or_path in "
+            f"adapter_config.json says where it is): {error}"
+        ) from error
+    with _old_names():
+        model: Any = PeftModel.from_pretrained(base.model, str(folder), is_trainable=True)
+    return LanguageModel(model.eval(), AutoTokenizer.from_pretrained(str(folder)), folder.resolve().name)
+
+
 @contextmanager
 def _quiet(active: bool) -> Iterator[None]:
-    """Hold back the bar over a file that is read in a moment; a download keeps its bar."""
+    """Hold back transformers' bar over a file that is read or written in a moment; a download keeps its bar."""
     showing = logging.is_progress_bar_enabled()
     if active:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -413,8 +471,7 @@ class RewardModel:
     def save(self, folder: str | Path) -> Path:
         """Write the backbone, the tokenizer and the head, all as safetensors, in one step."""
         with _new_folder(Path(folder)) as scratch:
-            self.language_model.model.save_pretrained(scratch, safe_serialization=True)
-            self.language_model.tokenizer.save_pretrained(scratch)
+            self.language_model._write(scratch)
             save_file(
                 {
                     name: tensor.detach().cpu().contiguous()

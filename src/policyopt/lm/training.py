@@ -240,6 +240,12 @@ class Run(Generic[ConfigT, RowT]):
             from accelerate import Accelerator
 
             self._accelerator = Accelerator(cpu=self.device.type == "cpu")
+            kind = str(self._accelerator.distributed_type.value)
+            if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+                raise ValueError(
+                    f"the processes were launched for {kind}; these trainers share the work by data parallelism (DDP): "
+                    "launch them with torchrun, or with accelerate and no such plugin"
+                )
             if config.batch_size % self.world:
                 raise ValueError(
                     f"batch_size must be a multiple of the {self.world} processes, got {config.batch_size}"
@@ -369,9 +375,8 @@ class Run(Generic[ConfigT, RowT]):
         self.history.append(row)
         if self._bar is not None:
             self._bar.update()
-            self._bar.set_postfix(
-                {k: f"{v:.3g}" for k, v in fields.items() if k in self._row_type.headline}, refresh=False
-            )
+            shown = {k: fields[k] for k in self._row_type.headline if not math.isnan(fields[k])}
+            self._bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
         due = self.step % self.config.checkpoint_every == 0 or self.step == self.total
         if self._checkpoint_dir is not None and due:
             self._save(self._checkpoint_dir)
