@@ -176,8 +176,7 @@ class LanguageModel:
     def _write(self, folder: Path) -> None:
         # Without this peft asks the hub whether the vocabulary has grown.
         options = {"save_embedding_layers": False} if is_adapted(self.model) else {}
-        with _quiet(True):
-            self.model.save_pretrained(folder, **options)
+        self.model.save_pretrained(folder, **options)
         self.tokenizer.save_pretrained(folder)
 
 
