@@ -88,9 +88,9 @@ def test_moving_leaves_no_trace_and_can_be_undone(copy: Path) -> None:
         assert HERE.pages not in text, file
     for kind in ("colab", "binder"):
         assert all(slugs == {there.slug} for slugs in quotations(copy, kind).values())
-    for notebook in copy.glob("book/*.ipynb"):
-        setup = next(c for c in notebooks.read(notebook).cells if "setup" in c.metadata.get("tags", []))
-        assert setup.source == notebooks.setup_source(copy)
+    for notebook in map(notebooks.read, copy.glob("book/*.ipynb")):
+        setup = next(c for c in notebook.cells if "setup" in c.metadata.get("tags", []))
+        assert setup.source == notebooks.setup_source(notebook, copy)
 
     rewrite(HERE, copy, files)
 

@@ -43,19 +43,32 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("{package}") is None:
-    subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", "{package} @ git+{url}"])
+    subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", "{package}{extras} @ git+{url}"])
     importlib.invalidate_caches()"""
 SETUP_TAGS = ["setup", "hide-cell"]
 
 
-def setup_source(root: Path = ROOT) -> str:
-    """Return the source of the cell that opens every chapter."""
+# What a chapter's code says that tells which extra of the package it needs.
+EXTRAS = {"lm": "policyopt.lm", "lora": "LoRA("}
+
+
+def setup_source(notebook: NotebookNode, root: Path = ROOT) -> str:
+    """Return the source of the cell that opens a chapter."""
     package = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"]
-    return SETUP_TEMPLATE.format(package=package, url=Repository.of(root).url)
+    code = "\n".join(
+        c.source
+        for c in notebook.cells
+        if c.cell_type == "code" and "setup" not in c.metadata.get("tags", [])
+    )
+    needed = ",".join(extra for extra, sign in EXTRAS.items() if sign in code)
+    return SETUP_TEMPLATE.format(
+        package=package, extras=f"[{needed}]" if needed else "", url=Repository.of(root).url
+    )
 
 
-def put_setup_cell(notebook: NotebookNode, source: str) -> None:
-    """Make the cell tagged ``setup`` hold ``source``; insert one if there is none."""
+def put_setup_cell(notebook: NotebookNode) -> None:
+    """Make the cell tagged ``setup`` current; insert one if there is none."""
+    source = setup_source(notebook)
     cells = notebook.cells
     cell = next((c for c in cells if "setup" in c.metadata.get("tags", [])), None)
     if cell is None:
@@ -138,7 +151,7 @@ def from_twin(name: str) -> str:
     """
     twin, target = twin_path(name), notebook_path(name)
     notebook = jupytext.reads(twin.read_text(encoding="utf-8"), fmt="md:myst")
-    put_setup_cell(notebook, setup_source())
+    put_setup_cell(notebook)
     kept = False
     if target.exists():
         old = read(target)
@@ -192,7 +205,7 @@ def execute(name: str) -> Run:
     os.environ.update(KERNEL_ENVIRONMENT)
     path = notebook_path(name)
     notebook = read(path)
-    put_setup_cell(notebook, setup_source())
+    put_setup_cell(notebook)
     client = NotebookClient(
         notebook,
         timeout=CELL_TIMEOUT_S,
@@ -254,14 +267,19 @@ def pairs() -> list[str]:
 
 def setup_is_current(name: str) -> bool:
     """Say whether a notebook opens with the present setup cell."""
-    first = next((c for c in read(notebook_path(name)).cells if c.cell_type == "code"), None)
-    return first is not None and first.source == setup_source() and first.metadata.get("tags") == SETUP_TAGS
+    notebook = read(notebook_path(name))
+    first = next((c for c in notebook.cells if c.cell_type == "code"), None)
+    return (
+        first is not None
+        and first.source == setup_source(notebook)
+        and first.metadata.get("tags") == SETUP_TAGS
+    )
 
 
 def write_setup(name: str) -> None:
     """Put the present setup cell into a notebook and its twin."""
     notebook = read(notebook_path(name))
-    put_setup_cell(notebook, setup_source())
+    put_setup_cell(notebook)
     write(notebook, notebook_path(name))
     twin_path(name).write_text(twin_text(read(notebook_path(name))), encoding="utf-8")
 
