@@ -39,6 +39,7 @@ from lm_runs import (
 from policyopt.lm import (
     DPOConfig,
     GRPOConfig,
+    ImplicitReward,
     LanguageModel,
     LMConfig,
     LoRA,
@@ -48,6 +49,7 @@ from policyopt.lm import (
     TrainingDivergedError,
     TransformersSampler,
     add_lora,
+    completion_log_probs,
     load,
     train_dpo,
     train_grpo,
@@ -191,6 +193,20 @@ def test_dpo_starts_with_a_margin_of_exactly_zero() -> None:
     assert first.loss == pytest.approx(math.log(2), rel=1e-6)
     assert first.weight == pytest.approx(0.5 * DPOConfig().beta)
     assert result.history[1].margin != 0
+
+
+def test_the_implicit_reward_is_the_trained_log_ratio() -> None:
+    start = tiny_model()
+    policy = run_dpo(start.copy(), changes={"learning_rate": 0.05}).language_model
+    reward = ImplicitReward(policy, start, beta=0.3, batch_size=2)
+    texts, prompts = ["one two", "three", "four five six"], ["two", "two", "seven"]
+    sequences = policy.encode(prompts, texts)
+    with torch.no_grad():
+        new, old = (completion_log_probs(m.model, sequences).log_probs.sum(1) for m in (policy, start))
+    assert reward(texts, prompts) == pytest.approx((0.3 * (new - old)).tolist(), abs=1e-5)
+    assert ImplicitReward(start, start.copy())(texts, prompts) == pytest.approx([0, 0, 0], abs=1e-6)
+    with pytest.raises(ValueError, match="reference must be given for a policy without adapters"):
+        ImplicitReward(policy)
 
 
 def test_one_update_per_batch_has_ratios_of_exactly_one_and_a_loss_of_zero() -> None:

@@ -3,7 +3,7 @@
 import policyopt.lm._requirements  # noqa: F401 - says what is missing, before anything else fails
 from policyopt.lm.config import LMConfig
 from policyopt.lm.data import Prompt, read_records
-from policyopt.lm.dpo import DPOConfig, DPOUpdate, train_dpo
+from policyopt.lm.dpo import DPOConfig, DPOUpdate, ImplicitReward, train_dpo
 from policyopt.lm.grpo import GRPOConfig, GRPOUpdate, train_grpo
 from policyopt.lm.log_probs import TokenLogProbs, completion_log_probs
 from policyopt.lm.models import LanguageModel, LoRA, RewardModel, add_lora, embedded_models, load
@@ -30,6 +30,7 @@ __all__ = [
     "GRPOConfig",
     "GRPOUpdate",
     "History",
+    "ImplicitReward",
     "LMConfig",
     "LMResult",
     "LMUpdate",

@@ -6,20 +6,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from policyopt.estimators import sequence_log_prob
 from policyopt.lm.config import LMConfig
-from policyopt.lm.data import Pair, Records, batch_indices, preference_pairs
-from policyopt.lm.models import LanguageModel
+from policyopt.lm.data import Pair, Prompt, Records, batch_indices, preference_pairs
+from policyopt.lm.log_probs import completion_log_probs
+from policyopt.lm.models import LanguageModel, is_adapted, text_batches
 from policyopt.lm.reward import pad_pairs
+from policyopt.lm.sequences import Sequences
 from policyopt.lm.training import Callback, LMResult, LMUpdate, PolicyNetwork, Reference, Run
 from policyopt.losses import DPO, aggregate, dpo_loss
 
-__all__ = ["DPOConfig", "DPOUpdate", "train_dpo"]
+__all__ = ["DPOConfig", "DPOUpdate", "ImplicitReward", "train_dpo"]
 
 PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor], DPO]
 
@@ -71,6 +73,70 @@ class DPOUpdate(LMUpdate):
     """Mean weight of ∇ log π in the gradient; β σ(−margin) for the sigmoid loss."""
 
     headline: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "margin")
+
+
+class ImplicitReward:
+    """The reward that a policy trained by DPO believes in: r(x, y) = β log(π_θ(y|x) / π_ref(y|x)).
+
+    It is a reward function, to be handed to the trainers that sample. It scores a completion by the likelihood of each
+    of its tokens, where a :class:`~policyopt.lm.models.RewardModel` has one number at the last token to say it all:
+    a small model can check a fact that way which it could not put into that number.
+
+    Parameters
+    ----------
+    policy : LanguageModel
+        π_θ; not copied.
+    reference : LanguageModel, optional
+        π_ref; by default the policy with its adapters off, so LoRA needs no second model.
+    beta : float
+        The β of the training.
+    batch_size : int
+        Completions scored at a time.
+
+    References
+    ----------
+    Rafailov et al. (2023), arXiv:2305.18290, eq. 5 (without the term that depends on the prompt alone).
+    """
+
+    __name__ = "implicit_reward"
+
+    def __init__(
+        self,
+        policy: LanguageModel,
+        reference: LanguageModel | None = None,
+        *,
+        beta: float = 0.1,
+        batch_size: int = 64,
+    ) -> None:
+        if not beta > 0:
+            raise ValueError(f"beta must be > 0, got {beta!r}")
+        if reference is None and not is_adapted(policy.model):
+            raise ValueError(
+                "reference must be given for a policy without adapters: the model that DPO started from"
+            )
+        self.policy, self.beta, self.batch_size = policy, beta, batch_size
+        self.reference = Reference(policy, reference, DPOConfig(), frozen=False)
+
+    @torch.no_grad()
+    def scores(self, sequences: Sequences) -> Tensor:
+        """Scores ``[B]``, float32, no gradient."""
+        was_training = self.policy.model.training
+        self.policy.model.eval()
+        log_probs = completion_log_probs(self.policy.model, sequences).log_probs
+        self.policy.model.train(was_training)
+        log_ratio = log_probs - self.reference.log_probs(sequences)
+        return self.beta * sequence_log_prob(log_ratio, sequences.completion_mask)
+
+    def __call__(
+        self,
+        completions: Sequence[str],
+        prompts: Sequence[Prompt],
+        finished: Sequence[bool] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        """Score texts, one prompt to each: the interface of a reward function."""
+        batches = text_batches(self.policy, completions, prompts, finished, self.batch_size)
+        return [score for sequences in batches for score in self.scores(sequences).tolist()]
 
 
 def train_dpo(

@@ -39,6 +39,7 @@ __all__ = [
     "is_adapted",
     "load",
     "scalar_head",
+    "text_batches",
     "without_head",
 ]
 
@@ -411,6 +412,27 @@ def scalar_head(model: nn.Module) -> nn.Linear:
     return head
 
 
+def text_batches(
+    language_model: LanguageModel,
+    completions: Sequence[str],
+    prompts: Sequence[Prompt],
+    finished: Sequence[bool] | None,
+    batch_size: int,
+) -> Iterator[Sequences]:
+    """Yield encoded batches of completions with one prompt to each, as reward functions get them."""
+    ends = [True] * len(completions) if finished is None else list(finished)
+    for start in range(0, len(completions), batch_size):
+        part = slice(start, start + batch_size)
+        # Equal prompts that follow one another are run once.
+        unique: list[Prompt] = []
+        index: list[int] = []
+        for prompt in prompts[part]:
+            if not unique or prompt != unique[-1]:
+                unique.append(prompt)
+            index.append(len(unique) - 1)
+        yield language_model.encode(unique, completions[part], prompt_index=index, finished=ends[part])
+
+
 class RewardModel:
     """r_φ(x, y): scores of completions, learned from comparisons.
 
@@ -448,22 +470,10 @@ class RewardModel:
         **columns: Any,
     ) -> list[float]:
         """Score texts, one prompt to each: the interface of a reward function."""
-        model = self.language_model
-        ends = [True] * len(completions) if finished is None else list(finished)
         was_training = self.network.training
         self.network.eval()
-        scores: list[float] = []
-        for start in range(0, len(completions), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            # Equal prompts that follow one another are run once.
-            unique: list[Prompt] = []
-            index: list[int] = []
-            for prompt in prompts[part]:
-                if not unique or prompt != unique[-1]:
-                    unique.append(prompt)
-                index.append(len(unique) - 1)
-            sequences = model.encode(unique, completions[part], prompt_index=index, finished=ends[part])
-            scores += self.scores(sequences).tolist()
+        batches = text_batches(self.language_model, completions, prompts, finished, self.batch_size)
+        scores = [score for sequences in batches for score in self.scores(sequences).tolist()]
         self.network.train(was_training)
         return scores
 
