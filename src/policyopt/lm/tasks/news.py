@@ -196,8 +196,8 @@ def write_summary(item: Item, quality: Quality | Mixture, rng: random.Random) ->
         elif rng.random() < quality.wrong:
             value = old if rng.random() < 2 / 3 else _draw_other(slot, right, rng)
         stated.append(value)
-    who, what, *rest = stated
-    text = _clauses(who or "the firm", what or "acts", *rest, rng)
+    who, what, where, how_much, why = stated
+    text = _clauses(who or "the firm", what or "acts", where, how_much, why, rng)
     if rng.random() < quality.filler:
         text += " " + rng.choice(_FILLERS)
     return text
