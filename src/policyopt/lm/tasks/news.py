@@ -399,7 +399,16 @@ def noise_ceiling(pairs: Sequence[Mapping[str, Any]], *, temperature: float = 1.
         As :func:`preference_pairs` makes them.
     temperature : float
         τ, the annotator's, > 0.
+
+    Raises
+    ------
+    ValueError
+        If there are no pairs, or the temperature is not positive.
     """
+    if not pairs:
+        raise ValueError("there are no pairs to compute the noise ceiling from")
+    if temperature <= 0:
+        raise ValueError(f"temperature must be > 0, got {temperature!r}; without noise the ceiling is 1")
     gaps = [
         abs(utility(row["chosen"], row["facts"]) - utility(row["rejected"], row["facts"])) for row in pairs
     ]
