@@ -58,8 +58,9 @@ format: $(VENV)/.ready ## let ruff lay out the code and mend what it can
 	@$(BIN)/ruff check --fix --exit-zero .
 	@$(BIN)/ruff format .
 
-bench: $(VENV)/.bench ## time the package against Stable-Baselines3: book/benchmarks.md
+bench: $(VENV)/.bench ## time the package against Stable-Baselines3 and TRL: book/benchmarks*.md (BENCH_ARGS="--seeds 3")
 	@$(BIN)/python benchmarks/control.py $(BENCH_ARGS)
+	@$(BIN)/python benchmarks/lm.py $(BENCH_ARGS)
 
 models: $(VENV)/.ready ## train the embedded language models anew, minutes: src/policyopt/lm/embedded
 	@$(BIN)/python -m policyopt.lm.make_models

@@ -161,12 +161,12 @@ def page(results: dict[str, Any]) -> str:
     peers = {"ppo": "Stable-Baselines3", "trpo": "sb3-contrib"}
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines = [
-        "# Speed",
+        "# Speed: control",
         "",
         "% Written by benchmarks/control.py (make bench). Do not edit by hand.",
         "",
         "How fast is the package beside the libraries that people would use instead? This page is written by",
-        "`make bench`, which you can run yourself.",
+        "`make bench`, which you can run yourself. [Language models](benchmarks-lm.md) have a page of their own.",
         "",
         f"{ENVIRONMENT}, {BUDGET:,} environment steps a run, {len(results['seeds'])} seeds "
         f"({results['seeds'][0]}–{results['seeds'][-1]}). Every run is a process of its own with one thread;",

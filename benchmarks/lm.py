@@ -51,8 +51,8 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "generation": {"steps": 16, "warm": 2, "batch": 16, "group": 8, "tokens": 64},
     },
     "small": {
-        "dpo": {"steps": 10, "warm": 2, "batch": 8, "learning_rate": 1e-5, "beta": 0.1},
-        "grpo": {"steps": 5, "warm": 1, "batch": 4, "group": 8, "tokens": 32, "learning_rate": 1e-5, "beta": 0.05},
+        "dpo": {"steps": 8, "warm": 2, "batch": 8, "learning_rate": 1e-5, "beta": 0.1},
+        "grpo": {"steps": 4, "warm": 1, "batch": 4, "group": 8, "tokens": 32, "learning_rate": 1e-5, "beta": 0.05},
         "generation": {"steps": 5, "warm": 1, "batch": 4, "group": 8, "tokens": 32},
     },
     "gpu": {
@@ -80,8 +80,12 @@ PAIRS, PROMPTS, HELD_OUT = 2048, 640, 256
 
 
 def resident(name: str) -> float:
-    """Read a line of this process's status, MiB: ``VmRSS`` (resident now) or ``VmHWM`` (the most since a reset)."""
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    """Read a line of this process's status, MiB: ``VmRSS`` (resident now) or ``VmHWM`` (the most since a reset).
+
+    NaN where there is no such file, that is, not on Linux.
+    """
+    status = Path("/proc/self/status")
+    found = re.search(rf"^{name}:\s+(\d+) kB", status.read_text() if status.exists() else "", re.MULTILINE)
     return int(found[1]) / 1024 if found else float("nan")
 
 
@@ -104,8 +108,9 @@ class Meter:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated() / 2**20
         else:
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
+            if sys.platform == "linux":
+                ctypes.CDLL(None).malloc_trim(0)
+                Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
             self.before = resident("VmRSS")
         self.started = self.now()
 
