@@ -68,6 +68,8 @@ def _fits(value: Any, hint: Any) -> bool:
 def resolve_device(name: str) -> torch.device:
     """Return the device for a config's ``device`` field; ``"auto"`` takes cuda, then mps, then cpu.
 
+    Under ``torchrun`` or ``accelerate launch``, "auto" gives each process a GPU of its own.
+
     Raises
     ------
     ValueError
@@ -75,7 +77,12 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            # One of several processes, started by torchrun or accelerate, takes the GPU of its number.
+            return (
+                torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                if "LOCAL_RANK" in os.environ
+                else torch.device("cuda")
+            )
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
