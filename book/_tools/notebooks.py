@@ -183,8 +183,13 @@ def committed_problem(cell: NotebookNode, position: int) -> str | None:
 
 
 # What the kernels of `execute` and of the tests run under. Progress bars write to stderr, which nbval takes for a
-# failure, and never look the same twice. One thread: sums then have one order, on any number of cores.
-KERNEL_ENVIRONMENT = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+# failure, and never look the same twice. One thread: sums then have one order, on any number of cores. tqdm, which
+# transformers imports, warns in every notebook that it cannot draw its bars without ipywidgets.
+KERNEL_ENVIRONMENT = {
+    "TQDM_DISABLE": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONWARNINGS": "ignore:IProgress not found",
+}
 
 
 @dataclass(frozen=True)
