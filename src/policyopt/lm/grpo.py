@@ -103,8 +103,8 @@ class GRPOUpdate(LMUpdate):
     finished: float
     """Share of completions that ended by themselves."""
     loss: float
-    """Surrogate plus KL term, summed over the step's updates. At the first update the surrogate is 0 for the sequence mean,
-    and minus the covariance of advantage and length (scaled) for the others: its gradient is what counts."""
+    """Surrogate plus KL term, summed over the step's updates. At the first update the surrogate is 0 for the sequence
+    mean, and minus the covariance of advantage and length (scaled) for the others: its gradient is what counts."""
     kl: float
     """Estimate (k1) of KL(π_θ ‖ π_ref) of a completion, nats, before the step; NaN without a reference."""
     entropy: float
