@@ -25,7 +25,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from policyopt.lm import sampling
+from policyopt.lm import GRPOConfig, sampling, train_grpo
 from policyopt.lm.log_probs import completion_log_probs, filter_logits
 from policyopt.lm.models import LanguageModel, LoRA, add_lora
 from policyopt.lm.sampling import Samples, SamplingConfig, TransformersSampler, VLLMSampler, generate
@@ -625,6 +625,17 @@ def test_vllm_samples_the_current_weights(config: SamplingConfig) -> None:
 
 
 @pytest.mark.usefixtures("fake_vllm")
+def test_vllm_samples_for_a_trainer_and_gets_the_weights_once_a_step() -> None:
+    lm = tiny()
+    sampler = VLLMSampler(lm)
+    config = GRPOConfig(steps=2, batch_size=2, group_size=2, sampling=SamplingConfig(max_new_tokens=4))
+    prompts = [{"prompt": text} for text in ("w3 w4 w5", "w6", "w7 w8")]
+    train_grpo(lm, prompts, lambda completions, **_: [len(t) for t in completions], config,
+               sampler=sampler, progress=False)  # fmt: skip
+    assert sampler.engine.calls == ["apply_model", "reset_prefix_cache", "generate"] * 2
+
+
+@pytest.mark.usefixtures("fake_vllm")
 def test_vllm_greedy_is_deterministic() -> None:
     lm = steered({1: 2, 2: EOS})
     samples = VLLMSampler(lm).sample([[1]], 2, SamplingConfig(max_new_tokens=5, temperature=0), seed=0)
@@ -646,7 +657,7 @@ def test_vllm_gets_adapters_merged_and_the_model_keeps_them_apart() -> None:
     randomise_lora(lm)
     before = {name: weight.clone() for name, weight in lm.model.named_parameters()}
     sampler = VLLMSampler(lm)
-    sampler.update_weights()
+    sampler.sample(PROMPTS, 1, SamplingConfig(max_new_tokens=3), seed=0)
     assert all(torch.equal(weight, before[name]) for name, weight in lm.model.named_parameters())
     merged = dict(lm.copy().merged().model.named_parameters())
     assert set(sampler.engine.loaded) == set(merged)

@@ -17,7 +17,7 @@ from policyopt.lm.data import Pair, Prompt, Records, batch_indices, preference_p
 from policyopt.lm.log_probs import completion_log_probs
 from policyopt.lm.models import LanguageModel, is_adapted, text_batches
 from policyopt.lm.reward import pad_pairs
-from policyopt.lm.sequences import Sequences
+from policyopt.lm.sequences import Sequences, evaluating
 from policyopt.lm.training import Callback, LMResult, LMUpdate, PolicyNetwork, Reference, Run
 from policyopt.losses import DPO, aggregate, dpo_loss
 
@@ -120,10 +120,8 @@ class ImplicitReward:
     @torch.no_grad()
     def scores(self, sequences: Sequences) -> Tensor:
         """Scores ``[B]``, float32, no gradient."""
-        was_training = self.policy.model.training
-        self.policy.model.eval()
-        log_probs = completion_log_probs(self.policy.model, sequences).log_probs
-        self.policy.model.train(was_training)
+        with evaluating(self.policy.model):
+            log_probs = completion_log_probs(self.policy.model, sequences).log_probs
         log_ratio = log_probs - self.reference.log_probs(sequences)
         return self.beta * sequence_log_prob(log_ratio, sequences.completion_mask)
 

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import logging
 
 from policyopt.lm.data import Prompt, encode_completion, encode_prompt, pad_id
-from policyopt.lm.sequences import Sequences, hidden_states
+from policyopt.lm.sequences import Sequences, evaluating, hidden_states
 from policyopt.runs import resolve_device
 
 __all__ = [
@@ -470,12 +470,9 @@ class RewardModel:
         **columns: Any,
     ) -> list[float]:
         """Score texts, one prompt to each: the interface of a reward function."""
-        was_training = self.network.training
-        self.network.eval()
         batches = text_batches(self.language_model, completions, prompts, finished, self.batch_size)
-        scores = [score for sequences in batches for score in self.scores(sequences).tolist()]
-        self.network.train(was_training)
-        return scores
+        with evaluating(self.network):
+            return [score for sequences in batches for score in self.scores(sequences).tolist()]
 
     def save(self, folder: str | Path) -> Path:
         """Write the backbone, the tokenizer and the head, all as safetensors, in one step."""

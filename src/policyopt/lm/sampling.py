@@ -10,20 +10,19 @@ import copy
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from policyopt.lm.data import Prompt, encode_prompt
 from policyopt.lm.heads import backbone_and_head
 from policyopt.lm.log_probs import filter_logits
 from policyopt.lm.models import LanguageModel, is_adapted
-from policyopt.lm.sequences import Sequences
+from policyopt.lm.sequences import Sequences, evaluating, read_prompts
 from policyopt.runs import Settings, derive_seed
 
 __all__ = ["Sampler", "Samples", "SamplingConfig", "TransformersSampler", "VLLMSampler", "generate"]
@@ -148,7 +147,7 @@ class TransformersSampler:
         rows = len(prompts) * samples_per_prompt
         completions: list[list[int]] = []
         log_probs: list[list[float]] = []
-        with _evaluating(language_model.model):
+        with evaluating(language_model.model):
             for start in range(0, rows, self.batch_size or rows):
                 stop = min(start + (self.batch_size or rows), rows)
                 uniforms = _uniforms(seed, first_row + start, stop - start, config.max_new_tokens)
@@ -179,14 +178,7 @@ class TransformersSampler:
         T = config.max_new_tokens
         batch = Sequences.pad(prompts, [], [], device=device)
         mask = batch.prompt_mask
-        cache = DynamicCache(config=backbone.config)  # type: ignore[arg-type]
-        hidden = backbone(
-            input_ids=batch.prompt_ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-        )[0]
+        hidden, cache = read_prompts(backbone, batch)
         rows = torch.tensor(index, device=device)
         logits = parts.logits(hidden[:, -1])[rows]
         _repeat_cache(cache, rows, room=T)
@@ -340,18 +332,6 @@ def _uniforms(seed: int, first_row: int, rows: int, steps: int) -> Tensor:
     return torch.from_numpy(table.clip(max=1 - 2**-50))
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and its like off, and leave every module's mode as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _check_request(
     prompts: Sequence[Sequence[int]],
     samples_per_prompt: int,
@@ -440,8 +420,8 @@ class VLLMSampler:
                 f"vllm.LLM(..., logprobs_mode='processed_logprobs'), got {mode!r}"
             )
 
-    def update_weights(self) -> None:
-        """Hand the model's weights, adapters merged, to the engine. :meth:`sample` does so by itself."""
+    def _hand_over(self) -> None:
+        """Give the model's weights, adapters merged, to the engine."""
         model = self.language_model.model
         # In one process the function is called as it is: nothing is copied to another process or pickled.
         self.engine.apply_model(lambda inner: inner.load_weights(_merged_weights(model)))
@@ -462,7 +442,7 @@ class VLLMSampler:
         """
         language_model = self.language_model
         _check_request(prompts, samples_per_prompt, config, self.context_length)
-        self.update_weights()
+        self._hand_over()
         common = {
             "n": samples_per_prompt,
             "max_tokens": config.max_new_tokens,

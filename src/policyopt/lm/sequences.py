@@ -7,7 +7,8 @@ a_t is token t of the completion. :func:`hidden_states` represents every s_t by 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from policyopt.lm.heads import backbone_and_head
 
-__all__ = ["Sequences", "hidden_states"]
+__all__ = ["Sequences", "evaluating", "hidden_states", "read_prompts"]
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,18 @@ def _longest(mask: Tensor) -> int:
     return int(mask.sum(1).max()) if mask.numel() else 0
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and its like off, and leave every module's mode as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def hidden_states(model: nn.Module, sequences: Sequences, *, share_prompts: bool = True) -> Tensor:
     """Last hidden states of every state along the completions, with gradient.
 
@@ -229,18 +242,25 @@ def _can_share(backbone: nn.Module) -> bool:
     )
 
 
-def _shared(backbone: nn.Module, sequences: Sequences) -> Tensor:
-    """Two passes: the prompts, then the completions on top of the prompts' keys and values."""
-    mask, index = sequences.prompt_mask, sequences.prompt_index
-    cache = DynamicCache(config=backbone.config)  # type: ignore[arg-type]
-    prompts: Tensor = backbone(
+def read_prompts(backbone: Any, sequences: Sequences) -> tuple[Tensor, DynamicCache]:
+    """Run the prompts alone: their last hidden states ``[P, L, H]``, and the cache of keys and values they leave."""
+    mask = sequences.prompt_mask
+    cache = DynamicCache(config=backbone.config)
+    hidden: Tensor = backbone(
         input_ids=sequences.prompt_ids,
         attention_mask=mask,
         position_ids=(mask.cumsum(1) - 1).clamp(min=0),
         past_key_values=cache,
         use_cache=True,
     )[0]
-    first = prompts[:, -1:].index_select(0, index)
+    return hidden, cache
+
+
+def _shared(backbone: nn.Module, sequences: Sequences) -> Tensor:
+    """Two passes: the prompts, then the completions on top of the prompts' keys and values."""
+    mask, index = sequences.prompt_mask, sequences.prompt_index
+    hidden, cache = read_prompts(backbone, sequences)
+    first = hidden[:, -1:].index_select(0, index)
     if sequences.completion_ids.shape[1] == 0:
         return first
     for layer in cache.layers:

@@ -27,7 +27,7 @@ from policyopt.lm.data import Prompt, batch_indices, encode_prompt
 from policyopt.lm.log_probs import TokenLogProbs, completion_log_probs
 from policyopt.lm.models import LanguageModel, RewardModel, is_adapted
 from policyopt.lm.sampling import SamplingConfig, TransformersSampler
-from policyopt.lm.sequences import Sequences
+from policyopt.lm.sequences import Sequences, evaluating
 from policyopt.runs import History, TrainingDivergedError, derive_seed
 
 __all__ = ["Callback", "LMResult", "LMUpdate", "LoggedSample", "PolicyNetwork", "Reference", "Run"]
@@ -161,13 +161,10 @@ class Reference:
     @torch.no_grad()
     def log_probs(self, sequences: Sequences, **options: Any) -> Tensor:
         """Return log π_ref(y_t | x, y_<t), ``[B, T]``."""
-        was_training = self.model.training
-        self.model.eval()
         adapters_off = self.model.disable_adapter() if self._adapted else nullcontext()
-        with adapters_off, torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
-            result = completion_log_probs(self.model, sequences, **options).log_probs
-        self.model.train(was_training)
-        return result
+        precision = torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast)
+        with evaluating(self.model), adapters_off, precision:
+            return completion_log_probs(self.model, sequences, **options).log_probs
 
 
 class Run(Generic[ConfigT, RowT]):
@@ -284,9 +281,9 @@ class Run(Generic[ConfigT, RowT]):
         share = len(indices) // self.world
         return indices[self.rank * share : (self.rank + 1) * share]
 
-    def stream(self, purpose: int = 0) -> int:
+    def stream(self) -> int:
         """Return the seed for this step's draws, the same in all processes."""
-        return derive_seed(self.seed, self.step, 1 << 20, purpose)
+        return derive_seed(self.seed, self.step, 1 << 20, 0)
 
     def micro_batches(self, size: int, groups: Sequence[int] | int = 1) -> Iterator[Tensor]:
         """Yield row numbers that cut ``size`` completions into pieces of at most ``micro_batch_size``.
