@@ -105,7 +105,7 @@ def test_the_clean_mixture_has_no_wrong_fact_and_the_mixed_one_has() -> None:
     clean = [news.count_facts(news.write_summary(i, news.CLEAN, rng), i)[1] for i in items]
     mixed = [news.count_facts(news.write_summary(i, news.MIXED, rng), i)[1] for i in items]
     assert sum(clean) == 0
-    assert statistics.mean(mixed) > 0.4
+    assert 0.15 < statistics.mean(mixed) < 0.35
 
 
 # ---------------------------------------------------------------------------------------------- news: annotator

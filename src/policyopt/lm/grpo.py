@@ -21,6 +21,7 @@ from policyopt.lm.models import LanguageModel
 from policyopt.lm.rewards import RewardFunctions
 from policyopt.lm.rollouts import collect, minibatches
 from policyopt.lm.sampling import Sampler, SamplingConfig, TransformersSampler
+from policyopt.lm.sequences import widen
 from policyopt.lm.training import Callback, LMResult, LMUpdate, PolicyNetwork, Reference, Run
 from policyopt.losses import ClippedSurrogate, aggregate, clipped_surrogate_loss, sequence_log_ratio
 
@@ -220,12 +221,15 @@ def train_grpo(
             counted = sequences.completion_mask
             if config.drop_unfinished:
                 counted = counted & batch.finished[:, None]
-            reference_log_probs = None if frozen is None else frozen.log_probs(sequences, **scoring)
+            reference_log_probs = None
+            if frozen is not None:
+                pieces = run.micro_batches(len(sequences))
+                reference_log_probs = frozen.log_probs(sequences, pieces, **scoring)
             old_log_probs = None
             if not one_update:
                 with torch.no_grad():
                     old_log_probs = torch.cat(
-                        [_widen(run.network(sequences.select(rows), **scoring).log_probs, counted)
+                        [widen(run.network(sequences.select(rows), **scoring).log_probs, counted)
                          for rows in run.micro_batches(len(sequences), size)]
                     )  # fmt: skip
 
@@ -294,7 +298,3 @@ def _denominator(
     if config.loss_mean == "constant":
         return "mean", run.sum(len(mask) * config.sampling.max_new_tokens)
     return "sequence-mean", run.sum(mask.any(dim=1).sum()).clamp(min=1)
-
-
-def _widen(log_probs: Tensor, like: Tensor) -> Tensor:
-    return torch.nn.functional.pad(log_probs, (0, like.shape[1] - log_probs.shape[1]))

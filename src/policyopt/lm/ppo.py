@@ -18,7 +18,7 @@ from policyopt.lm.models import LanguageModel, scalar_head, without_head
 from policyopt.lm.rewards import RewardFunctions
 from policyopt.lm.rollouts import collect, minibatches
 from policyopt.lm.sampling import Sampler, SamplingConfig, TransformersSampler
-from policyopt.lm.sequences import Sequences, hidden_states
+from policyopt.lm.sequences import Sequences, hidden_states, widen
 from policyopt.lm.training import Callback, LMResult, LMUpdate, Reference, Run
 from policyopt.losses import aggregate, clipped_surrogate_loss, value_loss
 
@@ -29,6 +29,9 @@ __all__ = ["ActorCritic", "PPOLMConfig", "PPOLMUpdate", "token_advantages", "tra
 class PPOLMConfig(LMConfig):
     """Settings of :func:`train_ppo_lm`. ``batch_size`` counts prompts."""
 
+    warmup_steps: int = 5
+    """Steps over which the learning rate rises linearly. Adam's first steps are as long as all others, however small
+    the gradient, and the value head starts from nothing."""
     samples_per_prompt: int = 1
     """Completions of each prompt. Several share the reading of the prompt, so they are cheaper than as many prompts."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -37,6 +40,8 @@ class PPOLMConfig(LMConfig):
     """Weight of the penalty log(π/π_ref) in each token's reward, ≥ 0, in units of score per nat."""
     target_kl: float | None = None
     """KL(π_θ ‖ π_ref) of a completion, nats, that β is steered to after every batch; None leaves β alone."""
+    kl_gain: float = 0.1
+    """With ``target_kl``, one batch changes β by at most a factor of 1 ± 0.2 · ``kl_gain``."""
     gamma: float = 1.0
     """Discount per token, in [0, 1]."""
     gae_lambda: float = 0.95
@@ -68,6 +73,7 @@ class PPOLMConfig(LMConfig):
         self._check("beta", self.beta >= 0, ">= 0")
         self._check("target_kl", self.target_kl is None or self.target_kl > 0, "> 0 or None")
         self._check("beta", self.target_kl is None or self.beta > 0, "> 0 where target_kl is to steer it")
+        self._check("kl_gain", 0 < self.kl_gain < 5, "in (0, 5)")
         for name in ("gamma", "gae_lambda"):
             self._check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
         self._check("value_coef", self.value_coef >= 0, ">= 0")
@@ -225,9 +231,10 @@ def train_ppo_lm(
             with torch.no_grad():
                 before = [run.network(sequences.select(rows), **scoring)
                           for rows in run.micro_batches(len(sequences), size)]  # fmt: skip
-                old_log_probs = torch.cat([_widen(log_probs, mask) for log_probs, _ in before])
-                old_values = torch.cat([_widen(values, mask) for _, values in before])
-                reference_log_probs = frozen.log_probs(sequences, **scoring)
+                old_log_probs = torch.cat([widen(log_probs, mask) for log_probs, _ in before])
+                old_values = torch.cat([widen(values, mask) for _, values in before])
+                pieces = run.micro_batches(len(sequences), size)
+                reference_log_probs = frozen.log_probs(sequences, pieces, **scoring)
                 rewards = kl_shaped_rewards(
                     batch.rewards, old_log_probs, reference_log_probs, mask, beta=beta
                 )
@@ -274,7 +281,9 @@ def train_ppo_lm(
             batch_tokens = float(run.sum(mask.sum()))
             kl = float(run.sum((old_log_probs - reference_log_probs).sum())) / count
             if config.target_kl is not None:
-                run.state["beta"] = adaptive_kl_coefficient(beta, kl, target=config.target_kl)
+                run.state["beta"] = adaptive_kl_coefficient(
+                    beta, kl, target=config.target_kl, gain=config.kl_gain
+                )
             policy_sum, value_sum, clipped_sum, seen = run.sum(totals).tolist()
             run.log(
                 tokens=int(batch_tokens),
@@ -295,7 +304,3 @@ def train_ppo_lm(
     result = run.result()
     result.critic = network
     return result
-
-
-def _widen(values: Tensor, like: Tensor) -> Tensor:
-    return torch.nn.functional.pad(values, (0, like.shape[1] - values.shape[1]))

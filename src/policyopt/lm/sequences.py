@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from policyopt.lm.heads import backbone_and_head
 
-__all__ = ["Sequences", "evaluating", "hidden_states", "read_prompts"]
+__all__ = ["Sequences", "evaluating", "hidden_states", "read_prompts", "widen"]
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,11 @@ def _pad(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tuple[Ten
             mask.append([True] * len(row) + [False] * gap)
     shape = (len(rows), width)
     return torch.tensor(ids, dtype=torch.long).view(shape), torch.tensor(mask, dtype=torch.bool).view(shape)
+
+
+def widen(values: Tensor, like: Tensor) -> Tensor:
+    """Pad numbers per token, ``[B, t]``, with zeros on the right to the width of ``like``, ``[B, T]``."""
+    return torch.nn.functional.pad(values, (0, like.shape[1] - values.shape[1]))
 
 
 def _longest(mask: Tensor) -> int:

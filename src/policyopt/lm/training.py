@@ -9,7 +9,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from policyopt.lm.data import Prompt, batch_indices, encode_prompt
 from policyopt.lm.log_probs import TokenLogProbs, completion_log_probs
 from policyopt.lm.models import LanguageModel, RewardModel, is_adapted
 from policyopt.lm.sampling import SamplingConfig, TransformersSampler
-from policyopt.lm.sequences import Sequences, evaluating
+from policyopt.lm.sequences import Sequences, evaluating, widen
 from policyopt.runs import History, TrainingDivergedError, derive_seed
 
 __all__ = ["Callback", "LMResult", "LMUpdate", "LoggedSample", "PolicyNetwork", "Reference", "Run"]
@@ -159,12 +159,16 @@ class Reference:
         self._device = language_model.device
 
     @torch.no_grad()
-    def log_probs(self, sequences: Sequences, **options: Any) -> Tensor:
-        """Return log π_ref(y_t | x, y_<t), ``[B, T]``."""
+    def log_probs(
+        self, sequences: Sequences, pieces: Iterable[Tensor] | None = None, **options: Any
+    ) -> Tensor:
+        """Return log π_ref(y_t | x, y_<t), ``[B, T]``; ``pieces`` are row numbers to be computed one after another."""
         adapters_off = self.model.disable_adapter() if self._adapted else nullcontext()
         precision = torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast)
         with evaluating(self.model), adapters_off, precision:
-            return completion_log_probs(self.model, sequences, **options).log_probs
+            parts = [sequences] if pieces is None else map(sequences.select, pieces)
+            log_probs = [completion_log_probs(self.model, part, **options).log_probs for part in parts]
+        return torch.cat([widen(part, sequences.completion_mask) for part in log_probs])
 
 
 class Run(Generic[ConfigT, RowT]):

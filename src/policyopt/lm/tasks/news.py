@@ -113,11 +113,11 @@ COMPLETE = Quality()
 CLEAN: Mixture = ((0.5, COMPLETE), (0.5, Quality(keep=0.6, filler=0.5)))
 """Half complete, half of varied quality, no wrong fact: what ``news-base`` was trained on."""
 MIXED: Mixture = (
-    (0.2, COMPLETE),
-    (0.3, Quality(keep=0.6, filler=0.3)),
-    (0.5, Quality(keep=0.8, wrong=0.45, filler=0.3)),
+    (0.1, COMPLETE),
+    (0.4, Quality(keep=0.2, filler=0.8)),
+    (0.5, Quality(keep=0.6, wrong=0.15, filler=0.7)),
 )
-"""Complete, partial, wordy and wrong: what ``news-sft`` was tuned on."""
+"""Complete, nearly empty, and half full with some wrong facts: what ``news-sft`` was tuned on."""
 
 
 def _draw_fact(slot: str, rng: random.Random) -> str:
