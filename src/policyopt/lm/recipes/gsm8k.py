@@ -48,6 +48,7 @@ MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 """Apache-2.0, 0.49 billion parameters; any chat model will do."""
 
 INSTRUCTION = "Reason step by step. Write the answer, a number alone, on the last line after ####."
+"""Stands in front of every problem."""
 
 
 def form_reward(completions: Sequence[str], finished: Sequence[bool]) -> list[float]:
@@ -58,6 +59,7 @@ def form_reward(completions: Sequence[str], finished: Sequence[bool]) -> list[fl
 
 
 REWARDS: dict[str, RewardFunction] = {"right": final_number_reward, "form": form_reward}
+"""Weighted by ``CONFIG.reward_weights``."""
 
 CONFIG = GRPOConfig(
     steps=300,
