@@ -1,6 +1,6 @@
 """Measure DPO, GRPO and generation against TRL and transformers, and write the book's page.
 
-    python benchmarks/lm.py [--seeds 5] [--device cpu|cuda] [--page book/benchmarks-lm.md]
+    python benchmarks/lm.py [--seeds 5] [--device cpu|cuda] [--scales tiny] [--page book/benchmarks-lm.md]
 
 Every run is a process of its own; contestants take turns, and each seed begins with the other one, so that a machine
 whose speed drifts slows them alike. Ratios are formed within a seed. On the CPU (one thread) a second is a CPU second;
@@ -670,6 +670,9 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--device", choices=list(SCALES), default="cpu")
+    parser.add_argument(
+        "--scales", nargs="+", help="of the device's models, measure these; others keep their figures"
+    )
     parser.add_argument("--page", type=Path, default=REPOSITORY / "book" / "benchmarks-lm.md")
     parser.add_argument("--child", nargs=5, metavar=("CONTESTANT", "TASK", "SCALE", "SEED", "FOLDER"))
     options = parser.parse_args()
@@ -680,7 +683,9 @@ def main() -> None:
 
     packages = ["policyopt", "torch", "transformers", "trl", "accelerate", "datasets"]
     results = json.loads(RAW.read_text()) if RAW.exists() else {}
-    for scale in SCALES[options.device]:
+    for scale in options.scales or SCALES[options.device]:
+        if scale not in SCALES[options.device]:
+            parser.error(f"--scales for {options.device}: {', '.join(SCALES[options.device])}; got {scale!r}")
         results[scale] = {
             "date": datetime.now(UTC).date().isoformat(),
             "hardware": hardware(options.device),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -23,6 +24,12 @@ class _Example(Settings):
 class _Row:
     step: int
     loss: float
+
+
+@dataclass(frozen=True)
+class _Scored:
+    step: int
+    rewards: dict[str, float]
 
 
 @pytest.mark.parametrize(
@@ -46,6 +53,19 @@ def test_a_history_is_a_list_with_columns() -> None:
     assert list(history.table()) == ["step", "loss"]
     with pytest.raises(ValueError, match=r"name must be one of \['step', 'loss'\], got 'los'"):
         history.column("los")
+
+
+def test_dictionaries_of_a_history_become_columns(tmp_path: Path) -> None:
+    history = History([_Scored(1, {"right": 0.5, "form": 1.0}), _Scored(2, {"right": 0.75, "form": 0.5})])
+    assert list(history.table()) == ["step", "rewards.right", "rewards.form"]
+    assert history.table()["rewards.right"].tolist() == [0.5, 0.75]
+    history.to_csv(tmp_path / "history.csv")
+    assert (tmp_path / "history.csv").read_text().split() == [
+        "step,rewards.right,rewards.form",
+        "1,0.5,1.0",
+        "2,0.75,0.5",
+    ]
+    assert History[_Scored]().table() == {}
 
 
 def test_seeds_of_different_paths_differ() -> None:

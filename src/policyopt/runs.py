@@ -125,8 +125,20 @@ class History(list[RowT]):
         return np.array([getattr(row, name) for row in self])
 
     def table(self) -> dict[str, NDArray[Any]]:
-        """Return all columns by name, ready for ``pandas.DataFrame``."""
-        return {f.name: self.column(f.name) for f in dataclasses.fields(self[0])} if self else {}
+        """Return all columns by name, ready for ``pandas.DataFrame``.
+
+        A field that holds a dictionary becomes one column per key, such as ``rewards.right``.
+        """
+        columns: dict[str, NDArray[Any]] = {}
+        for field in dataclasses.fields(self[0]) if self else ():
+            values = self.column(field.name)
+            if isinstance(values[0], dict):
+                columns |= {
+                    f"{field.name}.{key}": np.array([row[key] for row in values]) for key in values[0]
+                }
+            else:
+                columns[field.name] = values
+        return columns
 
     def to_csv(self, path: str | Path) -> None:
         """Write the table with a header line."""
