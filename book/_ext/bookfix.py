@@ -95,8 +95,8 @@ def repair_body(body: str) -> str:
     """Mend the HTML of an article."""
     # The label hides the visible text from screen readers.
     body = body.replace('<summary aria-label="Toggle hidden content">', "<summary>")
-    # The corner of a pandas table is an empty header cell.
-    body = re.sub(r"<th>\s*</th>", "<td></td>", body)
+    # The corner of a table, pandas' or Markdown's, is an empty header cell.
+    body = re.sub(r"<th( [^>]*)?>\s*(<p>\s*</p>)?\s*</th>", r"<td\1></td>", body)
     body = re.sub(
         r'<script type="text/x-thebe-config">.*?</script>\s*(<script>kernelName[^<]*</script>)?',
         "",
@@ -151,6 +151,20 @@ def prune_mathjax(app: Sphinx, error: Exception | None) -> None:
                 file.unlink()
 
 
+def drop_icon_script(app: Sphinx, error: Exception | None) -> None:
+    """Take out 1.5 MB of script that draws the icons a second time: the theme's style sheet has them as a font."""
+    if error is not None or app.builder.name != "html":
+        return
+    tag = re.compile(
+        r'<script defer src="[^"]*fontawesome\.js[^"]*"></script>|<link[^>]*fontawesome\.js[^>]*>'
+    )
+    for file in Path(app.outdir).rglob("*.html"):
+        text = file.read_text(encoding="utf-8")
+        if (lean := tag.sub("", text)) != text:
+            file.write_text(lean, encoding="utf-8")
+    Path(app.outdir, "_static", "scripts", "fontawesome.js").unlink(missing_ok=True)
+
+
 def setup(app: Sphinx) -> ExtensionMetadata:
     """Register the repairs."""
     app.add_directive("module-api", ModuleApi)
@@ -159,4 +173,5 @@ def setup(app: Sphinx) -> ExtensionMetadata:
     app.connect("doctree-read", use_mathjax_tags)
     app.connect("html-page-context", repair_page, priority=900)
     app.connect("build-finished", prune_mathjax, priority=900)
+    app.connect("build-finished", drop_icon_script, priority=900)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,215 @@
+"""The built book in a browser: what it fetches, how it looks on a phone and in the dark, who can use it.
+
+Run by ``make web-test``, which builds the book first. Needs a Chromium (Debian: ``apt install chromium``); without one
+all tests are skipped, and say so.
+"""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import os
+import shutil
+import socketserver
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from build_book import HTML, pages
+
+pytestmark = pytest.mark.web
+playwright = pytest.importorskip("playwright.sync_api", reason="the web tests need `pip install playwright`")
+
+CHROMIUM = os.environ.get("CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+if CHROMIUM is None:
+    pytest.skip("no browser: install chromium, or say where it is with CHROMIUM=…", allow_module_level=True)
+
+PAGES = [*pages(), "search", "genindex"]
+CHAPTERS = [name for name in pages() if (HTML.parents[1] / f"{name}.ipynb").is_file()]
+VIEWS = {
+    f"{device}-{theme}": {"viewport": {"width": width, "height": 900}, "color_scheme": theme}
+    for device, width in (("desktop", 1280), ("phone", 390))
+    for theme in ("light", "dark")
+}
+AXE = Path(pytest.importorskip("axe_playwright_python").__file__).with_name("axe.min.js")
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class _Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """Say nothing when the browser hangs up."""
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[str]:
+    """The book on a loopback address."""
+    if not (HTML / "index.html").is_file():
+        pytest.fail(f"{HTML} holds no book; run `make book` first")
+    server = _Server(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(HTML)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-quic"]
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def contexts(browser: Any) -> dict[str, Any]:
+    return {name: browser.new_context(**view) for name, view in VIEWS.items()}
+
+
+class Visit:
+    """A page that is open, and what has happened since."""
+
+    def __init__(self, context: Any, address: str) -> None:
+        self.foreign: list[str] = []
+        self.faults: list[str] = []
+        self.bytes = 0
+        self.page = context.new_page()
+        self.page.on("request", self._ask)
+        self.page.on("response", self._get)
+        self.page.on("console", lambda m: m.type == "error" and self.faults.append(m.text))
+        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.page.goto(address, wait_until="load")
+        # MathJax is the last to finish; without it there is nothing to wait for.
+        self.page.evaluate("() => window.MathJax?.startup?.promise")
+
+    def _ask(self, request: Any) -> None:
+        if not request.url.startswith(("http://127.0.0.1:", "file:", "data:", "blob:", "about:")):
+            self.foreign.append(request.url)
+
+    def _get(self, response: Any) -> None:
+        if response.status >= 400:
+            self.faults.append(f"{response.status} {response.url}")
+        self.bytes += int(response.headers.get("content-length", 0))
+
+    def __enter__(self) -> Visit:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.page.close()
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("name", PAGES)
+def test_page(name: str, view: str, site: str, contexts: dict[str, Any]) -> None:
+    """Nothing from the network, no error, nothing wider than the window, maths set, and no complaint of axe-core."""
+    with Visit(contexts[view], f"{site}/{name}.html") as visit:
+        page = visit.page
+        assert page.evaluate("document.documentElement.dataset.theme") == VIEWS[view]["color_scheme"]
+        width, window = page.evaluate(
+            "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+        )
+        assert width <= window, "the page scrolls sideways"
+        formulas, done, wrong = page.evaluate(
+            "['.math', 'mjx-container', 'mjx-merror'].map(s => document.querySelectorAll(s).length)"
+        )
+        assert wrong == 0
+        assert done >= formulas
+        broken = page.evaluate(
+            "[...document.images].filter(i => i.loading !== 'lazy' && !i.naturalWidth).map(i => i.src)"
+        )
+        assert not broken
+        page.evaluate(AXE.read_text(encoding="utf-8"))
+        found = page.evaluate(
+            """async () => (await axe.run(document, {resultTypes: ['violations'], preload: false})).violations.map(
+                v => `${v.id}: ${v.help} (${v.nodes.length}), as in ${v.nodes[0].target} `
+                     + (v.nodes[0].any[0]?.message ?? ''))"""
+        )
+        assert found == []
+        assert visit.foreign == []
+        assert visit.faults == []
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_chapters_are_light_and_quick(name: str, site: str, browser: Any) -> None:
+    context = browser.new_context(**VIEWS["desktop-light"])
+    with Visit(context, f"{site}/{name}.html") as visit:
+        visit.page.evaluate("window.scrollTo(0, document.body.scrollHeight)")
+        visit.page.wait_for_load_state("networkidle")
+        painted = visit.page.evaluate(
+            """() => new Promise(done => new PerformanceObserver(list => done(list.getEntries().at(-1).startTime))
+                .observe({type: 'largest-contentful-paint', buffered: true}))"""
+        )
+        assert visit.bytes <= 1.5e6, f"{visit.bytes / 1e6:.2f} MB"
+        assert painted < 1000, "ms to the largest contentful paint"
+    context.close()
+
+
+@pytest.mark.parametrize("word", ["advantage", "KL", "train_grpo"])
+def test_search_works_from_disk_without_a_network(word: str, browser: Any) -> None:
+    context = browser.new_context(**VIEWS["desktop-light"], offline=True)
+    with Visit(context, (HTML / "search.html").as_uri() + f"?q={word}") as visit:
+        hits = visit.page.locator("#search-results ul.search li a")
+        hits.first.wait_for(timeout=10_000)
+        targets = {
+            Path(link.split("?")[0].split("#")[0]).stem
+            for link in hits.evaluate_all("l => l.map(a => a.href)")
+        }
+        wanted = {
+            "advantage": {"policy-gradient", "ppo"},
+            "KL": {"trpo", "rlhf"},
+            "train_grpo": {"grpo", "lm"},
+        }[word]
+        assert wanted <= targets
+        assert visit.foreign == []
+        assert visit.faults == []
+    context.close()
+
+
+def test_a_chapter_works_from_disk_without_a_network(browser: Any) -> None:
+    context = browser.new_context(**VIEWS["desktop-light"], offline=True)
+    with Visit(context, (HTML / "ppo.html").as_uri()) as visit:
+        assert visit.page.locator("mjx-container").count() > 50
+        assert visit.page.locator("mjx-merror").count() == 0
+        assert visit.foreign == []
+        assert visit.faults == []
+    context.close()
+
+
+@pytest.mark.parametrize("name", ["index", "mdp"])
+def test_the_keyboard_reaches_every_control(name: str, site: str, contexts: dict[str, Any]) -> None:
+    """Tab visits every link, button and field that can be seen."""
+    with Visit(contexts["desktop-light"], f"{site}/{name}.html") as visit:
+        page = visit.page
+        controls = page.evaluate(
+            """() => {
+                const seen = [...document.querySelectorAll('a[href], button, input, select, textarea, summary')]
+                    .filter(e => e.checkVisibility({visibilityProperty: true, opacityProperty: true}) && !e.disabled
+                                 && e.getBoundingClientRect().width > 1);
+                seen.forEach((e, i) => e.dataset.control = i);
+                return seen.map(e => e.outerHTML.slice(0, 120));
+            }"""
+        )
+        reached: set[int] = set()
+        # Formulas and wide code can be reached too, so there are more stops than controls.
+        stops = page.locator("[tabindex='0']").count()
+        for _ in range(2 * len(controls) + stops + 40):
+            page.keyboard.press("Tab")
+            number = page.evaluate("document.activeElement?.dataset.control")
+            if number is not None:
+                reached.add(int(number))
+            if len(reached) == len(controls):
+                break
+        missed = [html for i, html in enumerate(controls) if i not in reached]
+        assert not missed
