@@ -191,7 +191,9 @@ def test_the_api_pages_cover_every_public_module() -> None:
     package = ROOT / "src" / "policyopt"
     public = {p.stem for p in package.glob("*.py") if not p.stem.startswith("_")}
     public |= {p.parent.name for p in package.glob("*/__init__.py")}
-    public |= {f"lm.tasks.{p.stem}" for p in package.glob("lm/tasks/*.py") if not p.stem.startswith("_")}
+    for folder in ("tasks", "recipes"):
+        modules = (p.stem for p in (package / "lm" / folder).glob("*.py"))
+        public |= {f"lm.{folder}.{name}" for name in modules if not name.startswith("_")}
     assert documented == public
 
 

@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -274,11 +275,13 @@ def _context() -> multiprocessing.context.BaseContext:
     """Return a start method that is safe beside PyTorch's threads.
 
     A fork of this process could inherit a locked thread pool. A fork server imports PyTorch once and forks from a
-    clean state, which makes a second pool start at once; Windows has only "spawn".
+    clean state, which makes a second pool start at once; Windows has only "spawn". The classes of language models
+    are imported ahead likewise: each worker would take seconds to do so when it unpickles one.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     halves = ("policyopt.control", "policyopt.lm")
-    context.set_forkserver_preload([half for half in halves if half in sys.modules])
+    models = [name for name in sys.modules if re.fullmatch(r"transformers\.models\.\w+\.modeling_\w+", name)]
+    context.set_forkserver_preload([half for half in halves if half in sys.modules] + models)
     return context
