@@ -401,6 +401,13 @@ def test_learning_rate_schedules() -> None:
     assert LMConfig(epochs=2, batch_size=8).total_steps(12) == 3
 
 
+def test_the_adaptive_kl_moves_beta_by_its_gain() -> None:
+    """At the start the KL is 0, far below the target, so the first batch takes the largest step down."""
+    for gain in (0.1, 2.0):
+        history = run_ppo(tiny_model(), changes={"steps": 2, "kl_gain": gain}).history
+        assert history[1].beta == pytest.approx(history[0].beta * (1 - 0.2 * gain))
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
@@ -412,6 +419,7 @@ def test_learning_rate_schedules() -> None:
         (GRPOConfig, {"sampling": SamplingConfig(temperature=0.0)}, "sampling must be of a temperature > 0"),
         (GRPOConfig, {"minibatches": 20, "batch_size": 4}, "minibatches must be <= batch_size"),
         (PPOLMConfig, {"target_kl": 1.0, "beta": 0.0}, "beta must be > 0 where target_kl"),
+        (PPOLMConfig, {"kl_gain": 5.0}, r"kl_gain must be in \(0, 5\)"),
         (DPOConfig, {"loss": "ipo", "target_margin": 1.0}, "target_margin must be 0 with loss='ipo'"),
         (DPOConfig, {"loss": "hing"}, "loss must be"),
         (LMConfig, {"learning_rate": -1.0}, "learning_rate must be > 0"),
