@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+import notebooks
 from build_book import HTML, pages
 
 pytestmark = pytest.mark.web
@@ -30,7 +31,7 @@ if CHROMIUM is None:
     pytest.skip("no browser: install chromium, or say where it is with CHROMIUM=…", allow_module_level=True)
 
 PAGES = [*pages(), "search", "genindex"]
-CHAPTERS = [name for name in pages() if (HTML.parents[1] / f"{name}.ipynb").is_file()]
+CHAPTERS = notebooks.chapters()
 VIEWS = {
     f"{device}-{theme}": {"viewport": {"width": width, "height": 900}, "color_scheme": theme}
     for device, width in (("desktop", 1280), ("phone", 390))
