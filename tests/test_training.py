@@ -746,6 +746,12 @@ def test_seeds_in_parallel_equal_seeds_in_turn_equal_single_runs() -> None:
         assert len(result.history) == 1
         assert "not finite in update 2" in result.stop_reason
 
+    # Any result will do; one that has a method cpu is moved by it.
+    def plain(*, seed: int, progress: bool) -> list[int]:
+        return [seed]
+
+    assert train_seeds(plain, seeds=2, workers=2, progress=False) == [[0], [1]]
+
     # An error in one run is not swallowed, and says which run it was (the workers are warm: this is quick).
     def failing(*, seed: int, progress: bool) -> TrainResult[Any, Any]:
         if seed == 1:

@@ -199,8 +199,8 @@ def train_seeds(
     Returns
     -------
     list of results, or dict of label to list
-        What the callables return (each needs a method ``cpu``), in the order of ``seeds``. A run that diverged is
-        represented by its last good result, whose ``stop_reason`` tells.
+        What the callables return, in the order of ``seeds``; anything that can be pickled, moved by its method
+        ``cpu`` if it has one. A run that diverged is represented by its last good result, whose ``stop_reason`` tells.
 
     Examples
     --------
@@ -262,7 +262,8 @@ def _run(run: Callable[..., ResultT], seed: int) -> ResultT:
 def _run_pickled(job: bytes) -> bytes:
     run, seed = pickle.loads(job)
     result = _run(run, seed)
-    result.cpu()  # tensors of a GPU could not outlive this process
+    if callable(getattr(result, "cpu", None)):
+        result.cpu()  # tensors of a GPU could not outlive this process
     return cloudpickle.dumps(result)  # type: ignore[no-any-return]
 
 
