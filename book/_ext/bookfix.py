@@ -14,6 +14,7 @@ from typing import Any
 
 from docutils import nodes
 from docutils.parsers.rst.states import Inliner
+from PIL import Image
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import ExtensionMetadata
@@ -151,18 +152,29 @@ def prune_mathjax(app: Sphinx, error: Exception | None) -> None:
                 file.unlink()
 
 
-def drop_icon_script(app: Sphinx, error: Exception | None) -> None:
-    """Take out 1.5 MB of script that draws the icons a second time: the theme's style sheet has them as a font."""
-    if error is not None or app.builder.name != "html":
+def lighten(app: Sphinx, error: Exception | None) -> None:
+    """Make the pages lighter by what they do not need.
+
+    That is 1.5 MB of script that draws the icons a second time (the theme's style sheet has them as a font), and more
+    than half of each figure: WebP stores the same pixels, without loss, in less than half of matplotlib's PNG.
+    """
+    if error is not None or app.builder.name not in ("html", "singlehtml"):
         return
-    tag = re.compile(
+    out = Path(app.outdir)
+    for file in (out / "_images").glob("*.png"):
+        with Image.open(file) as picture:
+            picture.convert("RGB").save(file.with_suffix(".webp"), lossless=True)
+        file.unlink()
+    icons = re.compile(
         r'<script defer src="[^"]*fontawesome\.js[^"]*"></script>|<link[^>]*fontawesome\.js[^>]*>'
     )
-    for file in Path(app.outdir).rglob("*.html"):
-        text = file.read_text(encoding="utf-8")
-        if (lean := tag.sub("", text)) != text:
-            file.write_text(lean, encoding="utf-8")
-    Path(app.outdir, "_static", "scripts", "fontawesome.js").unlink(missing_ok=True)
+    figure = re.compile(r'((?:src|href)="[^":]*_images/[^"]+)\.png"')
+    for page in out.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        lean = figure.sub(r'\1.webp"', icons.sub("", text))
+        if lean != text:
+            page.write_text(lean, encoding="utf-8")
+    (out / "_static" / "scripts" / "fontawesome.js").unlink(missing_ok=True)
 
 
 def setup(app: Sphinx) -> ExtensionMetadata:
@@ -173,5 +185,5 @@ def setup(app: Sphinx) -> ExtensionMetadata:
     app.connect("doctree-read", use_mathjax_tags)
     app.connect("html-page-context", repair_page, priority=900)
     app.connect("build-finished", prune_mathjax, priority=900)
-    app.connect("build-finished", drop_icon_script, priority=900)
+    app.connect("build-finished", lighten, priority=900)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
