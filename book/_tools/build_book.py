@@ -11,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+import linkcheck
 from repository import ROOT
 
 BOOK = ROOT / "book"
@@ -60,7 +61,7 @@ def main() -> int:
     command = [Path(sys.executable).with_name("jupyter-book"), "build", BOOK, "--path-output", BOOK]
     command += ["--config", ROOT / "_config.yml", "--toc", ROOT / "_toc.yml", "-W", "--keep-going", "--quiet"]
     status = subprocess.run(command, cwd=ROOT, check=False).returncode
-    wrong = problems(HTML, pages())
+    wrong = problems(HTML, pages()) + linkcheck.internal(HTML)
     for line in wrong:
         print(line, file=sys.stderr)
     if status or wrong:
