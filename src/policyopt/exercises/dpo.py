@@ -183,7 +183,7 @@ def _smoothed_by_certainty(p: float, beta: float, epsilon: float) -> tuple[float
 def _unflipped_loss(margin: Tensor, epsilon: float) -> Tensor:
     """Solve the two equations for the two factors."""
     mixing = torch.tensor([[1 - epsilon, epsilon], [epsilon, 1 - epsilon]], dtype=margin.dtype)
-    own, other = torch.linalg.solve(mixing, torch.tensor([1.0, 0.0], dtype=margin.dtype))
+    own, other = map(float, torch.linalg.solve(mixing, torch.tensor([1.0, 0.0], dtype=margin.dtype)))
     zero = torch.zeros_like(margin)
     return own * dpo_loss(margin, zero, beta=1.0).loss + other * dpo_loss(zero, margin, beta=1.0).loss
 
