@@ -15,6 +15,7 @@ from policyopt.lm.config import LMConfig
 from policyopt.lm.data import Pair, Records, preference_pairs
 from policyopt.lm.models import LanguageModel, RewardModel
 from policyopt.lm.sequences import Sequences, evaluating
+from policyopt.lm.sharding import gathered
 from policyopt.lm.training import Callback, LMResult, LMUpdate, Run
 from policyopt.losses import aggregate, bradley_terry_loss
 
@@ -152,7 +153,7 @@ def _accuracy(margin: Tensor) -> Tensor:
 def _pairs_accuracy(reward_model: RewardModel, pairs: Sequence[Pair], config: RewardConfig) -> float:
     network = reward_model.network
     right, size = 0.0, config.micro_batch_size or config.batch_size
-    with evaluating(network):
+    with gathered(network), evaluating(network):
         for start in range(0, len(pairs), size):
             scores = network(pad_pairs(pairs[start : start + size], reward_model.language_model))
             right += float(_accuracy(scores[0::2] - scores[1::2]).sum())

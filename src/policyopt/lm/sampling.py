@@ -23,6 +23,7 @@ from policyopt.lm.heads import backbone_and_head
 from policyopt.lm.log_probs import filter_logits
 from policyopt.lm.models import LanguageModel, is_adapted
 from policyopt.lm.sequences import Sequences, evaluating, read_prompts
+from policyopt.lm.sharding import gathered
 from policyopt.runs import Settings, derive_seed
 
 __all__ = ["Sampler", "Samples", "SamplingConfig", "TransformersSampler", "VLLMSampler", "generate"]
@@ -147,7 +148,8 @@ class TransformersSampler:
         rows = len(prompts) * samples_per_prompt
         completions: list[list[int]] = []
         log_probs: list[list[float]] = []
-        with evaluating(language_model.model):
+        whole = gathered(language_model.model, layers=not self.synchronize)
+        with whole, evaluating(language_model.model):
             for start in range(0, rows, self.batch_size or rows):
                 stop = min(start + (self.batch_size or rows), rows)
                 uniforms = _uniforms(seed, first_row + start, stop - start, config.max_new_tokens)
@@ -424,7 +426,8 @@ class VLLMSampler:
         """Give the model's weights, adapters merged, to the engine."""
         model = self.language_model.model
         # In one process the function is called as it is: nothing is copied to another process or pickled.
-        self.engine.apply_model(lambda inner: inner.load_weights(_merged_weights(model)))
+        with gathered(model):
+            self.engine.apply_model(lambda inner: inner.load_weights(_merged_weights(model)))
         self.engine.reset_prefix_cache()  # those keys and values are the old weights'
 
     def sample(

@@ -10,7 +10,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -24,10 +24,12 @@ from policyopt.checkpoint import has_checkpoint, load_checkpoint, save_checkpoin
 from policyopt.estimators import normalize
 from policyopt.lm.config import LMConfig
 from policyopt.lm.data import Prompt, batch_indices, encode_prompt
+from policyopt.lm.heads import backbone_and_head
 from policyopt.lm.log_probs import TokenLogProbs, completion_log_probs
 from policyopt.lm.models import LanguageModel, RewardModel, is_adapted
 from policyopt.lm.sampling import SamplingConfig, TransformersSampler
 from policyopt.lm.sequences import Sequences, evaluating, widen
+from policyopt.lm.sharding import ShardedNetwork, gathered, shard_like, sharding_requested, whole
 from policyopt.runs import History, TrainingDivergedError, derive_seed
 
 __all__ = ["Callback", "LMResult", "LMUpdate", "LoggedSample", "PolicyNetwork", "Reference", "Run"]
@@ -99,8 +101,14 @@ class LMResult(Generic[ConfigT, RowT]):
             self.critic.cpu()
 
     def save(self, folder: str | Path) -> Path:
-        """Write the model (or the reward model) for :func:`~policyopt.lm.models.load`, and the history beside it."""
+        """Write the model (or the reward model) for :func:`~policyopt.lm.models.load`, and the history beside it.
+
+        Of several processes the first one writes, and the others return at once.
+        """
         folder = Path(folder)
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if several and torch.distributed.get_rank() != 0:
+            return folder
         (self.language_model if self.reward_model is None else self.reward_model).save(folder)
         self.history.to_csv(folder / "history.csv")
         about = {
@@ -165,7 +173,7 @@ class Reference:
         """Return log π_ref(y_t | x, y_<t), ``[B, T]``; ``pieces`` are row numbers to be computed one after another."""
         adapters_off = self.model.disable_adapter() if self._adapted else nullcontext()
         precision = torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast)
-        with evaluating(self.model), adapters_off, precision:
+        with gathered(self.model), evaluating(self.model), adapters_off, precision:
             parts = [sequences] if pieces is None else map(sequences.select, pieces)
             log_probs = [completion_log_probs(self.model, part, **options).log_probs for part in parts]
         return torch.cat([widen(part, sequences.completion_mask) for part in log_probs])
@@ -224,13 +232,7 @@ class Run(Generic[ConfigT, RowT]):
                 "model with dtype='float32' and set autocast='bfloat16', or train adapters with lora=LoRA()",
                 stacklevel=3,
             )
-        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            parameters,
-            lr=config.learning_rate,
-            betas=(config.adam_betas[0], config.adam_betas[1]),
-            weight_decay=config.weight_decay,
-            fused=self.device.type != "mps",
-        )
+        self.optimizer = self._new_optimizer()
         self._sampled = list(prompts[: config.logged_samples])
         self._before = self._complete()
         if config.gradient_checkpointing:
@@ -240,12 +242,15 @@ class Run(Generic[ConfigT, RowT]):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import Accelerator
 
-            self._accelerator = Accelerator(cpu=self.device.type == "cpu")
+            sharding = sharding_requested()
+            # FSDP is set up below: to accelerate these are plain processes.
+            with _environment(ACCELERATE_USE_FSDP="false" if sharding else None):
+                self._accelerator = Accelerator(cpu=self.device.type == "cpu")
             kind = str(self._accelerator.distributed_type.value)
             if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
                 raise ValueError(
-                    f"the processes were launched for {kind}; these trainers share the work by data parallelism (DDP): "
-                    "launch them with torchrun, or with accelerate and no such plugin"
+                    f"the processes were launched for {kind}; these trainers share the work by data parallelism (DDP) "
+                    "or FSDP2: launch them with torchrun, or with accelerate and no other plugin"
                 )
             if config.batch_size % self.world:
                 raise ValueError(
@@ -253,7 +258,10 @@ class Run(Generic[ConfigT, RowT]):
                 )
         if self._checkpoint_dir is not None and has_checkpoint(self._checkpoint_dir):
             self._resume(self._checkpoint_dir)
-        if self._accelerator is not None:
+        self._sharded: ShardedNetwork | None = None
+        if self._accelerator is not None and sharding:
+            self._shard()
+        elif self._accelerator is not None:
             self.network, self.optimizer = self._accelerator.prepare(network, self.optimizer)
             self.device = self._accelerator.device
         self._started = time.perf_counter()
@@ -304,6 +312,11 @@ class Run(Generic[ConfigT, RowT]):
             if cuts[-1] and cuts[-1] + group > most:
                 cuts.append(0)
             cuts[-1] += group
+        if self._sharded is not None and self.sum(len(cuts)) != len(cuts) * self.world:
+            raise ValueError(
+                "with FSDP all processes must cut their share into the same number of pieces, and here the sizes of "
+                "the groups differ; set micro_batch_size to None, or launch without FSDP"
+            )
         pieces = torch.arange(size, device=self.device).split(cuts)
         for piece in pieces[:-1]:
             with self._local():
@@ -314,7 +327,7 @@ class Run(Generic[ConfigT, RowT]):
         """Add the gradient of a piece's loss, whose denominators are those of the whole batch of all processes."""
         # Data parallelism averages over the processes what must be summed here.
         loss = loss * self.world
-        if self._accelerator is None:
+        if self._accelerator is None or self._sharded is not None:
             loss.backward()
         else:
             self._accelerator.backward(loss)
@@ -324,6 +337,9 @@ class Run(Generic[ConfigT, RowT]):
         limit = self.config.max_gradient_norm or math.inf
         if self._accelerator is None:
             norm = float(nn.utils.clip_grad_norm_(self.parameters(), limit))
+        elif self._sharded is not None:
+            shares = [p for group in self.optimizer.param_groups for p in group["params"]]
+            norm = float(whole(nn.utils.clip_grad_norm_(shares, limit)))
         else:
             norm = float(self._accelerator.clip_grad_norm_(self.network.parameters(), limit))
         if not math.isfinite(norm):
@@ -401,6 +417,36 @@ class Run(Generic[ConfigT, RowT]):
 
     # --- several processes ------------------------------------------------------------------------------------
 
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            self.parameters(),
+            lr=self.config.learning_rate,
+            betas=(self.config.adam_betas[0], self.config.adam_betas[1]),
+            weight_decay=self.config.weight_decay,
+            fused=self.device.type != "mps",
+        )
+
+    def _shard(self) -> None:
+        """Spread the network over the processes, and what the optimiser remembers with it."""
+        backbone_and_head(
+            self.language_model.model
+        )  # looks at the model on its first call: while it is whole
+        self.network = self._sharded = ShardedNetwork(self._bare, self.language_model.model, self.device)
+        state = self.optimizer.state_dict()
+        self.optimizer = self._new_optimizer()
+        if state["state"]:
+            parameters = self.parameters()
+            slots = {i: shard_like(slot, parameters[i]) for i, slot in state["state"].items()}
+            self.optimizer.load_state_dict({**state, "state": slots})
+
+    def _restore(self) -> None:
+        """Make the network a plain one again, whole and on the CPU."""
+        if self._sharded is not None:
+            network: Any = self._sharded.restore()
+            self.language_model.model = network.model
+            self.network, self._sharded = self._bare, None
+            self.device = torch.device("cpu")
+
     @property
     def world(self) -> int:
         """Number of processes."""
@@ -412,7 +458,9 @@ class Run(Generic[ConfigT, RowT]):
         return 0 if self._accelerator is None else int(self._accelerator.process_index)
 
     def _local(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._accelerator is None else self._accelerator.no_sync(self.network)
+        # Sharded gradients are added up share by share: a whole one would need the memory that sharding saves.
+        alone = self._accelerator is None or self._sharded is not None
+        return nullcontext() if alone else self._accelerator.no_sync(self.network)
 
     # --- how it ends ------------------------------------------------------------------------------------------
 
@@ -436,6 +484,8 @@ class Run(Generic[ConfigT, RowT]):
         if self._bar is not None:
             self._bar.close()
         self._bare.__dict__.pop("forward", None)
+        if error is None:
+            self._restore()
         self._bare.eval()
         if self.config.gradient_checkpointing:
             _recompute(self.language_model.model, False)
@@ -444,6 +494,10 @@ class Run(Generic[ConfigT, RowT]):
             return False
         self.optimizer.zero_grad(set_to_none=True)
         saved = f"; the last checkpoint is in {self._checkpoint_dir}" if self._checkpoint_dir else ""
+        if self._sharded is not None:
+            # To gather the weights all processes would have to be here, and who knows where the others are.
+            error.add_note(f"The weights are spread over the processes, so this one has no result{saved}")
+            return False
         if isinstance(error, KeyboardInterrupt):
             self.stop_reason = "interrupted"
             warnings.warn(
@@ -493,10 +547,14 @@ class Run(Generic[ConfigT, RowT]):
         return json.loads(json.dumps(identity))  # type: ignore[no-any-return]
 
     def _save(self, folder: Path) -> None:
+        if self._sharded is not None:
+            self._sharded.reshard()
         named = {name: p for name, p in self._bare.named_parameters() if p.requires_grad}
         tensors: dict[str, Tensor] = {f"network.{name}": p.detach() for name, p in named.items()}
         for index, slot in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in slot.items()}
+        if self._sharded is not None:
+            tensors = {key: whole(value).cpu() for key, value in tensors.items()}
         if self.rank == 0:
             rows = [
                 {
@@ -548,6 +606,21 @@ class Run(Generic[ConfigT, RowT]):
             self.history.append(self._row_type(**values))
         self.state = metadata["state"]
         self._seconds = float(self.history[-1].seconds)
+
+
+@contextmanager
+def _environment(**values: str | None) -> Iterator[None]:
+    """Set environment variables for a moment; those that are None stay."""
+    before = {name: os.environ.get(name) for name, value in values.items() if value is not None}
+    os.environ.update({name: value for name, value in values.items() if value is not None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _recompute(model: Any, on: bool) -> None:
