@@ -182,7 +182,7 @@ def _best_baseline(logits: Tensor, rewards: Tensor) -> float:
 def _weighted_mean(power: float) -> Callable[[Tensor, Tensor], Tensor]:
     def mean(logits: Tensor, rewards: Tensor) -> Tensor:
         p = logits.softmax(0)
-        w = p * (torch.eye(len(p), dtype=p.dtype) - p).norm(dim=1) ** power
+        w: Tensor = p * (torch.eye(len(p), dtype=p.dtype) - p).norm(dim=1) ** power
         return (w * rewards).sum() / w.sum()
 
     return mean

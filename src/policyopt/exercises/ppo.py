@@ -99,8 +99,10 @@ def _moves_unseen(policy: Any) -> str | None:
         return f"Return three probabilities, not {policy!r}."
     if q.shape != (3,):
         return f"Return three probabilities, not {policy!r}."
-    if not bool((q > 0).all()) or abs(float(q.sum()) - 1) > 1e-6:
-        return f"The three numbers must be positive and sum to 1; they sum to {float(q.sum()):.6g}."
+    if not bool((q > 0).all()):
+        return f"All three probabilities must be positive, not {policy!r}."
+    if abs(float(q.sum()) - 1) > 1e-6:
+        return f"The three probabilities must sum to 1, not to {float(q.sum()):.6g}."
     if abs(float(q[0]) / 0.5 - 1) > 1e-6:
         return f"The ratio of action 0 is {float(q[0]) / 0.5:.4g}, and must be 1."
     p = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)

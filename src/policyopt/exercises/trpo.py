@@ -56,7 +56,8 @@ def _trust_region_step(gradient: Tensor, fisher: Tensor, kl_limit: float) -> Ten
     eigenvalues, vectors = torch.linalg.eigh(fisher)
     slope = (vectors.T @ gradient) / eigenvalues.sqrt()
     in_ball = -((2 * kl_limit) ** 0.5) * slope / slope.norm()
-    return vectors @ (in_ball / eigenvalues.sqrt())
+    step: Tensor = vectors @ (in_ball / eigenvalues.sqrt())
+    return step
 
 
 def _along_gradient(gradient: Tensor, fisher: Tensor, kl_limit: float) -> Tensor:
@@ -64,7 +65,7 @@ def _along_gradient(gradient: Tensor, fisher: Tensor, kl_limit: float) -> Tensor
 
 
 def _without_root(gradient: Tensor, fisher: Tensor, kl_limit: float) -> Tensor:
-    x = torch.linalg.solve(fisher, gradient)
+    x: Tensor = torch.linalg.solve(fisher, gradient)
     return -x * (2 * kl_limit / (gradient @ x))
 
 
@@ -121,7 +122,8 @@ def _solve(A: Tensor, b: Tensor, iterations: int) -> Tensor:
         basis.append(following / following.norm())
         following = A @ basis[-1]
     K = torch.stack(basis, 1)
-    return K @ torch.linalg.solve(K.T @ A @ K, K.T @ b)
+    coefficients: Tensor = torch.linalg.solve(K.T @ A @ K, K.T @ b)
+    return K @ coefficients
 
 
 def _iterated(*, conjugate: bool = True, stops: bool = True) -> Callable[[Tensor, Tensor, int], Tensor]:
