@@ -11,7 +11,6 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
-from rattler import MatchSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
@@ -38,9 +37,12 @@ def test_environment_has_only_keys_that_conda_and_binder_read() -> None:
 
 
 def test_conda_specs_parse_and_pin_nothing_but_python() -> None:
+    rattler = pytest.importorskip(
+        "rattler", reason="py-rattler reads specs as conda does; not on every platform"
+    )
     names = {}
     for spec in CONDA:
-        match = MatchSpec(spec)
+        match = rattler.MatchSpec(spec)
         names[match.name.normalized] = match.version
     assert set(names) == {"python", "pip"}, "everything else is pip's, from constraints.txt"
 
@@ -60,6 +62,33 @@ def test_pip_lines_defer_to_constraints_and_pyproject() -> None:
     match = re.fullmatch(r"-e \.\[([a-z,]+)\]", install)
     assert match is not None
     assert set(match[1].split(",")) <= set(EXTRAS)
+
+
+def test_binder_gets_jupyterlab_and_what_the_chapters_import() -> None:
+    """Binder reads environment.yml at the root, unless a folder of its own takes precedence."""
+    match = re.search(r"\[([a-z,]+)\]", PIP[-1])
+    assert match is not None
+    assert {"lab", "lm", "lora", "gguf"} <= set(match[1].split(","))
+    for other in ("binder", ".binder", "Dockerfile", "requirements.txt", "setup.py"):
+        assert not (ROOT / other).exists(), f"Binder would read {other} instead of environment.yml"
+
+
+def test_binder_opens_chapters_in_jupyterlab() -> None:
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    assert config["launch_buttons"]["notebook_interface"] == "jupyterlab"
+    assert config["launch_buttons"]["binderhub_url"] == "https://mybinder.org"
+    found = re.findall(
+        r"mybinder\.org/v2/gh/[^/\s]+/[^/\s]+/main\?urlpath=([^)\s]+)", (ROOT / "README.md").read_text()
+    )
+    assert found
+    for page in (ROOT / "book" / "_build" / "html").glob("*.html"):
+        found += re.findall(
+            r'href="https://mybinder\.org/v2/gh/[^?"]+\?urlpath=([^"]+)"', page.read_text("utf-8")
+        )
+    for path in found:
+        assert path.startswith("lab/tree/book/")
+        assert (ROOT / path.removeprefix("lab/tree/")).suffix == ".ipynb"
+        assert (ROOT / path.removeprefix("lab/tree/")).is_file(), path
 
 
 def test_every_version_is_pinned_exactly_and_once_per_environment() -> None:

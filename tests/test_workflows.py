@@ -1,0 +1,159 @@
+"""The workflows and the hooks before a commit: what they call exists, and they may do no more than they must."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from repository import ROOT
+
+WORKFLOWS = {f.stem: yaml.safe_load(f.read_text()) for f in (ROOT / ".github" / "workflows").glob("*.yml")}
+TARGETS = set(re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text())) | {".venv/.ready"}
+TARGETS |= {f".venv/.{name}" for name in re.findall(r"\$\(VENV\)/\.(\w+)", (ROOT / "Makefile").read_text())}
+HOOKS = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+JOBS = [(w, name) for w, flow in WORKFLOWS.items() for name in flow["jobs"]]
+# What each job may do beyond reading the code.
+WRITES = {
+    ("publish", "publish"): {"pages", "id-token"},
+    ("release", "pypi"): {"id-token"},
+    ("release", "github"): {"contents"},
+    ("weekly", "newest"): {"issues"},
+}
+
+
+def job(workflow: str, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = WORKFLOWS[workflow]["jobs"][name]
+    return found
+
+
+def commands(workflow: str) -> list[str]:
+    jobs = WORKFLOWS[workflow]["jobs"].values()
+    return [step["run"] for j in jobs for step in j.get("steps", []) if "run" in step]
+
+
+def test_there_are_four() -> None:
+    assert set(WORKFLOWS) == {"test", "publish", "release", "weekly"}
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS)
+def test_what_they_call_exists(workflow: str) -> None:
+    for text in commands(workflow):
+        for target in re.findall(r"(?m)(?:^|[;&|] *)make ([\w./-]+)", text):
+            assert target in TARGETS, f"make {target}"
+        for file in re.findall(r"book/_tools/\w+\.py|\.ci/\w+", text):
+            assert (ROOT / file).is_file(), file
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS)
+def test_pipes_fail_when_a_part_of_them_does(workflow: str) -> None:
+    assert WORKFLOWS[workflow]["defaults"] == {"run": {"shell": "bash"}}
+
+
+@pytest.mark.parametrize(("workflow", "name"), JOBS)
+def test_actions_are_pinned(workflow: str, name: str) -> None:
+    for step in job(workflow, name).get("steps", []):
+        if "uses" in step:
+            assert re.fullmatch(r"[\w-]+/[\w-]+@(v\d+|release/v\d+)", step["uses"])
+
+
+@pytest.mark.parametrize(("workflow", "name"), JOBS)
+def test_jobs_end(workflow: str, name: str) -> None:
+    if "uses" not in job(workflow, name):  # then the called workflow says so
+        assert 1 <= job(workflow, name)["timeout-minutes"] <= 120
+
+
+@pytest.mark.parametrize(("workflow", "name"), JOBS)
+def test_permissions_are_the_least(workflow: str, name: str) -> None:
+    assert WORKFLOWS[workflow]["permissions"] == {"contents": "read"}
+    own = job(workflow, name).get("permissions", {})
+    assert {k for k, v in own.items() if v == "write"} == WRITES.get((workflow, name), set())
+    assert set(own.values()) <= {"read", "write"}
+
+
+@pytest.mark.parametrize(("workflow", "name"), JOBS)
+def test_texts_of_others_do_not_become_commands(workflow: str, name: str) -> None:
+    """Branch names, titles and messages come from outside: they reach a script as variables only."""
+    for step in job(workflow, name).get("steps", []):
+        for expression in re.findall(r"\$\{\{\s*(.*?)\s*\}\}", step.get("run", "")):
+            assert re.fullmatch(r"steps\.\w+\.outcome", expression), expression
+
+
+def test_the_tests_run_on_every_change_and_before_a_release() -> None:
+    triggers = WORKFLOWS["test"][True]  # YAML 1.1 reads `on` as true
+    assert set(triggers) == {"push", "pull_request", "workflow_call"}
+    assert job("release", "test")["uses"] == "./.github/workflows/test.yml"
+    assert set(job("release", "pypi")["needs"]) == {"test", "build"}
+    assert job("release", "pypi")["environment"]["name"] == "pypi"
+    assert "release.py check" in commands("release")[0]
+
+
+def test_the_web_tests_cannot_be_skipped_for_want_of_a_browser() -> None:
+    steps = [step.get("run", "") for step in job("test", "web")["steps"]]
+    browser = next(i for i, text in enumerate(steps) if "CHROMIUM=" in text)
+    assert "make web-test" in steps[browser + 1 :]
+    assert "test -x" in steps[browser]
+
+
+def test_the_weekly_run_uses_no_pins_and_reports_every_step() -> None:
+    steps = job("weekly", "newest")["steps"]
+    named = {step["id"]: step for step in steps if "id" in step}
+    assert all(step["continue-on-error"] for step in named.values())
+    assert ": > constraints.txt" in named["install"]["run"]
+    report = steps[-1]["run"]
+    for name, step in named.items():
+        assert f"{name}=${{{{ steps.{name}.outcome }}}}:{name}.log" in report
+        assert f"tee {name}.log" in step["run"]
+    assert "schedule" in WORKFLOWS["weekly"][True]
+
+
+def test_links_elsewhere_are_followed_weekly_and_never_decide_about_a_change() -> None:
+    using = {w for w in WORKFLOWS if any("--external" in text for text in commands(w))}
+    assert using == {"weekly"}
+    for file in (ROOT / ".ci" / "run", ROOT / "Makefile"):
+        assert "--external" not in file.read_text()
+
+
+def test_publishing_follows_a_release() -> None:
+    triggers = WORKFLOWS["publish"][True]
+    assert triggers["workflow_run"]["workflows"] == [WORKFLOWS["release"]["name"]]
+    text = "\n".join(commands("publish") + commands("release"))
+    assert text.count("policyopt-book-") >= 3
+
+
+def test_hooks_use_the_tools_of_the_lock() -> None:
+    """No second version of ruff that could disagree with ``make lint``."""
+    assert {repo["repo"] for repo in HOOKS["repos"]} == {"local"}
+    hooks = {hook["id"]: hook for repo in HOOKS["repos"] for hook in repo["hooks"]}
+    assert set(hooks) == {"ruff-check", "ruff-format", "twins", "large-files", "merge-conflicts"}
+    for hook in hooks.values():
+        command = shlex.split(hook["entry"])
+        if hook["language"] == "system":
+            assert command[0] in (".venv/bin/ruff", ".venv/bin/python")
+            if command[0].endswith("python"):
+                assert (ROOT / command[1]).is_file()
+        else:
+            assert hook["additional_dependencies"] == ["pre-commit-hooks==6.0.0"]
+
+
+def test_the_hook_for_twins_sees_both_halves_of_a_pair() -> None:
+    pattern = next(h["files"] for repo in HOOKS["repos"] for h in repo["hooks"] if h["id"] == "twins")
+    for name in ("book/mdp.ipynb", "book/twins/mdp.md"):
+        assert re.search(pattern, name)
+    for name in ("book/index.md", "book/api/lm.md", "src/policyopt/mdp.py"):
+        assert not re.search(pattern, name)
+
+
+def test_no_file_is_larger_than_the_hook_allows() -> None:
+    entry = next(h["entry"] for repo in HOOKS["repos"] for h in repo["hooks"] if h["id"] == "large-files")
+    limit = int(entry.partition("--maxkb=")[2])
+    listed = (
+        (ROOT / "book").glob("*.ipynb"),
+        (ROOT / "src").rglob("*.safetensors"),
+        (ROOT / "book/_static").glob("*"),
+    )
+    files: list[Path] = [file for group in listed for file in group]
+    assert files
+    assert [f.name for f in files if f.stat().st_size > limit * 1024] == []
