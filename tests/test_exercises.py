@@ -124,3 +124,23 @@ def test_a_name_that_does_not_exist_is_refused() -> None:
         check("nothing.at-all", None)
     with pytest.raises(ValueError, match="needs either a reference or verify"):
         Exercise(name="mdp.neither")
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_each_chapter_says_what_it_takes_and_what_it_gives(chapter: str) -> None:
+    text = "\n\n".join(
+        c.source for c in notebooks.read(notebooks.notebook_path(chapter)).cells if c.cell_type == "markdown"
+    )
+    first = text.split("\n\n")[1]
+    told = re.fullmatch(
+        r"\*About \d+ minutes to read and (\d+) for the exercises, .+ to run .+\. You need .+\*", first
+    )
+    assert told, first
+    assert int(told[1]) == sum(int(minutes) for _, _, minutes in TITLE.findall(text))
+    assert "\nAfter this chapter you can\n" in text
+    parts = re.findall(r"^## (.+)$", text, re.M)
+    assert parts[-4:] == ["Check yourself", "Exercises", "Summary", "References"]
+    # A question in bold, and an answer to unfold that says why.
+    asked = text.split("## Check yourself")[1].split("\n## ")[0]
+    answers = asked.count("<details><summary>Answer</summary>")
+    assert answers == len(re.findall(r"^\*\*.+\*\*$", asked, re.M)) >= 4
