@@ -118,7 +118,7 @@ def test_a_released_version_is_not_released_again(repo: Path) -> None:
 
 
 PAGE = (
-    '<html><head></head><body class="x"><a href="b.html">b</a>'
+    '<html><head></head><body class="x">\n<div id="pst-skip-link"><a href="#">Skip</a></div><a href="b.html">b</a>'
     '<div class="extra_footer">\n  Text: CC BY.\n</div></body></html>'
 )
 
@@ -172,7 +172,7 @@ def test_pages_say_which_version_they_are(books: tuple[Path, Path], tmp_path: Pa
     assert '<a href="../v0.1/api/c.html">0.1.10</a>.' in text
     text = (site / "v0.1" / "api" / "c.html").read_text()
     assert text.count("This is version 0.1.10 of the book") == 1
-    assert text.index("<body") < text.index("version-note") < text.index("b.html")
+    assert text.index("Skip") < text.index("version-note") < text.index("b.html")
     assert '<a href="../../api/c.html" style' in text
     assert 'Versions: <a href="../../api/c.html">main</a>, <a href="../../v0.2/index.html">0.2.0</a>' in text
     assert '<a href="../index.html" style' in (site / "v0.1" / "old.html").read_text(), "gone from main"

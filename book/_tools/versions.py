@@ -121,7 +121,9 @@ def mark(page: Path, place: Path, book: dict[str, str], listed: list[dict[str, s
     )
     if book["path"]:
         note = NOTE.format(version=book["version"], newest=same_page(listed[0]))
-        text = re.sub(r"<body[^>]*>", lambda m: f"{m[0]}\n{note}", text, count=1)
+        # Behind the link that skips to the text, which screen readers expect first.
+        start = r'<body[^>]*>(?:\s*<div id="pst-skip-link".*?</div>)?'
+        text = re.sub(start, lambda m: f"{m[0]}\n{note}", text, count=1, flags=re.S)
     page.write_text(text, encoding="utf-8")
 
 
