@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 NOTEBOOKS := $(BIN)/python book/_tools/notebooks.py
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve jupyter test test-quick web-test execute twins lint format bench models repo lock wheel clean
+.PHONY: help book serve jupyter test test-quick web-test execute chapter twins lint format bench models repo lock wheel clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -48,6 +48,9 @@ web-test: book $(VENV)/.web ## look at every page in a browser: errors, network,
 execute: $(VENV)/.ready ## run the notebooks in place (NAMES="mdp ppo"; default: all)
 	@$(NOTEBOOKS) execute $(NAMES)
 	@$(NOTEBOOKS) twins
+
+chapter: $(VENV)/.ready ## begin a chapter from the template (NAME=my-chapter TITLE="My chapter")
+	@$(NOTEBOOKS) new --title="$$TITLE" -- "$$NAME"
 
 twins: $(VENV)/.ready ## write the text twin of each notebook: book/twins/*.md
 	@$(NOTEBOOKS) twins

@@ -7,6 +7,7 @@ MyST Markdown, for authors and reviewers. Nothing here trusts file times: each c
     execute [NAME...]       run notebooks in place
     twins [--check]         write every twin from its notebook, or only compare
     setup [--check]         write the setup cell (install on Colab and Binder), or only compare
+    new NAME --title TITLE  begin a chapter from the template, with its exercises
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import hashlib
+import keyword
 import multiprocessing
 import os
 import re
@@ -35,6 +37,9 @@ from repository import ROOT, Repository
 BOOK = ROOT / "book"
 KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 CELL_TIMEOUT_S = 900
+TOC = ROOT / "_toc.yml"
+TEMPLATE = BOOK / "_tools" / "chapter.md"
+EXERCISES_TEMPLATE = BOOK / "_tools" / "chapter_exercises.py"
 
 SETUP_TEMPLATE = """\
 # Colab and Binder: install the book's package when it is missing.
@@ -122,6 +127,11 @@ def twin_path(name: str) -> Path:
 def notebook_path(name: str) -> Path:
     """Return where the notebook of chapter ``name`` lives."""
     return BOOK / f"{name}.ipynb"
+
+
+def exercises_path(name: str) -> Path:
+    """Return where the exercises of chapter ``name`` are checked."""
+    return ROOT / "src" / "policyopt" / "exercises" / f"{name.replace('-', '_')}.py"
 
 
 def chapters() -> list[str]:
@@ -289,6 +299,72 @@ def write_setup(name: str) -> None:
     twin_path(name).write_text(twin_text(read(notebook_path(name))), encoding="utf-8")
 
 
+def complaints(name: str, title: str) -> list[str]:
+    """Say why a chapter cannot have this name or this title; empty when it can."""
+    found = []
+    if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) or len(name) > 40:
+        found.append(
+            f"NAME must be lower-case letters and digits, in words joined by single hyphens, beginning with a "
+            f"letter, at most 40 characters, such as my-chapter; got {name!r}"
+        )
+    elif keyword.iskeyword(name):
+        found.append(f"NAME becomes the name of a Python module, and {name!r} is a word of the language")
+    else:
+        used = [notebook_path(name), twin_path(name), BOOK / f"{name}.md", BOOK / name, exercises_path(name)]
+        found += [
+            f"{path.relative_to(ROOT)} exists already; choose another NAME" for path in used if path.exists()
+        ]
+        if re.search(rf"(?m)^ *- file: {name}$", TOC.read_text(encoding="utf-8")):
+            found.append(f"{TOC.name} names {name} already; choose another NAME")
+    if not re.fullmatch(r"\w([\w ,.:;!?'’()&+/–-]*[\w!?)])?", title) or "_" in title or len(title) > 100:
+        found.append(
+            "TITLE must be one line of words and plain punctuation, at most 100 characters, such as "
+            f"'My chapter: a start'; got {title!r}"
+        )
+    return found
+
+
+def with_chapter(toc: str, name: str) -> str:
+    """Return the table of contents with a chapter put behind the last one that is a notebook."""
+    entries = re.finditer(r"(?m)^( *- file: )([\w/-]+) *\n", toc)
+    last = max((e for e in entries if notebook_path(e[2]).is_file()), key=lambda e: e.end(), default=None)
+    if last is None:
+        raise SystemExit(f"{TOC.name} names no notebook, behind which the chapter would go")
+    return f"{toc[: last.end()]}{last[1]}{name}\n{toc[last.end() :]}"
+
+
+def new(name: str, title: str) -> int:
+    """Write a chapter that works from the template, run it, and add it to the book; return the exit status.
+
+    If it cannot be run, nothing is left behind.
+    """
+    if found := complaints(name, title):
+        print("\n".join(found), file=sys.stderr)
+        return 1
+    with_chapter(TOC.read_text(encoding="utf-8"), name)  # if that is impossible, before anything is written
+    sources = {twin_path(name): TEMPLATE, exercises_path(name): EXERCISES_TEMPLATE}
+    written = [*sources, notebook_path(name)]
+    sound = False
+    try:
+        for target, source in sources.items():
+            text = source.read_text(encoding="utf-8").replace("@NAME@", name).replace("@TITLE@", title)
+            target.write_text(text, encoding="utf-8")
+        from_twin(name)
+        error = execute(name).error
+        sound = error is None
+    finally:
+        if not sound:
+            for path in written:
+                path.unlink(missing_ok=True)
+    if error is not None:
+        print(f"the template does not run, so nothing was written:\n{error}", file=sys.stderr)
+        return 1
+    TOC.write_text(with_chapter(TOC.read_text(encoding="utf-8"), name), encoding="utf-8")
+    print("\n".join(str(path.relative_to(ROOT)) for path in [*written, TOC]))
+    print("These work as they are. Replace them part by part: CONTRIBUTING.md, Add a chapter.")
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
@@ -303,8 +379,13 @@ def main(argv: list[str] | None = None) -> int:
     for name, text in (("twins", "twins from notebooks"), ("setup", "the setup cell")):
         command = commands.add_parser(name, help=f"write {text}, or compare")
         command.add_argument("--check", action="store_true", help="only compare; exit 1 on a difference")
+    command = commands.add_parser("new", help="begin a chapter from the template")
+    command.add_argument("name", metavar="NAME", help="of its files and of its page: my-chapter")
+    command.add_argument("--title", required=True, help="its heading")
     args = parser.parse_args(argv)
 
+    if args.command == "new":
+        return new(args.name, args.title)
     if args.command == "from-twin":
         for name in chosen(args.names, twin_path):
             print(f"{notebook_path(name).relative_to(ROOT)}: {from_twin(name)}")
