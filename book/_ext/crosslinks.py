@@ -3,6 +3,7 @@
 - Each function and class on an API page says which chapters use it, and where its source is shown.
 - Each chapter ends with what it uses of the package, linked to the API pages.
 - Each entry of the list of references says which pages cite it.
+- The directive ``citation`` says how to cite the book, from ``CITATION.cff``.
 
 All of it is read from the text of the notebooks and of the package, nothing is imported. The links are put in when a
 page is written. So a page whose own source did not change must be written again when somebody else's did:
@@ -20,11 +21,13 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
 from docutils import nodes
 from pybtex.database import BibliographyData, parse_file
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import ExtensionMetadata
 
 import bookfix
@@ -333,7 +336,8 @@ class Links:
         """Where each definition is documented."""
         found = {}
         for name, item in self.env.get_domain("py").objects.items():  # type: ignore[attr-defined]
-            definition = book().package.resolve(name) if item.objtype in DOCUMENTED else None
+            known = item.objtype in DOCUMENTED and not item.aliased
+            definition = book().package.resolve(name) if known else None
             if definition is not None and definition.name == name.rpartition(".")[2]:
                 found[definition] = Entry(name, item.docname, item.node_id)
         return found
@@ -480,7 +484,8 @@ def add_pages_to_references(links: Links, doctree: nodes.document) -> None:
             name, link = _place(links, place)
             seen.setdefault(name, link)
         cited += [[link] for _, link in sorted(seen.items())]
-        item += nodes.paragraph("", "", nodes.Text("Cited in: "), *_joined(cited), classes=["cited-in"])
+        if cited:
+            item += nodes.paragraph("", "", nodes.Text("Cited in: "), *_joined(cited), classes=["cited-in"])
 
 
 def _place(links: Links, place: Citing) -> tuple[str, nodes.reference]:
@@ -492,6 +497,41 @@ def _place(links: Links, place: Citing) -> tuple[str, nodes.reference]:
     return name, links.to_source(name, place.file, place.line)
 
 
+class Citation(SphinxDirective):
+    """Say how to cite the book, in words and as BibTeX, from ``CITATION.cff``."""
+
+    def run(self) -> list[nodes.Node]:
+        """Return the nodes."""
+        file = ROOT / "CITATION.cff"
+        self.env.note_dependency(str(file))
+        words, bibtex = citation(yaml.safe_load(file.read_text(encoding="utf-8")))
+        listing = nodes.literal_block(bibtex, bibtex, language="bibtex")
+        return [nodes.block_quote("", nodes.paragraph("", words)), listing]
+
+
+def citation(facts: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the citation that a ``CITATION.cff`` asks for, in words and as BibTeX."""
+    names, bibtex_names = [], []
+    for author in facts["authors"]:
+        # A group has one name, which BibTeX must not take apart.
+        name = author.get("name") or f"{author['given-names']} {author['family-names']}"
+        names.append(name)
+        bibtex_names.append(f"{{{name}}}" if "name" in author else name)
+    year = str(facts.get("date-released", ""))[:4]
+    when = f" ({year})" if year else ""
+    words = f"{', '.join(names)}{when}. {facts['title']}. Version {facts['version']}. {facts['url']}"
+    fields = {
+        "author": " and ".join(bibtex_names),
+        "title": f"{{{facts['title']}}}",
+        "year": year,
+        "version": facts["version"],
+        "url": facts["url"],
+        "note": f"Code: {facts['repository-code']}",
+    }
+    lines = [f"  {name} = {{{value}}}" for name, value in fields.items() if value]
+    return words, "@misc{policyopt,\n" + ",\n".join(lines) + "\n}"
+
+
 def forget(app: Sphinx) -> None:
     """Read the book anew: one process may build twice."""
     book.cache_clear()
@@ -499,6 +539,7 @@ def forget(app: Sphinx) -> None:
 
 def setup(app: Sphinx) -> ExtensionMetadata:
     """Register the links."""
+    app.add_directive("citation", Citation)
     app.connect("builder-inited", forget)
     app.connect("env-get-updated", stale_pages)
     app.connect("doctree-resolved", add_links)
