@@ -144,3 +144,17 @@ def test_each_chapter_says_what_it_takes_and_what_it_gives(chapter: str) -> None
     asked = text.split("## Check yourself")[1].split("\n## ")[0]
     answers = asked.count("<details><summary>Answer</summary>")
     assert answers == len(re.findall(r"^\*\*.+\*\*$", asked, re.M)) >= 4
+
+
+def test_the_map_on_the_front_page_agrees_with_the_chapters() -> None:
+    """The same minutes for reading and for the exercises, and every chapter is on it."""
+    front = (notebooks.BOOK / "index.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[.+?\]\(([\w-]+)\.ipynb\) \| .+? \| (\d+) \| (\d+) \| [\d¼]+ \|", front, re.M)
+    told = {}
+    for chapter in CHAPTERS:
+        cells = notebooks.read(notebooks.notebook_path(chapter)).cells
+        text = "\n\n".join(c.source for c in cells if c.cell_type == "markdown")
+        found = re.search(r"^\*About (\d+) minutes to read and (\d+) for the exercises", text, re.M)
+        assert found is not None
+        told[chapter] = (found[1], found[2])
+    assert {name: (reading, exercises_) for name, reading, exercises_ in rows} == told
