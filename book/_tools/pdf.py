@@ -1,0 +1,210 @@
+"""Print the whole book: one long page, made by Sphinx, goes through a browser's printer.
+
+Run by ``make pdf``. Needs a Chromium (Debian: ``apt install chromium``).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+from playwright.sync_api import sync_playwright
+from pypdf import PdfReader
+
+import notebooks
+from build_book import BOOK, pages
+from repository import ROOT
+
+PDF = BOOK / "_build" / "book.pdf"
+
+FOOTER = """<div style="width: 100%; font: 8pt sans-serif; color: #555; text-align: center">
+  <span class="pageNumber"></span></div>"""
+
+STYLE = """
+@page { size: A4; margin: 20mm 18mm 20mm 18mm; }
+html, body, .bd-container, .bd-container__inner, .bd-main, .bd-content, .bd-article-container, .bd-article, main {
+  display: block !important; max-width: none !important; width: auto !important;
+  margin: 0 !important; padding: 0 !important; overflow: visible !important;
+}
+html { font-size: 10.5pt !important; }
+body { hyphens: auto; }
+.opens { break-before: page; }
+h1, h2, h3, h4 { break-after: avoid; }
+h2 { font-size: 1.9em; } h3 { font-size: 1.35em; } h4 { font-size: 1.1em; }
+p, li { orphans: 3; widows: 3; }
+img, svg, tr, .math, mjx-container { break-inside: avoid; }
+img { max-width: 100% !important; filter: none !important; mix-blend-mode: normal !important; }
+pre { white-space: pre-wrap !important; overflow-wrap: anywhere; overflow: visible !important;
+      font-size: 8pt !important; line-height: 1.3; }
+div.highlight, .cell, .cell_output, .output { overflow: visible !important; }
+table { font-size: 8.5pt; width: 100% !important; }
+td, th { overflow-wrap: break-word; }
+.pst-scrollable-table-container { overflow: visible !important; }
+details > summary { list-style: none; font-weight: bold; }
+/* Screen furniture. */
+.bd-header, .bd-header-article, .bd-sidebar-primary, .bd-sidebar-secondary, .bd-footer, .bd-footer-article, .headerlink,
+.prev-next-footer, .copybtn, #jb-print-docs-body, .skip-link, #pst-skip-link, .toctree-wrapper > p.caption, button,
+input, select, dialog, .viewcode-link { display: none !important; }
+.cover { height: 240mm; display: flex; flex-direction: column; justify-content: center; text-align: center; }
+.cover h1 { font-size: 30pt; border: 0; display: block !important; }
+.contents { break-before: page; }
+.contents ol { list-style: none; margin: 0; padding: 0; }
+.contents li { margin: 0; line-height: 1.25; }
+.contents li.page { font-weight: 600; margin-top: 0.5em; }
+.contents li.part { font-size: 1.2em; margin-top: 1.4em; break-after: avoid; }
+.contents li.section { padding-left: 2.2em; font-size: 0.9em; }
+.contents a { display: flex; text-decoration: none; color: inherit; }
+.contents a::after { content: attr(data-page); order: 3; }
+.contents a > i { flex: 1; border-bottom: 1px dotted #999; margin: 0 0.4em 0.3em; }
+"""
+
+# Sphinx nests the pages of the book under its root, each behind an empty span that bears its name.
+PREPARE = """({style, title, author, note, labels, parts}) => {
+    document.documentElement.dataset.theme = document.documentElement.dataset.mode = 'light';
+    document.head.append(Object.assign(document.createElement('style'), {textContent: style}));
+    // Cells that only prepare are folded on the screen; on paper they are left out. Answers are printed.
+    document.querySelectorAll('details.hide').forEach(e => e.remove());
+    document.querySelectorAll('details').forEach(e => e.open = true);
+    document.querySelectorAll('img').forEach(e => e.loading = 'eager');
+    const make = (name, props, ...inside) => {
+        const e = Object.assign(document.createElement(name), props); e.append(...inside); return e; };
+    const first = document.querySelector('article h1').closest('section');
+    const list = make('ol', {});
+    const number = (heading, label) => label && heading.prepend(label + '  ');
+    let count = 0;
+    const enter = (heading, kind) => {
+        heading.id = 'printed-' + ++count;
+        const text = heading.cloneNode(true);
+        text.querySelectorAll('.headerlink').forEach(e => e.remove());
+        const link = make('a', {href: '#' + heading.id}, make('span', {}, text.textContent), make('i', {}));
+        list.append(make('li', {className: kind}, link));
+    };
+    for (const [name, part] of Object.entries(parts)) {
+        const heading = document.getElementById('document-' + name)?.nextElementSibling?.querySelector('h2');
+        if (!heading) throw new Error(`page ${name} is missing`);
+        if (part) list.append(make('li', {className: 'part'}, part));
+        number(heading, labels[name]);
+        heading.classList.add('opens');
+        enter(heading, 'page');
+        let k = 0;
+        if (labels[name]) for (const below of heading.parentElement.querySelectorAll(':scope > section > h3')) {
+            number(below, labels[name] + '.' + ++k);
+            enter(below, 'section');
+        }
+    }
+    first.before(make('div', {className: 'cover'}, make('h1', {}, title), make('p', {}, author), make('p', {}, note)),
+                 make('section', {className: 'contents'}, make('h2', {}, 'Contents'), list));
+    first.querySelector('h1').remove();
+    first.prepend(make('h2', {className: 'opens'}, 'About this book'));
+    return Promise.all([...document.images].map(i => i.decode().catch(() => { throw new Error(i.src); })));
+}"""
+
+PUT_NUMBERS = """numbers => {
+    document.querySelectorAll('.contents a').forEach((a, i) => a.dataset.page = numbers[i]);
+}"""
+
+
+def labels(names: list[str]) -> dict[str, str]:
+    """Return the numbers of the chapters and the letters of what stands behind them."""
+    chapters = [name for name in names if name in notebooks.chapters()]
+    return {name: str(i) for i, name in enumerate(chapters, start=1)}
+
+
+def parts(toc: Path = ROOT / "_toc.yml") -> dict[str, str]:
+    """Return the pages behind the root, each with the caption of the part that it opens, or nothing."""
+    found = {}
+    for part in yaml.safe_load(toc.read_text(encoding="utf-8"))["parts"]:
+        for i, page in enumerate(part["chapters"]):
+            found[str(page["file"])] = "" if i else str(part["caption"])
+    return found
+
+
+def page_numbers(pdf: bytes, count: int) -> list[int]:
+    """Return the pages, from 1, of the headings printed-1 … printed-count.
+
+    Raises
+    ------
+    ValueError
+        If a heading cannot be found in the PDF.
+    """
+    reader = PdfReader(io.BytesIO(pdf))
+    targets = {name.lstrip("/"): target for name, target in reader.named_destinations.items()}
+    numbers = []
+    for i in range(1, count + 1):
+        target = targets.get(f"printed-{i}")
+        number = None if target is None else reader.get_destination_page_number(target)
+        if number is None:
+            raise ValueError(f"heading {i} of the table of contents is not in the PDF")
+        numbers.append(number + 1)
+    return numbers
+
+
+def print_book(html: Path, chromium: str) -> bytes:
+    """Return the PDF of the built page, with the page numbers in its table of contents."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    names = pages()
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page()
+        page.set_default_timeout(300_000)
+        page.goto(html.as_uri(), wait_until="load")
+        page.evaluate("() => window.MathJax?.startup?.promise")
+        page.emulate_media(media="print", color_scheme="light")
+        page.evaluate(
+            PREPARE,
+            {
+                "style": STYLE,
+                "title": yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))["title"],
+                "author": "The policyopt contributors",
+                "note": f"Version {citation['version']}",
+                "labels": labels(names),
+                "parts": parts(),
+            },
+        )
+
+        def pdf() -> bytes:
+            printed: bytes = page.pdf(
+                prefer_css_page_size=True, print_background=True, display_header_footer=True,
+                header_template="<span></span>", footer_template=FOOTER, outline=True, tagged=True,
+            )  # fmt: skip
+            return printed
+
+        entries = page.locator(".contents a").count()
+        # The numbers take no space of their own that could move a page, so two passes suffice.
+        page.evaluate(PUT_NUMBERS, page_numbers(pdf(), entries))
+        final = pdf()
+        browser.close()
+    return final
+
+
+def main() -> int:
+    """Build and print; return the exit status."""
+    start = time.perf_counter()
+    candidates = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+    chromium = os.environ.get("CHROMIUM") or next(filter(None, candidates), None)
+    if chromium is None:
+        print("no browser: install chromium, or say where it is with CHROMIUM=…", file=sys.stderr)
+        return 1
+    out = BOOK / "_build" / "pdf"
+    shutil.rmtree(out, ignore_errors=True)
+    command = [Path(sys.executable).with_name("jupyter-book"), "build", BOOK, "--path-output", out]
+    command += ["--builder", "custom", "--custom-builder", "singlehtml", "--quiet"]
+    command += ["--config", ROOT / "_config.yml", "--toc", ROOT / "_toc.yml"]
+    status = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if status:
+        return status
+    printed = print_book(out / "_build" / "singlehtml" / "index.html", chromium)
+    PDF.write_bytes(printed)
+    count = len(PdfReader(io.BytesIO(printed)).pages)
+    print(f"{count} pages, {len(printed) / 1e6:.1f} MB in {time.perf_counter() - start:.0f} s: {PDF}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
