@@ -2,6 +2,7 @@
 
 import http.server
 import socket
+import subprocess
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import build_book
 import linkcheck
 from repository import ROOT, Repository
 
@@ -55,10 +57,18 @@ def test_dead_links_are_found(book: Path, link: str, words: str) -> None:
     assert words in line
 
 
-def test_the_built_book_has_no_dead_links() -> None:
-    if not (linkcheck.HTML / "index.html").is_file():
-        pytest.skip("no book built; make book checks it")
-    assert linkcheck.internal() == []
+def test_a_build_with_a_dead_link_is_refused(
+    book: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``make book`` looks at what it built."""
+    monkeypatch.setattr(build_book, "HTML", book)
+    monkeypatch.setattr(build_book, "BOOK", book)
+    monkeypatch.setattr(build_book, "pages", lambda: ["index"])
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: subprocess.CompletedProcess(args, 0))
+    assert build_book.main() == 0
+    (book / "page.html").write_text('<a href="gone.html">')
+    assert build_book.main() == 1
+    assert "gone.html: no such file" in capsys.readouterr().err
 
 
 def test_command_line(book: Path, capsys: pytest.CaptureFixture[str]) -> None:
