@@ -330,7 +330,7 @@ def correction() -> None:
 
 
 CLIP = r"$-\min\bigl(\rho_t {A},\ \operatorname{clip}(\rho_t, 1-\epsilon, 1+{e})\, {A}\bigr)"
-OPEN = r"$\rho_t {A}\, \mathbb 1[\text{the way is open}]"
+OPEN = r"$\rho_t {A}\, \mathbb 1_{\text{open}}"
 STEP, COMPLETION = r"\hat A_t", "A_i"
 
 
@@ -366,10 +366,10 @@ CHECKS: dict[str, tuple[str, str, Callable[[], None] | None]] = {
         lambda: value(False),
     ),
     "Value, clipped": (
-        r"$\tfrac12 \max\bigl((V_\phi - \text{target})^2,\ "
-        r"(V_{\text{old}} + \operatorname{clip}(V_\phi - V_{\text{old}}, -c, c) - \text{target})^2\bigr)$",
+        r"$\tfrac12 \max(e^2, e_c^2)$ with $e = V_\phi - \text{target}$ and "
+        r"$e_c = V_{\text{old}} + \operatorname{clip}(V_\phi - V_{\text{old}}, -c, c) - \text{target}$",
         r"of $\nabla V_\phi$: $\text{target} - V_\phi$; 0 where $\lvert V_\phi - V_{\text{old}} \rvert > c$ "
-        "and the second square is larger",
+        r"and $e_c^2 > e^2$",
         lambda: value(True),
     ),
     "Entropy bonus": (
@@ -385,8 +385,8 @@ CHECKS: dict[str, tuple[str, str, Callable[[], None] | None]] = {
         bradley_terry,
     ),
     "KL-shaped reward": (
-        r"no loss: $r_t = -\beta\,(\ell_{\text{old},t} - \ell_{\text{ref},t}) "
-        r"+ \mathbb 1[t \text{ is the last token}]\; r(x, y)$",
+        r"no loss: $r_t = -\beta\,(\ell_{\text{old},t} - \ell_{\text{ref},t})$ "
+        r"$+\, \mathbb 1[t \text{ is the last token}]\; r(x, y)$",
         r"enters $\hat A_t$",
         shaped,
     ),
@@ -441,10 +441,10 @@ CHECKS: dict[str, tuple[str, str, Callable[[], None] | None]] = {
     "GRPO": (
         clipped(
             COMPLETION,
-            r" + \beta\,\bigl(e^{\ell_{\text{ref},t} - \ell_t} - 1 - (\ell_{\text{ref},t} - \ell_t)\bigr)$, "
+            r"$ $+\, \beta\,\bigl(e^{\ell_{\text{ref},t} - \ell_t} - 1 - (\ell_{\text{ref},t} - \ell_t)\bigr)$, "
             r"$A_i = \frac{r_i - \bar r}{\operatorname{std} r + 10^{-4}}$",
         ),
-        opened(COMPLETION, r" + \beta\,\bigl(e^{\ell_{\text{ref},t} - \ell_t} - 1\bigr)$"),
+        opened(COMPLETION, r"$ $+\, \beta\,\bigl(e^{\ell_{\text{ref},t} - \ell_t} - 1\bigr)$"),
         grpo,
     ),
     "Dr. GRPO": (
