@@ -91,9 +91,9 @@ def test_the_tests_run_on_every_change_and_before_a_release() -> None:
 
 
 def test_the_web_tests_cannot_be_skipped_for_want_of_a_browser() -> None:
-    steps = [step.get("run", "") for step in job("test", "web")["steps"]]
+    steps = [step.get("run", "") for step in job("test", "test")["steps"]]
     browser = next(i for i, text in enumerate(steps) if "CHROMIUM=" in text)
-    assert "make web-test" in steps[browser + 1 :]
+    assert ".ci/run" in steps[browser + 1 :]
     assert "test -x" in steps[browser]
 
 
