@@ -65,6 +65,13 @@ def check_figure(page: Any, name: str) -> None:
     colour = "uid => getComputedStyle(document.getElementById(`figure-${uid}`)).color"
     font = "uid => document.querySelector(`#figure-${uid} .po-plot`).layout.font.color"
     assert page.evaluate(font, uid) == page.evaluate(colour, uid)
+    around = "uid => [...document.querySelectorAll(`:has(> #figure-${uid})`)].map(e => getComputedStyle(e))"
+    assert page.evaluate(colour, uid) == page.evaluate(
+        "getComputedStyle(document.querySelector('article p, main')).color"
+    ), "the colour of the text"
+    assert page.evaluate(f"uid => ({around})(uid).map(s => s.backgroundColor)", uid) == [
+        "rgba(0, 0, 0, 0)"
+    ], "the theme puts outputs on a light box in the dark"
 
     fields = figure.locator("input, select")
     count = fields.count()

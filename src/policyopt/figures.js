@@ -17,7 +17,9 @@
     .policyopt-figure .po-legend li { display: flex; align-items: center; gap: 0.4rem; margin: 0; }
     .policyopt-figure .po-readout { min-height: 3em; margin: 0.25rem 0; }
     .policyopt-figure [hidden] { display: none !important; }
-    .policyopt-figure .po-plot { overflow: hidden; }`;
+    .policyopt-figure .po-plot { overflow: hidden; }
+    .cell_output .text_html:has(> .policyopt-figure) {
+      padding: 0 !important; color: inherit !important; background: none !important; }`;
 
   const make = (tag, attributes, ...children) => {
     const element = document.createElement(tag);
@@ -170,9 +172,6 @@
     };
 
     const wake = () => library().then(async () => {
-      if (!document.getElementById("policyopt-figure-style")) {
-        document.head.append(make("style", { id: "policyopt-figure-style" }, css));
-      }
       const controls = make("div", { class: "po-controls" }, ...spec.controls.map((c) => control(c, state, redraw)));
       live.append(controls, plot, names, readout);
       root.append(live);
@@ -203,6 +202,9 @@
   };
 
   const startAll = () => {
+    if (!document.getElementById("policyopt-figure-style")) {
+      document.head.append(make("style", { id: "policyopt-figure-style" }, css));
+    }
     for (const root of document.querySelectorAll(".policyopt-figure:not([data-started])")) {
       root.dataset.started = "";
       start(root);

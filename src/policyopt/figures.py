@@ -450,6 +450,9 @@ def _set_axes(ax: Axes, x: Mapping[str, Any], y: Mapping[str, Any]) -> None:
         ax.set(**settings)
         if "tickvals" in options:
             axis.set_ticks(options["tickvals"], options.get("ticktext"))
+            ax.set(
+                **{key: value for key, value in settings.items() if key.endswith("lim")}
+            )  # ticks widen the view
         if not options.get("showticklabels", True):
             axis.set_ticks([])
         if not options.get("showgrid", True):
@@ -501,6 +504,13 @@ def _list(x: Any) -> list[Any]:
 
 def _axis(title: str, **more: Any) -> dict[str, Any]:
     return {"title": {"text": title}, **more}
+
+
+_TENS: dict[str, Any] = {
+    "type": "log",
+    "tickvals": [0.0001, 0.001, 0.01, 0.1, 1.0, 10.0],
+    "ticktext": ["0.0001", "0.001", "0.01", "0.1", "1", "10"],
+}
 
 
 def _number(x: float) -> str:
@@ -700,7 +710,7 @@ def value_iteration() -> Interactive:
             Control("sweep", "Sweep k", tuple(map(str, sweeps)), 3),
             Control("gamma", "Discount γ", _GAMMAS, _GAMMAS.index("0.95"), kind="select"),
         ),
-        panels=(Panel("Values Vₖ and their best actions", width=1.1, height=270), Panel("How far from V*?")),
+        panels=(Panel("Values Vₖ and their best actions", width=1.1, height=235), Panel("How far from V*?")),
         data=data,
         changes=(
             Change(0, both, tuple(cells)),
@@ -712,9 +722,7 @@ def value_iteration() -> Interactive:
             "xaxis": {"range": [-0.5, columns - 0.5], **bare},
             "yaxis": {"range": [-0.5, rows - 0.5], **bare, "scaleanchor": "x", "constrain": "domain"},
             "xaxis2": _axis("sweep k", range=[-0.5, _SWEEPS + 0.5]),
-            "yaxis2": _axis(
-                "error of a value", type="log", range=[-4.0, 1.5], dtick=1, exponentformat="power"
-            ),
+            "yaxis2": _axis("error of a value", range=[-4.0, 1.5], **_TENS),
         },
         readout=(
             Readout(("sweep",), tuple("After 1 sweep:" if k == 1 else f"After {k} sweeps:" for k in sweeps)),
@@ -868,9 +876,7 @@ def gae_lambda() -> Interactive:
             "xaxis2": _axis("step t of the episode", range=[-0.7, 8.7]),
             "yaxis2": _axis("reward units", range=[-1.1, 1.1]),
             "xaxis3": _axis("λ", range=[-0.04, 1.04]),
-            "yaxis3": _axis(
-                "reward units squared", type="log", range=[-4.0, 0.3], dtick=1, exponentformat="power"
-            ),
+            "yaxis3": _axis("reward units squared", range=[-4.0, 0.3], **_TENS),
         },
         readout=(Readout(("lam",), tuple(f"At λ = {lam}:" for lam in _LAMBDAS)), Readout(by, tuple(said))),
     )
