@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from policyopt.estimators import sequence_log_prob
 from policyopt.lm.config import LMConfig
@@ -116,6 +116,16 @@ class ImplicitReward:
             )
         self.policy, self.beta, self.batch_size = policy, beta, batch_size
         self.reference = Reference(policy, reference, DPOConfig(), frozen=False)
+
+    @property
+    def language_model(self) -> LanguageModel:
+        """The policy."""
+        return self.policy
+
+    @property
+    def network(self) -> nn.Module:
+        """The policy's network."""
+        return self.policy.model  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def scores(self, sequences: Sequences) -> Tensor:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from policyopt.lm.config import LMConfig
 from policyopt.lm.data import Pair, Records, preference_pairs
@@ -126,8 +126,42 @@ def train_reward_model(
     return result
 
 
-def pair_accuracy(reward_model: RewardModel, data: Records, config: RewardConfig = RewardConfig()) -> float:
-    """Share of preference pairs whose chosen completion scores higher; a tie counts half."""
+class Scorer(Protocol):
+    """What scores completions: a reward model, or the implicit reward of a policy."""
+
+    @property
+    def language_model(self) -> LanguageModel:
+        """Whose tokenizer writes the completions."""
+        ...
+
+    @property
+    def network(self) -> nn.Module:
+        """What computes the scores."""
+        ...
+
+    def scores(self, sequences: Sequences) -> Tensor:
+        """Scores ``[B]``."""
+        ...
+
+
+def pair_accuracy(reward_model: Scorer, data: Records, config: RewardConfig = RewardConfig()) -> float:
+    """Share of preference pairs whose chosen completion scores higher; a tie counts half.
+
+    Parameters
+    ----------
+    reward_model : RewardModel or ImplicitReward
+        A reward model, or what a policy trained by DPO believes
+        (:class:`~policyopt.lm.dpo.ImplicitReward`).
+    data : records
+        Columns ``prompt``, ``chosen`` and ``rejected``.
+    config : RewardConfig
+        Its batch size and limits of length are used.
+
+    Raises
+    ------
+    ValueError
+        If a record is not usable; the message names it.
+    """
     model = reward_model.language_model
     return _pairs_accuracy(
         reward_model, preference_pairs(data, model.tokenizer, **config.limits(model)), config
@@ -150,11 +184,11 @@ def _accuracy(margin: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _pairs_accuracy(reward_model: RewardModel, pairs: Sequence[Pair], config: RewardConfig) -> float:
+def _pairs_accuracy(reward_model: Scorer, pairs: Sequence[Pair], config: RewardConfig) -> float:
     network = reward_model.network
     right, size = 0.0, config.micro_batch_size or config.batch_size
     with gathered(network), evaluating(network):
         for start in range(0, len(pairs), size):
-            scores = network(pad_pairs(pairs[start : start + size], reward_model.language_model))
+            scores = reward_model.scores(pad_pairs(pairs[start : start + size], reward_model.language_model))
             right += float(_accuracy(scores[0::2] - scores[1::2]).sum())
     return right / len(pairs)

@@ -23,9 +23,12 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from policyopt.lm.config import LMConfig
 from policyopt.lm.data import Records, encode_prompt, read_records
+from policyopt.lm.dpo import DPOConfig
 from policyopt.lm.grpo import GRPOConfig, train_grpo
 from policyopt.lm.models import LanguageModel, load
+from policyopt.lm.reward import RewardConfig
 from policyopt.lm.rewards import RewardFunction, final_number, final_number_reward
 from policyopt.lm.sampling import Sampler, SamplingConfig, TransformersSampler, VLLMSampler
 from policyopt.lm.training import LMResult
@@ -189,18 +192,37 @@ class Memory(NamedTuple):
         return sum(self[:4]) + max(self.cache, self.activations)
 
 
-def estimate_memory(language_model: LanguageModel, config: GRPOConfig, *, prompt_tokens: int = 200) -> Memory:
-    """Estimate the memory of :func:`~policyopt.lm.grpo.train_grpo` from shapes.
+def estimate_memory(
+    language_model: LanguageModel,
+    config: LMConfig,
+    *,
+    prompt_tokens: int = 200,
+    completion_tokens: int | None = None,
+) -> Memory:
+    """Estimate the memory of a training, :func:`~policyopt.lm.grpo.train_grpo` or another, from shapes.
 
     The libraries' own buffers (about 1 GB on a GPU) and fragmentation come on top.
 
     Parameters
     ----------
     language_model : LanguageModel
-    config : GRPOConfig
+    config : LMConfig
+        Of any trainer but :func:`~policyopt.lm.ppo.train_ppo_lm`, whose critic is not counted.
     prompt_tokens : int
         Length of the longest prompt.
+    completion_tokens : int, optional
+        Length of the longest completion; by default the ``max_new_tokens`` of the sampling.
+
+    Raises
+    ------
+    ValueError
+        If ``completion_tokens`` is not given and the config has no sampling to say it.
     """
+    sampling: SamplingConfig | None = getattr(config, "sampling", None)
+    if completion_tokens is None:
+        if sampling is None:
+            raise ValueError("completion_tokens must be given for a trainer that samples nothing")
+        completion_tokens = sampling.max_new_tokens
     parameters = list(language_model.model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in parameters)
@@ -209,10 +231,13 @@ def estimate_memory(language_model: LanguageModel, config: GRPOConfig, *, prompt
     shape = language_model.model.config.get_text_config()
     width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     kv_heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
-    completions = config.batch_size * config.group_size
-    length = prompt_tokens + config.sampling.max_new_tokens
+    pairs = isinstance(config, (DPOConfig, RewardConfig))
+    completions = config.batch_size * (2 if pairs else getattr(config, "group_size", 1))
+    length = prompt_tokens + completion_tokens
     cache = (
         completions * length * shape.num_hidden_layers * 2 * kv_heads * width * parameters[0].element_size()
+        if sampling is not None
+        else 0
     )
     # Per token and layer: its input if the layer is recomputed, else that and about what the layer makes of it: the
     # attention's and the feed-forward's inner states.
@@ -227,7 +252,8 @@ def estimate_memory(language_model: LanguageModel, config: GRPOConfig, *, prompt
         weights=weights,
         gradients=gradients,
         optimizer=2 * gradients,
-        reference=0 if adapted or config.beta == 0 else weights,
+        # DPO asks its reference before the training, and keeps numbers alone.
+        reference=0 if adapted or pairs or getattr(config, "beta", 0.0) == 0 else weights,
         cache=cache,
         activations=activations,
     )

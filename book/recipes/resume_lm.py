@@ -1,0 +1,36 @@
+"""GRPO that survives being killed: run ``python resume_lm.py --output runs/addition`` again, and it goes on."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from policyopt.lm import GRPOConfig, SamplingConfig, load, train_grpo
+from policyopt.lm.tasks import addition
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--model", default="addition-base")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--save-every", type=int, default=10, help="steps between checkpoints")
+    options = parser.parse_args(argv)
+
+    problems = addition.prompt_records(addition.make_problems(512, seed=0))
+    config = GRPOConfig(
+        steps=options.steps,
+        learning_rate=5e-4,
+        sampling=SamplingConfig(max_new_tokens=32),
+        checkpoint_every=options.save_every,
+    )
+    # Load the model that the run began with: the checkpoint brings the trained weights, the optimiser and the history.
+    result = train_grpo(
+        load(options.model), problems, addition.answer_reward, config,
+        checkpoint_dir=options.output / "checkpoints",
+        callback=lambda row: print(f"step {row.step}: reward {row.reward:.2f}", flush=True),
+    )  # fmt: skip
+    result.save(options.output / "model")
+
+
+if __name__ == "__main__":
+    main()
