@@ -64,17 +64,24 @@ class Package:
     def __init__(self, source: Path, name: str) -> None:
         self.source, self.name = source, name
         self._names: dict[str, dict[str, Definition | str]] = {}
+        self._files: dict[str, Path | None] = {}
+        self._resolved: dict[str, Definition | None] = {}
 
     def file(self, module: str) -> Path | None:
         """Return the file of a module, or None."""
-        path = self.source.joinpath(*module.split("."))
-        for candidate in (path.with_suffix(".py"), path / "__init__.py"):
-            if candidate.is_file():
-                return candidate
-        return None
+        if module not in self._files:
+            path = self.source.joinpath(*module.split("."))
+            candidates = (path.with_suffix(".py"), path / "__init__.py")
+            self._files[module] = next((file for file in candidates if file.is_file()), None)
+        return self._files[module]
 
     def resolve(self, dotted: str) -> Definition | None:
         """Follow a dotted name through re-exports to its definition; a method leads to its class."""
+        if dotted not in self._resolved:
+            self._resolved[dotted] = self._follow(dotted)
+        return self._resolved[dotted]
+
+    def _follow(self, dotted: str) -> Definition | None:
         seen: set[str] = set()
         while dotted not in seen:
             seen.add(dotted)
@@ -255,11 +262,21 @@ class Citing:
     line: int
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A definition on an API page."""
+
+    name: str
+    page: str
+    anchor: str
+
+
 class Book:
     """What the chapters use and cite, and what the package cites."""
 
     def __init__(self, pages: Path, package: Package) -> None:
         self.pages, self.package = pages, package
+        self.entries: dict[Definition, Entry] = {}
 
     @cached_property
     def notebooks(self) -> dict[str, dict[str, Any]]:
@@ -295,7 +312,10 @@ class Book:
         found: dict[str, list[Citing]] = {}
         for file in sorted(self.package.source.joinpath(self.package.name).rglob("*.py")):
             module = ".".join(file.relative_to(self.package.source).with_suffix("").parts)
-            for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+            text = file.read_text(encoding="utf-8")
+            if not ARXIV.search(text) and not DOI.search(text):
+                continue
+            for number, line in enumerate(text.splitlines(), start=1):
                 for key in self.bibliography.cited_by_identifier(line) if self.bibliography else ():
                     found.setdefault(key, []).append(Citing(module.removesuffix(".__init__"), file, number))
         return found
@@ -316,31 +336,22 @@ def book() -> Book:
     return Book(ROOT / "book", Package(ROOT / "src", "policyopt"))
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A definition on an API page."""
-
-    name: str
-    page: str
-    anchor: str
-
-
 class Links:
     """Make links from a page, and know where each definition is documented."""
 
     def __init__(self, app: Sphinx, page: str) -> None:
         self.app, self.env, self.page = app, app.env, page
 
-    @cached_property
+    @property
     def entries(self) -> dict[Definition, Entry]:
         """Where each definition is documented."""
-        found = {}
-        for name, item in self.env.get_domain("py").objects.items():  # type: ignore[attr-defined]
-            known = item.objtype in DOCUMENTED and not item.aliased
-            definition = book().package.resolve(name) if known else None
-            if definition is not None and definition.name == name.rpartition(".")[2]:
-                found[definition] = Entry(name, item.docname, item.node_id)
-        return found
+        if not book().entries:  # once per build: all pages have been read
+            for name, item in self.env.get_domain("py").objects.items():  # type: ignore[attr-defined]
+                known = item.objtype in DOCUMENTED and not item.aliased
+                definition = book().package.resolve(name) if known else None
+                if definition is not None and definition.name == name.rpartition(".")[2]:
+                    book().entries[definition] = Entry(name, item.docname, item.node_id)
+        return book().entries
 
     def to_page(self, page: str) -> nodes.reference:
         """Link to a page by its title."""
@@ -359,10 +370,14 @@ class Links:
         address = f"{bookfix.repository().url}/blob/main/{file.relative_to(ROOT).as_posix()}{lines}"
         return _code_link(text, address, internal=False)
 
+    @cached_property
+    def order(self) -> dict[str, int]:
+        """The place of each page in the table of contents."""
+        return {page: i for i, page in enumerate(_walk(self.env, self.env.config.root_doc, set()))}
+
     def in_order(self, pages: Iterable[str]) -> list[str]:
         """Sort pages as the table of contents does."""
-        order = {page: i for i, page in enumerate(_walk(self.env, self.env.config.root_doc, set()))}
-        return sorted(pages, key=lambda page: (order.get(page, len(order)), page))
+        return sorted(pages, key=lambda page: (self.order.get(page, len(self.order)), page))
 
 
 def _walk(env: BuildEnvironment, page: str, seen: set[str]) -> Iterator[str]:
