@@ -1,4 +1,4 @@
-"""All of CI in one go: run every check to its end, then say in a table what passed, what failed and how long it took."""
+"""All of CI in one go: run each check to its end, then say what passed, what failed and how long it took."""
 
 from __future__ import annotations
 

@@ -72,6 +72,9 @@ PREPARE = """({style, title, author, note, labels, parts}) => {
     document.querySelectorAll('details.hide').forEach(e => e.remove());
     document.querySelectorAll('details').forEach(e => e.open = true);
     document.querySelectorAll('img').forEach(e => e.loading = 'eager');
+    // Each word of the code is an element of its own. The colours of these few are enough, and halve the file.
+    document.querySelectorAll('.highlight pre span:not(.c1, .k, .kn, .kc, .sd, .s1, .s2)').forEach(
+        e => e.replaceWith(...e.childNodes));
     const make = (name, props, ...inside) => {
         const e = Object.assign(document.createElement(name), props); e.append(...inside); return e; };
     const first = document.querySelector('article h1').closest('section');
@@ -168,17 +171,21 @@ def print_book(html: Path, chromium: str) -> bytes:
             },
         )
 
-        def pdf() -> bytes:
+        def pdf(**options: bool) -> bytes:
             printed: bytes = page.pdf(
-                prefer_css_page_size=True, print_background=True, display_header_footer=True,
-                header_template="<span></span>", footer_template=FOOTER, outline=True, tagged=True,
-            )  # fmt: skip
+                prefer_css_page_size=True,
+                print_background=True,
+                display_header_footer=True,
+                header_template="<span></span>",
+                footer_template=FOOTER,
+                **options,
+            )
             return printed
 
         entries = page.locator(".contents a").count()
         # The numbers take no space of their own that could move a page, so two passes suffice.
         page.evaluate(PUT_NUMBERS, page_numbers(pdf(), entries))
-        final = pdf()
+        final = pdf(outline=True, tagged=True)
         browser.close()
     return final
 
