@@ -51,6 +51,7 @@ from policyopt.lm import (
     add_lora,
     completion_log_probs,
     load,
+    pair_accuracy,
     train_dpo,
     train_grpo,
     train_seeds,
@@ -207,6 +208,18 @@ def test_the_implicit_reward_is_the_trained_log_ratio() -> None:
     assert ImplicitReward(start, start.copy())(texts, prompts) == pytest.approx([0, 0, 0], abs=1e-6)
     with pytest.raises(ValueError, match="reference must be given for a policy without adapters"):
         ImplicitReward(policy)
+
+
+def test_pair_accuracy_of_an_implicit_reward_counts_positive_margins() -> None:
+    start = tiny_model()
+    policy = run_dpo(start.copy(), changes={"learning_rate": 0.05}).language_model
+    reward, data = ImplicitReward(policy, start), records()
+    prompts = [record["prompt"] for record in data]
+    chosen, rejected = (reward([record[key] for record in data], prompts) for key in ("chosen", "rejected"))
+    right = [a > b for a, b in zip(chosen, rejected, strict=True)]
+    assert 0.5 < sum(right) / len(right) <= 1
+    assert pair_accuracy(reward, data) == sum(right) / len(right)
+    assert pair_accuracy(ImplicitReward(start, start.copy()), data) == 0.5  # ties
 
 
 def test_one_update_per_batch_has_ratios_of_exactly_one_and_a_loss_of_zero() -> None:

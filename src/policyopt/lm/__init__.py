@@ -16,6 +16,7 @@ from policyopt.lm.sampling import (
     Samples,
     SamplingConfig,
     TransformersSampler,
+    UpdatedSampler,
     VLLMSampler,
     generate,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "TokenLogProbs",
     "TrainingDivergedError",
     "TransformersSampler",
+    "UpdatedSampler",
     "VLLMSampler",
     "add_lora",
     "completion_log_probs",

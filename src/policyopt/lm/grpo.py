@@ -20,7 +20,7 @@ from policyopt.lm.data import Records, prompt_examples
 from policyopt.lm.models import LanguageModel
 from policyopt.lm.rewards import RewardFunctions
 from policyopt.lm.rollouts import collect, minibatches
-from policyopt.lm.sampling import Sampler, SamplingConfig, TransformersSampler
+from policyopt.lm.sampling import Sampler, SamplingConfig, TransformersSampler, UpdatedSampler
 from policyopt.lm.sequences import widen
 from policyopt.lm.training import Callback, LMResult, LMUpdate, PolicyNetwork, Reference, Run
 from policyopt.losses import ClippedSurrogate, aggregate, clipped_surrogate_loss, sequence_log_ratio
@@ -262,7 +262,7 @@ def train_grpo(
                         if mask.any():
                             ratio_max = torch.maximum(ratio_max, items.ratio[mask].max())
                     norm = run.descend() if len(active) else 0.0
-            if hasattr(sampler, "update_weights"):
+            if isinstance(sampler, UpdatedSampler):
                 sampler.update_weights(language_model.model)
 
             count = float(run.sum(len(sequences)))

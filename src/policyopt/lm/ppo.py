@@ -17,7 +17,7 @@ from policyopt.lm.log_probs import completion_log_probs
 from policyopt.lm.models import LanguageModel, scalar_head, without_head
 from policyopt.lm.rewards import RewardFunctions
 from policyopt.lm.rollouts import collect, minibatches
-from policyopt.lm.sampling import Sampler, SamplingConfig, TransformersSampler
+from policyopt.lm.sampling import Sampler, SamplingConfig, TransformersSampler, UpdatedSampler
 from policyopt.lm.sequences import Sequences, hidden_states, widen
 from policyopt.lm.training import Callback, LMResult, LMUpdate, Reference, Run
 from policyopt.losses import aggregate, clipped_surrogate_loss, value_loss
@@ -274,7 +274,7 @@ def train_ppo_lm(
                         ).detach()  # fmt: skip
                         ratio_max = torch.maximum(ratio_max, items.ratio[kept].max())
                     norm = run.descend()
-            if hasattr(sampler, "update_weights"):
+            if isinstance(sampler, UpdatedSampler):
                 sampler.update_weights(language_model.model)
 
             count = float(run.sum(len(sequences)))

@@ -11,11 +11,11 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from policyopt.lm.data import Prompt, encode_prompt
@@ -26,7 +26,15 @@ from policyopt.lm.sequences import Sequences, evaluating, read_prompts
 from policyopt.lm.sharding import gathered
 from policyopt.runs import Settings, derive_seed
 
-__all__ = ["Sampler", "Samples", "SamplingConfig", "TransformersSampler", "VLLMSampler", "generate"]
+__all__ = [
+    "Sampler",
+    "Samples",
+    "SamplingConfig",
+    "TransformersSampler",
+    "UpdatedSampler",
+    "VLLMSampler",
+    "generate",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +71,7 @@ class Samples:
 
 
 class Sampler(Protocol):
-    """Anything that completes prompts."""
+    """Anything that completes prompts. One with weights of its own is an :class:`UpdatedSampler`."""
 
     def sample(
         self,
@@ -93,6 +101,21 @@ class Sampler(Protocol):
         -------
         Samples
             ``B = P · samples_per_prompt`` rows, those of the first prompt first.
+        """
+        ...
+
+
+@runtime_checkable
+class UpdatedSampler(Sampler, Protocol):
+    """A sampler that keeps weights of its own, such as an engine in another process, and is told of new ones."""
+
+    def update_weights(self, model: nn.Module) -> None:
+        """Take over the policy's weights. The trainers call this after every batch they learned from.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The policy, with its adapters if it has any.
         """
         ...
 

@@ -256,12 +256,16 @@ class Run(Generic[ConfigT, RowT]):
                 raise ValueError(
                     f"batch_size must be a multiple of the {self.world} processes, got {config.batch_size}"
                 )
+        self._slots: dict[int, dict[str, Tensor]] = {}  # the optimiser's, from a checkpoint
         if self._checkpoint_dir is not None and has_checkpoint(self._checkpoint_dir):
             self._resume(self._checkpoint_dir)
         self._sharded: ShardedNetwork | None = None
         if self._accelerator is not None and sharding:
             self._shard()
-        elif self._accelerator is not None:
+        if self._slots:
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": self._slots})
+            self._slots = {}
+        if self._accelerator is not None and self._sharded is None:
             self.network, self.optimizer = self._accelerator.prepare(network, self.optimizer)
             self.device = self._accelerator.device
         self._started = time.perf_counter()
@@ -432,12 +436,9 @@ class Run(Generic[ConfigT, RowT]):
             self.language_model.model
         )  # looks at the model on its first call: while it is whole
         self.network = self._sharded = ShardedNetwork(self._bare, self.language_model.model, self.device)
-        state = self.optimizer.state_dict()
         self.optimizer = self._new_optimizer()
-        if state["state"]:
-            parameters = self.parameters()
-            slots = {i: shard_like(slot, parameters[i]) for i, slot in state["state"].items()}
-            self.optimizer.load_state_dict({**state, "state": slots})
+        parameters = self.parameters()
+        self._slots = {i: shard_like(slot, parameters[i]) for i, slot in self._slots.items()}
 
     def _restore(self) -> None:
         """Make the network a plain one again, whole and on the CPU."""
@@ -600,7 +601,7 @@ class Run(Generic[ConfigT, RowT]):
             if part == "optimizer":
                 index, _, name = rest.partition(".")
                 slots.setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
+        self._slots = slots
         for row in metadata["history"]:
             values: dict[str, Any] = {k: math.nan if v is None else v for k, v in row.items()}
             self.history.append(self._row_type(**values))
