@@ -91,7 +91,7 @@
     const margin = { l: 58, r: 10, t: 30, b: 48 };
     const inner = width - margin.l - margin.r;
     const wide = width >= 330 * n || (n > 1 && width >= 600);
-    const gap = wide ? 66 : 86;
+    const gap = wide ? 74 : 86;
     const sizes = spec.panels.map((panel) => (wide ? panel.width ?? 1 : Math.min(panel.height ?? 230, inner)));
     const plot = wide ? spec.height : sizes.reduce((a, b) => a + b) + gap * (n - 1);
     const room = wide ? inner - gap * (n - 1) : plot - gap * (n - 1);

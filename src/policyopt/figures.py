@@ -509,7 +509,7 @@ def _axis(title: str, **more: Any) -> dict[str, Any]:
 _TENS: dict[str, Any] = {
     "type": "log",
     "tickvals": [0.0001, 0.001, 0.01, 0.1, 1.0, 10.0],
-    "ticktext": ["0.0001", "0.001", "0.01", "0.1", "1", "10"],
+    "ticktext": ["10⁻⁴", "10⁻³", "0.01", "0.1", "1", "10"],
 }
 
 
