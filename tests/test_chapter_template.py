@@ -19,7 +19,7 @@ NAME, TITLE = "trial-chapter", "A trial: what is in it?"
 # What every chapter has, in this order.
 PARTS = (
     rf"^# {re.escape(TITLE)}$",
-    r"^\*About \d+ minutes to read, \d+ seconds to run\. You need .*\.ipynb\)",
+    r"^\*About \d+ minutes to read and \d+ for the exercises, .* to run .*\. You need .*\.ipynb\)",
     r"^After this chapter you can$",
     r"^:tags: \[setup, hide-cell\]$",
     r"^from policyopt",
@@ -79,13 +79,27 @@ def test_the_chapter_stands_behind_the_last_one(copy: Path) -> None:
     assert place == 1 + max(before.index(name) for name in notebooks.chapters() if name in before)
 
 
+def test_the_front_page_maps_it_behind_the_last_one(copy: Path) -> None:
+    before, after = (
+        (root / "book" / "index.md").read_text(encoding="utf-8").splitlines() for root in (ROOT, copy)
+    )
+    (row,) = [line for line in after if NAME in line]
+    assert row.startswith(f"| [{TITLE}]({NAME}.ipynb) | ")
+    place = after.index(row)
+    assert after[:place] + after[place + 1 :] == before
+    assert place == 1 + max(i for i, line in enumerate(before) if re.match(r"\| \[.*\.ipynb\) \|", line))
+
+
 def test_the_chapter_passes_the_checks_of_the_book(copy: Path) -> None:
     """The structure, the exercises, the address, and every cell run anew and compared."""
-    files = ("tests/test_book.py", "tests/test_exercises.py", "tests/test_repository_address.py")
-    done = run(
-        copy, "-m", "pytest", "-rA", "-q", "--color=no", "-p", "no:cacheprovider", "-k", NAME, *files,
-        f"book/{NAME}.ipynb",
-    )  # fmt: skip
+    files = (
+        "tests/test_book.py",
+        "tests/test_exercises.py",
+        "tests/test_references.py",
+        "tests/test_repository_address.py",
+    )
+    options = ("-rA", "-q", "--color=no", "-p", "no:cacheprovider", "-k", f"{NAME} or front_page")
+    done = run(copy, "-m", "pytest", *options, *files, "tests/test_site.py", f"book/{NAME}.ipynb")
     assert done.returncode == 0, done.stdout
     passed = re.findall(r"(?m)^PASSED (\S+?)::(.*)$", done.stdout)
     functions = {
@@ -171,9 +185,12 @@ def test_a_template_that_does_not_run_leaves_nothing_behind(
         (tmp_path / folder).mkdir()
     (tmp_path / "_toc.yml").write_text("chapters:\n  - file: first\n", encoding="utf-8")
     (tmp_path / "first.ipynb").touch()
+    front = "| [First](first.ipynb) | do this | 1 | 1 | 1 | – |\n"
+    (tmp_path / "index.md").write_text(front, encoding="utf-8")
     monkeypatch.setattr(notebooks, "ROOT", tmp_path)
     monkeypatch.setattr(notebooks, "BOOK", tmp_path)
     monkeypatch.setattr(notebooks, "TOC", tmp_path / "_toc.yml")
+    monkeypatch.setattr(notebooks, "FRONT", tmp_path / "index.md")
     monkeypatch.setattr(notebooks, "exercises_path", lambda name: tmp_path / "exercises" / f"{name}.py")
     monkeypatch.setattr(notebooks, "setup_source", lambda notebook: "pass")
     before = sorted(tmp_path.rglob("*"))
@@ -192,3 +209,4 @@ def test_a_template_that_does_not_run_leaves_nothing_behind(
         notebooks.new(NAME, TITLE)
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "_toc.yml").read_text(encoding="utf-8") == "chapters:\n  - file: first\n"
+    assert (tmp_path / "index.md").read_text(encoding="utf-8") == front

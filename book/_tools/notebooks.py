@@ -40,6 +40,9 @@ CELL_TIMEOUT_S = 900
 TOC = ROOT / "_toc.yml"
 TEMPLATE = BOOK / "_tools" / "chapter.md"
 EXERCISES_TEMPLATE = BOOK / "_tools" / "chapter_exercises.py"
+FRONT = BOOK / "index.md"
+# What the front page says of a chapter that is still the template.
+ROW = "| [{title}]({name}.ipynb) | derive the direction in which {name} moves a policy | 10 | 45 | ¼ | MDPs |"
 
 SETUP_TEMPLATE = """\
 # Colab and Binder: install the book's package when it is missing.
@@ -333,6 +336,15 @@ def with_chapter(toc: str, name: str) -> str:
     return f"{toc[: last.end()]}{last[1]}{name}\n{toc[last.end() :]}"
 
 
+def with_row(front: str, name: str, title: str) -> str:
+    """Return the front page with a chapter put behind the last one of its map."""
+    rows = list(re.finditer(r"(?m)^\| \[.+?\]\([\w-]+\.ipynb\) \|.*\n", front))
+    if not rows:
+        raise SystemExit(f"{FRONT.name} has no map of the chapters, into which the chapter would go")
+    end = rows[-1].end()
+    return f"{front[:end]}{ROW.format(name=name, title=title)}\n{front[end:]}"
+
+
 def new(name: str, title: str) -> int:
     """Write a chapter that works from the template, run it, and add it to the book; return the exit status.
 
@@ -341,7 +353,9 @@ def new(name: str, title: str) -> int:
     if found := complaints(name, title):
         print("\n".join(found), file=sys.stderr)
         return 1
-    with_chapter(TOC.read_text(encoding="utf-8"), name)  # if that is impossible, before anything is written
+    # If one of these is impossible, say so before anything is written.
+    with_chapter(TOC.read_text(encoding="utf-8"), name)
+    with_row(FRONT.read_text(encoding="utf-8"), name, title)
     sources = {twin_path(name): TEMPLATE, exercises_path(name): EXERCISES_TEMPLATE}
     written = [*sources, notebook_path(name)]
     sound = False
@@ -360,7 +374,8 @@ def new(name: str, title: str) -> int:
         print(f"the template does not run, so nothing was written:\n{error}", file=sys.stderr)
         return 1
     TOC.write_text(with_chapter(TOC.read_text(encoding="utf-8"), name), encoding="utf-8")
-    print("\n".join(str(path.relative_to(ROOT)) for path in [*written, TOC]))
+    FRONT.write_text(with_row(FRONT.read_text(encoding="utf-8"), name, title), encoding="utf-8")
+    print("\n".join(str(path.relative_to(ROOT)) for path in [*written, TOC, FRONT]))
     print("These work as they are. Replace them part by part: CONTRIBUTING.md, Add a chapter.")
     return 0
 
