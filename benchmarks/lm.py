@@ -571,7 +571,7 @@ NOTES = """## What is compared, and what is not
   switched off in this version, and its fused head skips the prompt on GPUs only. Eager attention and a
   static cache changed its speed by at most 6 % when tried; `torch.compile` slowed DPO by a third.
 - TRL computes more statistics in each step (entropy, token accuracy, mean logits) and cannot be told not to.
-- TRL has much that policyopt has not: many more losses, vision models, tools, DeepSpeed and FSDP. Part of its time
+- TRL has much that policyopt has not: many more losses, vision models, tools and DeepSpeed. Part of its time
   is the price of that.
 - The sampler returns log-probabilities as well; `transformers.generate` was not asked for them.
 
