@@ -46,7 +46,7 @@ def draw(page: Any, name: str) -> Any:
     """Scroll to a figure and wait until the script has drawn it."""
     figure = page.locator(f"#figure-{UID[name]}")
     figure.scroll_into_view_if_needed()
-    page.locator(f"#figure-{UID[name]}[data-ready] .main-svg").first.wait_for(timeout=20_000)
+    page.locator(f"#figure-{UID[name]}[data-ready] .main-svg").first.wait_for(timeout=120_000)
     return figure
 
 
