@@ -59,6 +59,12 @@ CASES: dict[str, tuple[str, list[NotebookOutput], dict[str, Any], bool]] = {
         False,
     ),
     "fails now": ("raise ValueError('now')", [], {}, False),
+    "warned when it was committed": (
+        "import sys; print('old', file=sys.stderr)",
+        [new_output("stream", name="stderr", text="old\n")],
+        {},
+        False,
+    ),
     "warns now": ("import warnings; warnings.warn('old')", [], {}, False),
 }
 

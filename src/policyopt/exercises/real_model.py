@@ -47,7 +47,7 @@ def _pair_numbers(chosen_gain: float, rejected_gain: float, beta: float) -> tupl
     rejected, zero = torch.tensor(rejected_gain, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     items = dpo_loss(chosen, rejected, zero, zero, beta=beta)
     (slope,) = torch.autograd.grad(items.loss, chosen)
-    return float(items.margin), float(items.loss), -float(slope)
+    return float(items.margin.detach()), float(items.loss.detach()), -float(slope)
 
 
 def _sigmoid(x: float) -> float:
