@@ -193,7 +193,9 @@ def committed_problem(cell: NotebookNode, position: int) -> str | None:
     if not expected and any(out.output_type == "error" for out in cell.outputs):
         return "the cell was committed with an error as its output: mend it and run `make execute`"
     if any(out.output_type == "stream" and out.name == "stderr" for out in cell.outputs):
-        return "the cell was committed with a warning or a progress bar: mend the cause and run `make execute`"
+        return (
+            "the cell was committed with a warning or a progress bar: mend the cause and run `make execute`"
+        )
     return None
 
 
