@@ -50,6 +50,12 @@ POSED = [p for chapter in CHAPTERS for p in posed(chapter)]
 EXERCISES = exercises()
 
 
+def prose(chapter: str) -> str:
+    """All Markdown of a chapter."""
+    cells = notebooks.read(notebooks.notebook_path(chapter)).cells
+    return "\n\n".join(c.source for c in cells if c.cell_type == "markdown")
+
+
 def run(*sources: str) -> dict[str, Any]:
     namespace: dict[str, Any] = {"__name__": "exercise"}
     for source in sources:
@@ -60,12 +66,8 @@ def run(*sources: str) -> dict[str, Any]:
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_each_chapter_has_four_graded_and_timed_exercises(chapter: str) -> None:
     assert len([p for p in POSED if p.chapter == chapter]) >= 4
-    texts = "\n".join(
-        c.source for c in notebooks.read(notebooks.notebook_path(chapter)).cells if c.cell_type == "markdown"
-    )
-    assert [int(number) for number, _, _ in TITLE.findall(texts)] == list(
-        range(1, len(TITLE.findall(texts)) + 1)
-    )
+    numbers = [int(number) for number, _, _ in TITLE.findall(prose(chapter))]
+    assert numbers == list(range(1, len(numbers) + 1))
 
 
 def test_every_exercise_of_the_package_is_posed_once() -> None:
@@ -128,9 +130,7 @@ def test_a_name_that_does_not_exist_is_refused() -> None:
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_each_chapter_says_what_it_takes_and_what_it_gives(chapter: str) -> None:
-    text = "\n\n".join(
-        c.source for c in notebooks.read(notebooks.notebook_path(chapter)).cells if c.cell_type == "markdown"
-    )
+    text = prose(chapter)
     first = text.split("\n\n")[1]
     told = re.fullmatch(
         r"\*About \d+ minutes to read and (\d+) for the exercises, .+ to run .+\. You need .+\*", first
@@ -152,9 +152,7 @@ def test_the_map_on_the_front_page_agrees_with_the_chapters() -> None:
     rows = re.findall(r"^\| \[.+?\]\(([\w-]+)\.ipynb\) \| .+? \| (\d+) \| (\d+) \| [\d¼]+ \|", front, re.M)
     told = {}
     for chapter in CHAPTERS:
-        cells = notebooks.read(notebooks.notebook_path(chapter)).cells
-        text = "\n\n".join(c.source for c in cells if c.cell_type == "markdown")
-        found = re.search(r"^\*About (\d+) minutes to read and (\d+) for the exercises", text, re.M)
+        found = re.search(r"^\*About (\d+) minutes to read and (\d+) for the exercises", prose(chapter), re.M)
         assert found is not None
         told[chapter] = (found[1], found[2])
     assert {name: (reading, exercises_) for name, reading, exercises_ in rows} == told

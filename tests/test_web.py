@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 import gzip
 import http.server
-import os
-import shutil
 import socketserver
 import threading
 from collections.abc import Iterator
@@ -20,14 +18,13 @@ from typing import Any
 import pytest
 
 import notebooks
+from browser import find_chromium
 from build_book import HTML, pages
 
 pytestmark = pytest.mark.web
 playwright = pytest.importorskip("playwright.sync_api", reason="the web tests need `pip install playwright`")
 
-CHROMIUM = os.environ.get("CHROMIUM") or next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+CHROMIUM = find_chromium()
 if CHROMIUM is None:
     pytest.skip("no browser: install chromium, or say where it is with CHROMIUM=…", allow_module_level=True)
 

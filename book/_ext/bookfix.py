@@ -131,8 +131,13 @@ def link_source(domain: str, info: dict[str, str]) -> str | None:
         return None  # data, or made at run time
     if not file.is_relative_to(ROOT / "src"):
         return None
-    span = f"#L{first}-L{first + len(lines) - 1}"
-    return f"{repository().url}/blob/main/{file.relative_to(ROOT).as_posix()}{span}"
+    return source_address(file.relative_to(ROOT), first, first + len(lines) - 1)
+
+
+def source_address(file: Path, first: int, last: int | None = None) -> str:
+    """Return the address of lines of a file, whose path is that in the repository."""
+    span = f"#L{first}" + (f"-L{last}" if last else "")
+    return f"{repository().url}/blob/main/{file.as_posix()}{span}"
 
 
 def repository() -> Any:

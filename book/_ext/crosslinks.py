@@ -366,9 +366,7 @@ class Links:
 
     def to_source(self, text: str, file: Path, first: int, last: int | None = None) -> nodes.reference:
         """Link to lines of the source in the repository."""
-        lines = f"#L{first}" + (f"-L{last}" if last else "")
-        address = f"{bookfix.repository().url}/blob/main/{file.relative_to(ROOT).as_posix()}{lines}"
-        return _code_link(text, address, internal=False)
+        return _code_link(text, bookfix.source_address(file.relative_to(ROOT), first, last), internal=False)
 
     @cached_property
     def order(self) -> dict[str, int]:

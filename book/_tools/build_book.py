@@ -52,15 +52,20 @@ def problems(html: Path, names: list[str]) -> list[str]:
     return found
 
 
+def build(out: Path, *options: str) -> int:
+    """Run Jupyter Book on the whole book; return the exit status."""
+    # Absolute: Jupyter Book looks for a relative table of contents beside the pages.
+    command = [Path(sys.executable).with_name("jupyter-book"), "build", BOOK, "--path-output", out]
+    command += ["--config", ROOT / "_config.yml", "--toc", ROOT / "_toc.yml", "--quiet", *options]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
 def main() -> int:
     """Build; return the exit status."""
     start = time.perf_counter()
     # A build into an old folder can succeed on what an earlier build left there.
     shutil.rmtree(BOOK / "_build", ignore_errors=True)
-    # Absolute: Jupyter Book looks for a relative table of contents beside the pages.
-    command = [Path(sys.executable).with_name("jupyter-book"), "build", BOOK, "--path-output", BOOK]
-    command += ["--config", ROOT / "_config.yml", "--toc", ROOT / "_toc.yml", "-W", "--keep-going", "--quiet"]
-    status = subprocess.run(command, cwd=ROOT, check=False).returncode
+    status = build(BOOK, "-W", "--keep-going")
     wrong = problems(HTML, pages()) + linkcheck.internal(HTML)
     for line in wrong:
         print(line, file=sys.stderr)

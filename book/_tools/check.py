@@ -8,12 +8,12 @@ import time
 
 from repository import ROOT
 
-# In the order in which a fault is found soonest. `colab-test` runs every cell of every chapter, as `make test` does.
+# `web-test` builds the book, without a warning and with every link in it followed. It stands before `test-quick`, some
+# of whose tests look at the built pages. `colab-test` runs every cell of every chapter, as `make test` does.
 CHECKS = {
     "lint": "ruff and mypy --strict",
+    "web-test": "the pages are built and looked at in a browser: network, errors, phone, dark mode, accessibility",
     "test-quick": "package, doctests, structure of the book, exercises",
-    "book": "the pages are built without a warning, and every link in them leads somewhere",
-    "web-test": "the pages in a browser: network, errors, phone, dark mode, accessibility",
     "colab-test": "each chapter alone in an empty folder, its outputs compared",
 }
 

@@ -6,9 +6,7 @@ Run by ``make pdf``. Needs a Chromium (Debian: ``apt install chromium``).
 from __future__ import annotations
 
 import io
-import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,7 +16,8 @@ from playwright.sync_api import sync_playwright
 from pypdf import PdfReader
 
 import notebooks
-from build_book import BOOK, pages
+from browser import find_chromium
+from build_book import BOOK, build, pages
 from repository import ROOT
 
 PDF = BOOK / "_build" / "book.pdf"
@@ -114,7 +113,7 @@ PUT_NUMBERS = """numbers => {
 
 
 def labels(names: list[str]) -> dict[str, str]:
-    """Return the numbers of the chapters and the letters of what stands behind them."""
+    """Return the numbers of those pages that are chapters."""
     chapters = [name for name in names if name in notebooks.chapters()]
     return {name: str(i) for i, name in enumerate(chapters, start=1)}
 
@@ -151,7 +150,7 @@ def page_numbers(pdf: bytes, count: int) -> list[int]:
 def print_book(html: Path, chromium: str) -> bytes:
     """Return the PDF of the built page, with the page numbers in its table of contents."""
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    names = pages()
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page()
@@ -163,10 +162,10 @@ def print_book(html: Path, chromium: str) -> bytes:
             PREPARE,
             {
                 "style": STYLE,
-                "title": yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))["title"],
-                "author": "The policyopt contributors",
+                "title": config["title"],
+                "author": config["author"],
                 "note": f"Version {citation['version']}",
-                "labels": labels(names),
+                "labels": labels(pages()),
                 "parts": parts(),
             },
         )
@@ -193,18 +192,13 @@ def print_book(html: Path, chromium: str) -> bytes:
 def main() -> int:
     """Build and print; return the exit status."""
     start = time.perf_counter()
-    candidates = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
-    chromium = os.environ.get("CHROMIUM") or next(filter(None, candidates), None)
+    chromium = find_chromium()
     if chromium is None:
         print("no browser: install chromium, or say where it is with CHROMIUM=…", file=sys.stderr)
         return 1
     out = BOOK / "_build" / "pdf"
     shutil.rmtree(out, ignore_errors=True)
-    command = [Path(sys.executable).with_name("jupyter-book"), "build", BOOK, "--path-output", out]
-    command += ["--builder", "custom", "--custom-builder", "singlehtml", "--quiet"]
-    command += ["--config", ROOT / "_config.yml", "--toc", ROOT / "_toc.yml"]
-    status = subprocess.run(command, cwd=ROOT, check=False).returncode
-    if status:
+    if status := build(out, "--builder", "custom", "--custom-builder", "singlehtml"):
         return status
     printed = print_book(out / "_build" / "singlehtml" / "index.html", chromium)
     PDF.write_bytes(printed)
