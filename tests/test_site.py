@@ -15,6 +15,7 @@ import build_book
 from repository import ROOT
 
 sys.path.append(str(ROOT / "book" / "_ext"))
+import crosslinks
 from bookmeta import descriptions
 
 BOOK = ROOT / "book"
@@ -162,3 +163,34 @@ def test_the_buttons_of_the_built_book_open_its_chapters() -> None:
         text = (built / f"{chapter.stem}.html").read_text(encoding="utf-8")
         (path,) = re.findall(r'href="https://mybinder\.org/v2/gh/[^?"]+\?urlpath=([^"]+)"', text)
         assert path == f"lab/tree/book/{chapter.name}"
+
+
+def test_links_between_chapters_and_api_pages_go_both_ways() -> None:
+    """What a chapter uses and an API page documents is linked there, and the entry names the chapter."""
+    built = built_page().parent
+    documented, named = set(), set()
+    for page in (built / "api").glob("*.html"):
+        entry = ""
+        pattern = r'(?s)<dt class="sig sig-object py" id="([\w.]+)"|<p class="used-in">(.*?)</p>'
+        for identity, chapters in re.findall(pattern, page.read_text(encoding="utf-8")):
+            entry = identity or entry
+            documented.add(crosslinks.resolve(entry))
+            named |= {(entry, chapter) for chapter in re.findall(r'href="\.\./([\w-]+)\.html"', chapters)}
+    listed = set()
+    for chapter, used in crosslinks.book().uses.items():
+        text = (built / f"{chapter}.html").read_text(encoding="utf-8")
+        (section,) = re.findall(r'(?s)<ul class="[^"]*from-the-package.*?</ul>', text)
+        entries = re.findall(r'href="api/[\w-]+\.html#([\w.]+)"', section)
+        assert {crosslinks.resolve(entry) for entry in entries} == used.keys() & documented, chapter
+        assert section.count("<a ") == len(used), f"{chapter}: a name without a link"
+        listed |= {(entry, chapter) for entry in entries}
+    assert listed == named
+    assert len(listed) > 200
+
+
+def test_references_lead_back_to_the_pages_that_cite_them() -> None:
+    text = (built_page().parent / "references.html").read_text(encoding="utf-8")
+    cited = re.findall(r'(?s)<p class="cited-in">(.*?)</p>', text)
+    assert len(cited) == len(crosslinks.book().bibliography.entries)
+    named = {chapter for links in cited for chapter in re.findall(r'href="([\w-]+)\.html"', links)}
+    assert named == {p.stem for p in BOOK.glob("*.ipynb")}
