@@ -242,11 +242,15 @@ class Links:
         return entry.node_id, _code_link(definition[1], uri, internal=True)
 
     def to_source(self, definition: Definition) -> tuple[str, nodes.Node]:
-        """Return the full name of a definition, and a link to its source; for a value, to that of its module."""
+        """Return the full name of a definition, and a link to its source; for a value, to the line that sets it."""
         module, name = definition
-        file = Path(inspect.getfile(importlib.import_module(module))).relative_to(ROOT)
         uri = bookfix.link_source("py", {"module": module, "fullname": name})
-        return f"{module}.{name}", _code_link(name, uri or bookfix.source_address(file, 1), internal=False)
+        if uri is None:
+            file = Path(inspect.getfile(importlib.import_module(module)))
+            lines = enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
+            first = next((i for i, line in lines if line.startswith(name)), 1)
+            uri = bookfix.source_address(file.relative_to(ROOT), first)
+        return f"{module}.{name}", _code_link(name, uri, internal=False)
 
 
 def _code_link(text: str, uri: str, *, internal: bool) -> nodes.reference:

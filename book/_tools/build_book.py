@@ -11,8 +11,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import yaml
-
 from repository import ROOT
 
 BOOK = ROOT / "book"
@@ -26,16 +24,7 @@ EXTERNAL = re.compile(
 
 def pages(toc: Path = ROOT / "_toc.yml") -> list[str]:
     """Return the names of all pages in the table of contents, the root first."""
-
-    def walk(node: object) -> list[str]:
-        if isinstance(node, list):
-            return [name for item in node for name in walk(item)]
-        if isinstance(node, dict):
-            own = [str(node[key]) for key in ("root", "file") if key in node]
-            return own + [name for key in ("parts", "chapters", "sections") for name in walk(node.get(key))]
-        return []
-
-    return walk(yaml.safe_load(toc.read_text(encoding="utf-8")))
+    return re.findall(r"(?m)^[ -]*(?:root|file): ([\w/-]+)$", toc.read_text(encoding="utf-8"))
 
 
 def problems(html: Path, names: list[str]) -> list[str]:

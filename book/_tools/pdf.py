@@ -107,10 +107,6 @@ PREPARE = """({style, title, author, note, pages}) => {
     return Promise.all([...document.images].map(i => i.decode().catch(() => { throw new Error(i.src); })));
 }"""
 
-PUT_NUMBERS = """numbers => {
-    document.querySelectorAll('.contents a').forEach((a, i) => a.dataset.page = numbers[i]);
-}"""
-
 
 def contents(toc: Path = ROOT / "_toc.yml") -> list[tuple[str, str, str]]:
     """Return each page after the root: its name, the caption of the part that it opens, its number if a chapter."""
@@ -126,14 +122,8 @@ def page_numbers(pdf: bytes, count: int) -> list[int]:
     """Return the pages, from 1, of the headings printed-1 … printed-count."""
     reader = PdfReader(io.BytesIO(pdf))
     targets = {name.lstrip("/"): target for name, target in reader.named_destinations.items()}
-    numbers = []
-    for i in range(1, count + 1):
-        target = targets.get(f"printed-{i}")
-        number = None if target is None else reader.get_destination_page_number(target)
-        if number is None:
-            raise ValueError(f"heading {i} of the table of contents is not in the PDF")
-        numbers.append(number + 1)
-    return numbers
+    found = (reader.get_destination_page_number(targets[f"printed-{i}"]) for i in range(1, count + 1))
+    return [number + 1 for number in found]
 
 
 def print_book(html: Path, chromium: str) -> bytes:
@@ -158,21 +148,20 @@ def print_book(html: Path, chromium: str) -> bytes:
             },
         )
 
-        def pdf(**options: bool) -> bytes:
-            printed: bytes = page.pdf(
-                prefer_css_page_size=True,
-                print_background=True,
-                display_header_footer=True,
-                header_template="<span></span>",
-                footer_template=FOOTER,
-                **options,
-            )
-            return printed
-
-        entries = page.locator(".contents a").count()
+        options = {
+            "prefer_css_page_size": True,
+            "print_background": True,
+            "display_header_footer": True,
+            "header_template": "<span></span>",
+            "footer_template": FOOTER,
+        }
+        entries = page.locator(".contents a")
         # The numbers take no space of their own that could move a page, so two passes suffice.
-        page.evaluate(PUT_NUMBERS, page_numbers(pdf(), entries))
-        final = pdf(outline=True, tagged=True)
+        numbers = page_numbers(page.pdf(**options), entries.count())
+        entries.evaluate_all(
+            "(links, numbers) => links.forEach((a, i) => a.dataset.page = numbers[i])", numbers
+        )
+        final: bytes = page.pdf(**options, outline=True, tagged=True)
         browser.close()
     return final
 
