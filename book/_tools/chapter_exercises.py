@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from policyopt.exercises import Exercise
+from policyopt_book.exercises import Exercise
 
 __all__ = ["EXERCISES"]
 

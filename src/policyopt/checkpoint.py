@@ -1,8 +1,10 @@
-"""Tensors in safetensors, everything else in JSON, written so that a crash never leaves half a checkpoint.
+"""Tensors in safetensors, everything else in JSON, written so that a crash never leaves
+half a checkpoint.
 
-A checkpoint is a folder with ``state.json`` and one tensor file that ``state.json`` names. The tensor file is
-written first under a fresh name, then ``state.json`` is replaced in one atomic step, then the old tensor file is
-removed. Whenever the process dies, the folder holds one complete checkpoint: the old or the new one.
+A checkpoint is a folder with ``state.json`` and one tensor file that ``state.json``
+names. The tensor file is written first under a fresh name, then ``state.json`` is
+replaced in one atomic step, then the old tensor file is removed. Whenever the process
+dies, the folder holds one complete checkpoint: the old or the new one.
 """
 
 from __future__ import annotations
@@ -33,11 +35,15 @@ def has_checkpoint(folder: str | Path) -> bool:
     return (Path(folder) / _STATE).exists()
 
 
-def save_checkpoint(folder: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
-    """Write ``tensors`` and the JSON-serialisable ``metadata`` to ``folder``; return the folder.
+def save_checkpoint(
+    folder: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> Path:
+    """Write ``tensors`` and the JSON-serialisable ``metadata`` to ``folder``; return
+    the folder.
 
-    An existing checkpoint in the folder is replaced, and stays intact if anything fails on the way (full disk,
-    kill). Tensors are copied to the CPU; none may have the type ``object`` and no pickle is involved.
+    An existing checkpoint in the folder is replaced, and stays intact if anything fails
+    on the way (full disk, kill). Tensors are copied to the CPU; none may have the type
+    ``object`` and no pickle is involved.
 
     Raises
     ------
@@ -51,11 +57,17 @@ def save_checkpoint(folder: str | Path, tensors: Mapping[str, Tensor], metadata:
     state = folder / _STATE
     previous = json.loads(state.read_text())["tensors"] if state.exists() else None
     name = f"tensors-{uuid.uuid4().hex[:12]}.safetensors"
-    text = json.dumps({"tensors": name, "metadata": dict(metadata)}, indent=1, allow_nan=False)
+    text = json.dumps(
+        {"tensors": name, "metadata": dict(metadata)}, indent=1, allow_nan=False
+    )
     scratch = folder / f"{_STATE}.{uuid.uuid4().hex[:12]}"
     try:
-        # Clones: safetensors refuses tensors that share memory, such as views of one flat vector.
-        save_file({key: t.detach().cpu().clone().contiguous() for key, t in tensors.items()}, folder / name)
+        # Clones: safetensors refuses tensors that share memory, such as views of one
+        # flat vector.
+        save_file(
+            {key: t.detach().cpu().clone().contiguous() for key, t in tensors.items()},
+            folder / name,
+        )
         _fsync(folder / name)
         scratch.write_text(text)
         _fsync(scratch)
@@ -67,8 +79,8 @@ def save_checkpoint(folder: str | Path, tensors: Mapping[str, Tensor], metadata:
             raise
         kept = "it still holds the one of before" if previous else "it holds none"
         raise OSError(
-            f"no checkpoint could be written to {folder} ({error}); {kept}. Free some space there, or choose another "
-            "folder"
+            f"no checkpoint could be written to {folder} ({error}); {kept}. Free some "
+            "space there, or choose another folder"
         ) from error
     if previous is not None:
         (folder / Path(previous).name).unlink(missing_ok=True)

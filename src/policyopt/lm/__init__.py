@@ -1,4 +1,6 @@
-"""Language models as policies: SFT, reward models, PPO, DPO and GRPO on any Hugging Face causal language model."""
+"""Language models as policies: SFT, reward models, PPO, DPO and GRPO on any Hugging
+Face causal language model.
+"""
 
 import policyopt.lm._requirements  # noqa: F401 - says what is missing, before anything else fails
 from policyopt.lm.config import LMConfig
@@ -6,10 +8,15 @@ from policyopt.lm.data import Prompt, read_records
 from policyopt.lm.dpo import DPOConfig, DPOUpdate, ImplicitReward, train_dpo
 from policyopt.lm.grpo import GRPOConfig, GRPOUpdate, train_grpo
 from policyopt.lm.log_probs import TokenLogProbs, completion_log_probs
-from policyopt.lm.models import LanguageModel, LoRA, RewardModel, add_lora, embedded_models, load
+from policyopt.lm.models import LanguageModel, LoRA, RewardModel, add_lora, load
 from policyopt.lm.ppo import PPOLMConfig, PPOLMUpdate, train_ppo_lm
 from policyopt.lm.ranking import RankingConfig, RankingUpdate, train_ranking
-from policyopt.lm.reward import RewardConfig, RewardUpdate, pair_accuracy, train_reward_model
+from policyopt.lm.reward_model import (
+    RewardConfig,
+    RewardUpdate,
+    pair_accuracy,
+    train_reward_model,
+)
 from policyopt.lm.rewards import compute_rewards
 from policyopt.lm.sampling import (
     Sampler,
@@ -60,7 +67,6 @@ __all__ = [
     "add_lora",
     "completion_log_probs",
     "compute_rewards",
-    "embedded_models",
     "generate",
     "hidden_states",
     "load",

@@ -14,21 +14,27 @@ __all__ = ["LMConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class LMConfig(Settings):
-    """Settings that every language-model trainer has. Frozen: use ``dataclasses.replace`` to change one."""
+    """Settings that every language-model trainer has. Frozen: use
+    ``dataclasses.replace`` to change one.
+    """
 
     steps: int | None = None
     """Batches to train on; None makes ``epochs`` passes over the data."""
     epochs: int = 1
     """Passes over the data when ``steps`` is None."""
     batch_size: int = 32
-    """Items of the data (examples, pairs, lists, prompts) per step, over all processes."""
+    """Items of the data (examples, pairs, lists, prompts) per step, over all
+    processes.
+    """
     micro_batch_size: int | None = None
-    """Most completions in one forward and backward pass; None takes the batch in one piece. The gradient is the same:
-    only memory and time differ."""
+    """Most completions in one forward and backward pass; None takes the batch in one
+    piece. The gradient is the same: only memory and time differ."""
     learning_rate: float = 1e-5
     """AdamW's step size, at its highest."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate goes on after the warm-up: stays, or falls to 0 at the last step."""
+    """How the learning rate goes on after the warm-up: stays, or falls to 0 at the last
+    step.
+    """
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly."""
     weight_decay: float = 0.0
@@ -37,38 +43,64 @@ class LMConfig(Settings):
     max_gradient_norm: float | None = 1.0
     """Largest norm of the gradient of an optimiser step; None does not limit it."""
     autocast: Literal["bfloat16"] | None = None
-    """Compute in this type while weights and optimiser stay in theirs: about half the time and memory on a GPU."""
+    """Compute in this type while weights and optimiser stay in theirs: about half the
+    time and memory on a GPU.
+    """
     gradient_checkpointing: bool = False
-    """Recompute each layer in the backward pass: less memory, about a third more time."""
+    """Recompute each layer in the backward pass: less memory, about a third more
+    time.
+    """
     max_prompt_tokens: int | None = None
-    """Cut longer prompts to their last tokens; None: a prompt too long for the model is an error."""
+    """Cut longer prompts to their last tokens; None: a prompt too long for the model is
+    an error.
+    """
     max_completion_tokens: int | None = None
-    """Cut longer completions of the data (they lose their EOS); None: too long for the model is an error."""
+    """Cut longer completions of the data (they lose their EOS); None: too long for the
+    model is an error.
+    """
     checkpoint_every: int = 50
-    """Steps between checkpoints, where a ``checkpoint_dir`` is given. The last step always leaves one."""
+    """Steps between checkpoints, where a ``checkpoint_dir`` is given. The last step
+    always leaves one.
+    """
     logged_samples: int = 0
-    """Prompts of the data whose greedy completions are recorded before and after the training."""
+    """Prompts of the data whose greedy completions are recorded before and after the
+    training.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("epochs", "batch_size", "checkpoint_every"):
             self._check(name, getattr(self, name) >= 1, ">= 1")
-        for name in ("steps", "micro_batch_size", "max_prompt_tokens", "max_completion_tokens"):
-            self._check(name, getattr(self, name) is None or getattr(self, name) >= 1, ">= 1 or None")
+        for name in (
+            "steps",
+            "micro_batch_size",
+            "max_prompt_tokens",
+            "max_completion_tokens",
+        ):
+            self._check(
+                name,
+                getattr(self, name) is None or getattr(self, name) >= 1,
+                ">= 1 or None",
+            )
         for name in ("warmup_steps", "weight_decay", "logged_samples"):
             self._check(name, getattr(self, name) >= 0, ">= 0")
         self._check("learning_rate", self.learning_rate > 0, "> 0")
         self._check(
             "adam_betas",
-            len(self.adam_betas) == 2 and all(0 <= beta < 1 for beta in self.adam_betas),
+            len(self.adam_betas) == 2
+            and all(0 <= beta < 1 for beta in self.adam_betas),
             "two numbers in [0, 1)",
         )
         self._check(
-            "max_gradient_norm", self.max_gradient_norm is None or self.max_gradient_norm > 0, "> 0 or None"
+            "max_gradient_norm",
+            self.max_gradient_norm is None or self.max_gradient_norm > 0,
+            "> 0 or None",
         )
 
     def limits(self, language_model: LanguageModel) -> dict[str, Any]:
-        """Return the options of the functions in :mod:`policyopt.lm.data` that keep sequences within the model."""
+        """Return the options of the functions in :mod:`policyopt.lm.data` that keep
+        sequences within the model.
+        """
         return {
             "context_length": language_model.context_length,
             "max_prompt_tokens": self.max_prompt_tokens,
@@ -77,7 +109,11 @@ class LMConfig(Settings):
 
     def total_steps(self, items: int) -> int:
         """Return the number of steps for a data set of this many items."""
-        return self.steps if self.steps is not None else math.ceil(self.epochs * items / self.batch_size)
+        return (
+            self.steps
+            if self.steps is not None
+            else math.ceil(self.epochs * items / self.batch_size)
+        )
 
     def learning_rate_at(self, step: int, total: int) -> float:
         """Return the learning rate of a step, counted from 0."""

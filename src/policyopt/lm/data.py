@@ -1,8 +1,9 @@
 """Data sets of texts and chats: read, checked, and turned into token ids.
 
-A record is a mapping from column names to values. Every trainer says which columns it reads; a list of dicts, a JSON
-Lines file and a Hugging Face data set are all read alike. What is wrong with a record is said here, before anything is
-trained, with the record's number and what to do about it.
+A record is a mapping from column names to values. Every trainer says which columns it
+reads; a list of dicts, a JSON Lines file and a Hugging Face data set are all read
+alike. What is wrong with a record is said here, before anything is trained, with the
+record's number and what to do about it.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class PromptExample:
     columns: dict[str, Any]
 
 
-# --- reading --------------------------------------------------------------------------------------------------
+# --- reading ---
 
 
 def read_records(data: Records) -> list[dict[str, Any]]:
@@ -97,13 +98,15 @@ def read_records(data: Records) -> list[dict[str, Any]]:
     Parameters
     ----------
     data : iterable of mappings, str or Path
-        Dicts; a Hugging Face ``Dataset`` or ``IterableDataset`` (read to its end: ``take`` a part of an endless one);
-        or the path of a JSON Lines file, UTF-8 with one JSON object a line, whose blank lines are skipped.
+        Dicts; a Hugging Face ``Dataset`` or ``IterableDataset`` (read to its end:
+        ``take`` a part of an endless one); or the path of a JSON Lines file, UTF-8 with
+        one JSON object a line, whose blank lines are skipped.
 
     Raises
     ------
     ValueError
-        If there are no records, or one is not a mapping or not JSON; the message names the item or line.
+        If there are no records, or one is not a mapping or not JSON; the message names
+        the item or line.
     FileNotFoundError
         If there is no such file.
 
@@ -118,7 +121,8 @@ def read_records(data: Records) -> list[dict[str, Any]]:
 def split_records(
     data: Records, fraction: float, *, seed: int = 0
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Split at random into (training, held-out) records; both keep the order of the data.
+    """Split at random into (training, held-out) records; both keep the order of the
+    data.
 
     Parameters
     ----------
@@ -150,7 +154,10 @@ def _named_records(data: Records) -> list[tuple[str, dict[str, Any]]]:
     """Read all records, each with the name that error messages call it by."""
     named = list(_lines(Path(data)) if isinstance(data, (str, Path)) else _items(data))
     if not named:
-        raise ValueError(f"{data if isinstance(data, (str, Path)) else 'the data set'} holds no records")
+        raise ValueError(
+            f"{data if isinstance(data, (str, Path)) else 'the data set'} holds no "
+            "records"
+        )
     return named
 
 
@@ -159,10 +166,14 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         content = path.read_bytes()
     except (FileNotFoundError, IsADirectoryError) as error:
         raise FileNotFoundError(
-            f"there is no file {path}; data are dicts, a Hugging Face data set or the path of a JSON Lines file"
+            f"there is no file {path}; data are dicts, a Hugging Face data set or the "
+            "path of a JSON Lines file"
         ) from error
-    # Only \n ends a line: JSON texts may hold the other separators that str.splitlines knows.
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+    # Only \n ends a line: JSON texts may hold the other separators that str.splitlines
+    # knows.
+    for number, line in enumerate(
+        content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1
+    ):
         if not line.strip():
             continue
         name = f"{path}, line {number}"
@@ -174,8 +185,9 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             ) from error
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{name}: not JSON ({error.msg}, column {error.colno}: {_shorten(error.doc)!r}); a JSON Lines file "
-                "holds one JSON object on each line"
+                f"{name}: not JSON ({error.msg}, column {error.colno}: "
+                f"{_shorten(error.doc)!r}); a JSON Lines file holds one JSON object on "
+                "each line"
             ) from error
         if not isinstance(record, dict):
             raise ValueError(
@@ -187,18 +199,20 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _items(data: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     if isinstance(data, Mapping):
         raise ValueError(
-            f"the data must be a sequence of records, got a {type(data).__name__} with the keys "
-            f"{[str(key) for key in data]}; if these are splits, choose one: data['train']"
+            f"the data must be a sequence of records, got a {type(data).__name__} with "
+            f"the keys {[str(key) for key in data]}; if these are splits, choose one: "
+            "data['train']"
         )
     if not isinstance(data, Iterable):
         raise TypeError(
-            "data must be dicts, a Hugging Face data set or the path of a JSON Lines file, "
-            f"got {type(data).__name__}"
+            "data must be dicts, a Hugging Face data set or the path of a JSON Lines "
+            f"file, got {type(data).__name__}"
         )
     for i, record in enumerate(data):
         if not isinstance(record, Mapping):
             raise ValueError(
-                f"item {i}: must be a dict of columns, got {type(record).__name__} {_shorten(repr(record))}"
+                f"item {i}: must be a dict of columns, got {type(record).__name__} "
+                f"{_shorten(repr(record))}"
             )
         yield f"item {i}", dict(record)
 
@@ -207,11 +221,13 @@ def _shorten(text: str, width: int = 80) -> str:
     return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
-# --- texts to tokens ------------------------------------------------------------------------------------------
+# --- texts to tokens ---
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return a token to fill batches with: the tokenizer's, or EOS, or 0. Masks never come from it, so any will do."""
+    """Return a token to fill batches with: the tokenizer's, or EOS, or 0. Masks never
+    come from it, so any will do.
+    """
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
@@ -225,13 +241,15 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     ----------
     tokenizer : PreTrainedTokenizerBase
     prompt : str or list of messages
-        Plain text begins with BOS if the tokenizer has it so. Chat messages go through the tokenizer's own template, up
-        to where the assistant begins to speak; BOS is there if the template writes it. No EOS follows either.
+        Plain text begins with BOS if the tokenizer has it so. Chat messages go through
+        the tokenizer's own template, up to where the assistant begins to speak; BOS is
+        there if the template writes it. No EOS follows either.
 
     Raises
     ------
     ValueError
-        If the prompt comes out empty, is no prompt, or needs a chat template and the tokenizer has none.
+        If the prompt comes out empty, is no prompt, or needs a chat template and the
+        tokenizer has none.
     """
     if isinstance(prompt, str):
         ids = _encode_plain(tokenizer, prompt)
@@ -239,14 +257,15 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
         _check_messages(prompt, "prompt")
         if prompt[-1]["role"] == "assistant":
             raise ValueError(
-                "the prompt must not end with the assistant's message, which is what a completion is; move it to the "
-                "completion, or add the next message of the user"
+                "the prompt must not end with the assistant's message, which is what a "
+                "completion is; move it to the completion, or add the next message of "
+                "the user"
             )
         ids = _ids(tokenizer, _render(tokenizer, prompt, generate=True))
     if not ids:
         raise ValueError(
-            "the prompt is empty and the tokenizer begins no text with BOS, so there is no state to act in; begin the "
-            "prompt with some text"
+            "the prompt is empty and the tokenizer begins no text with BOS, so there "
+            "is no state to act in; begin the prompt with some text"
         )
     return ids
 
@@ -258,7 +277,8 @@ def encode_completion(
     *,
     eos: bool = True,
 ) -> list[int]:
-    """Turn a completion into the token ids of the actions that write it, the last of which is EOS.
+    """Turn a completion into the token ids of the actions that write it, the last of
+    which is EOS.
 
     Parameters
     ----------
@@ -266,8 +286,9 @@ def encode_completion(
     completion : str or list of one assistant message
         May be empty: EOS alone.
     prompt : str or list of messages
-        What it completes. In a chat the completion ends as the tokenizer's template ends a message of the assistant, up
-        to the token that stops generation; what the template puts after that token is nobody's action.
+        What it completes. In a chat the completion ends as the tokenizer's template
+        ends a message of the assistant, up to the token that stops generation; what the
+        template puts after that token is nobody's action.
     eos : bool
         Whether the completion ends. One that was cut off does not.
 
@@ -288,10 +309,14 @@ def encode_completion(
         return ids
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            "the tokenizer has no end-of-sequence token, so no completion could ever end; set one: "
-            "tokenizer.eos_token = '<a token of its vocabulary>'"
+            "the tokenizer has no end-of-sequence token, so no completion could ever "
+            "end; set one: tokenizer.eos_token = '<a token of its vocabulary>'"
         )
-    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, int(tokenizer.eos_token_id)]
+    return (
+        ids
+        if ids[-1:] == [tokenizer.eos_token_id]
+        else [*ids, int(tokenizer.eos_token_id)]
+    )
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -301,48 +326,69 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ids = _tokenize(tokenizer, text)
     if not str(tokenizer.convert_ids_to_tokens(ids[0])).startswith("▁"):
         return ids
-    # SentencePiece tokenizers may take every text for the beginning of one, and write a space before it. After a
-    # newline they do not.
+    # SentencePiece tokenizers may take every text for the beginning of one, and write a
+    # space before it. After a newline they do not.
     before, whole = _tokenize(tokenizer, "\n"), _tokenize(tokenizer, "\n" + text)
     return whole[len(before) :] if whole[: len(before)] == before else ids
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> list[int]:
-    # verbose=False: a text longer than the context is an error of ours below, not a line on the terminal.
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False
+) -> list[int]:
+    # verbose=False: a text longer than the context is an error of ours below, not a
+    # line on the terminal.
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
 def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokenise a text from its beginning: with BOS if the tokenizer puts one, once, and never with EOS."""
+    """Tokenise a text from its beginning: with BOS if the tokenizer puts one, once, and
+    never with EOS.
+    """
     plain, framed = _tokenize(tokenizer, text), _tokenize(tokenizer, text, special=True)
     if not plain:
         return framed[:1] if framed[:1] == [tokenizer.bos_token_id] else []
-    first = next((k for k in range(len(framed)) if framed[k : k + len(plain)] == plain), 0)
+    first = next(
+        (k for k in range(len(framed)) if framed[k : k + len(plain)] == plain), 0
+    )
     opening = framed[:first]
     return plain if plain[:first] == opening else opening + plain
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, generate: bool) -> str:
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, generate: bool
+) -> str:
     if not tokenizer.chat_template:
         raise ValueError(
-            "the tokenizer has no chat template, so messages cannot be written as one text; use a chat model's "
-            "tokenizer, set tokenizer.chat_template, or give plain texts"
+            "the tokenizer has no chat template, so messages cannot be written as one "
+            "text; use a chat model's tokenizer, set tokenizer.chat_template, or give "
+            "plain texts"
         )
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generate
+        )
     except Exception as error:  # templates raise what they like
-        raise ValueError(f"the tokenizer's chat template refuses the messages: {error}") from error
+        raise ValueError(
+            f"the tokenizer's chat template refuses the messages: {error}"
+        ) from error
     return str(text)
 
 
-def _frame(tokenizer: PreTrainedTokenizerBase, prompt: list[Message]) -> tuple[str, str]:
-    """Return what the chat template puts before and after the assistant's words, up to the token that stops."""
+def _frame(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[Message]
+) -> tuple[str, str]:
+    """Return what the chat template puts before and after the assistant's words, up to
+    the token that stops.
+    """
     words = "Words"
     before = _render(tokenizer, prompt, generate=True)
-    whole = _render(tokenizer, [*prompt, {"role": "assistant", "content": words}], generate=False)
+    whole = _render(
+        tokenizer, [*prompt, {"role": "assistant", "content": words}], generate=False
+    )
     start = whole.rfind(words)
-    # Space in front of the words is the model's to write. Anything longer, such as an empty block of thoughts, is the
-    # template's way to show finished messages, and the completion's own text says what is to be written.
+    # Space in front of the words is the model's to write. Anything longer, such as an
+    # empty block of thoughts, is the template's way to show finished messages, and the
+    # completion's own text says what is to be written.
     opening = whole[len(before) : start] if whole.startswith(before) else ""
     ending = whole[start + len(words) :] if start >= 0 else ""
     stops = [token for token in [tokenizer.eos_token] if token and token in ending]
@@ -352,15 +398,19 @@ def _frame(tokenizer: PreTrainedTokenizerBase, prompt: list[Message]) -> tuple[s
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    added = [
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special
+    ]
     return sorted({*tokenizer.all_special_tokens, *added})
 
 
 def _check_messages(messages: Any, column: str) -> None:
     if not isinstance(messages, list) or not messages:
         raise ValueError(
-            f"{column} must be text or a non-empty list of messages, got {type(messages).__name__} "
-            f"{_shorten(repr(messages))}"
+            f"{column} must be text or a non-empty list of messages, got "
+            f"{type(messages).__name__} {_shorten(repr(messages))}"
         )
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
@@ -381,11 +431,13 @@ def _completion_text(completion: Any, column: str = "completion") -> str:
         )
     content = completion[0].get("content")
     if not isinstance(content, str):
-        raise ValueError(f"the content of {column} must be text, got {_shorten(repr(content))}")
+        raise ValueError(
+            f"the content of {column} must be text, got {_shorten(repr(content))}"
+        )
     return content
 
 
-# --- records to examples --------------------------------------------------------------------------------------
+# --- records to examples ---
 
 
 def sft_examples(
@@ -401,15 +453,17 @@ def sft_examples(
     Parameters
     ----------
     data : records
-        Columns ``prompt`` (text or messages) and ``completion`` (text, or a list of one assistant message); or
-        ``messages``, a conversation whose last message is the assistant's: that message is the completion.
+        Columns ``prompt`` (text or messages) and ``completion`` (text, or a list of one
+        assistant message); or ``messages``, a conversation whose last message is the
+        assistant's: that message is the completion.
     tokenizer : PreTrainedTokenizerBase
     context_length : int, optional
         Most tokens of prompt and completion together.
     max_prompt_tokens : int, optional
         Keep this many tokens at the *end* of a longer prompt.
     max_completion_tokens : int, optional
-        Keep this many tokens at the beginning of a longer completion, which thereby loses its EOS.
+        Keep this many tokens at the beginning of a longer completion, which thereby
+        loses its EOS.
 
     Raises
     ------
@@ -421,7 +475,10 @@ def sft_examples(
         if record.get("messages") is not None and record.get("completion") is None:
             prompt, completion = _split_conversation(record["messages"], "messages")
         else:
-            prompt, completion = _column(record, "prompt"), _column(record, "completion")
+            prompt, completion = (
+                _column(record, "prompt"),
+                _column(record, "completion"),
+            )
         return Example(
             prompt,
             _cut_prompt(encode_prompt(tokenizer, prompt), max_prompt_tokens),
@@ -447,38 +504,54 @@ def preference_pairs(
     Parameters
     ----------
     data : records
-        Columns ``prompt``, ``chosen`` and ``rejected``, texts or messages as in :func:`sft_examples`. Where ``chosen``
-        and ``rejected`` are whole conversations, what they have in common up to their last message is the prompt.
+        Columns ``prompt``, ``chosen`` and ``rejected``, texts or messages as in
+        :func:`sft_examples`. Where ``chosen`` and ``rejected`` are whole conversations,
+        what they have in common up to their last message is the prompt.
     tokenizer, context_length, max_prompt_tokens, max_completion_tokens
         As in :func:`sft_examples`.
 
     Raises
     ------
     ValueError
-        If an item is unusable, does not fit, or its two completions are the same tokens.
+        If an item is unusable, does not fit, or its two completions are the same
+        tokens.
     """
 
     def make(record: dict[str, Any]) -> Pair:
         chosen, rejected = _column(record, "chosen"), _column(record, "rejected")
-        if isinstance(chosen, list) and isinstance(rejected, list) and max(len(chosen), len(rejected)) > 1:
+        if (
+            isinstance(chosen, list)
+            and isinstance(rejected, list)
+            and max(len(chosen), len(rejected)) > 1
+        ):
             prompt, chosen = _split_conversation(chosen, "chosen")
             prompt_of_rejected, rejected = _split_conversation(rejected, "rejected")
             if prompt != prompt_of_rejected:
                 raise ValueError(
-                    "chosen and rejected must be the same conversation up to their last message; drop the item, or "
-                    "give the common part as prompt and one message each as chosen and rejected"
+                    "chosen and rejected must be the same conversation up to their "
+                    "last message; drop the item, or give the common part as prompt "
+                    "and one message each as chosen and rejected"
                 )
         else:
             prompt = _column(record, "prompt")
         encoded = [
-            encode_completion(tokenizer, _completion_text(text, column), prompt)[:max_completion_tokens]
+            encode_completion(tokenizer, _completion_text(text, column), prompt)[
+                :max_completion_tokens
+            ]
             for column, text in (("chosen", chosen), ("rejected", rejected))
         ]
         _check_different(encoded, ["chosen", "rejected"], max_completion_tokens)
-        return Pair(prompt, _cut_prompt(encode_prompt(tokenizer, prompt), max_prompt_tokens), *encoded)
+        return Pair(
+            prompt,
+            _cut_prompt(encode_prompt(tokenizer, prompt), max_prompt_tokens),
+            *encoded,
+        )
 
     pairs = _make_all(_named_records(data), make)
-    lengths = [(name, len(p.prompt_ids), max(len(p.chosen_ids), len(p.rejected_ids))) for name, p in pairs]
+    lengths = [
+        (name, len(p.prompt_ids), max(len(p.chosen_ids), len(p.rejected_ids)))
+        for name, p in pairs
+    ]
     _check_lengths(lengths, context_length)
     return [pair for _, pair in pairs]
 
@@ -496,29 +569,40 @@ def ranked_lists(
     Parameters
     ----------
     data : records
-        Columns ``prompt`` and ``ranked``, a list of two or more completions, the best first; or ``completions`` in any
-        order with ``ranks``, one number each, of which the lowest is the best.
+        Columns ``prompt`` and ``ranked``, a list of two or more completions, the best
+        first; or ``completions`` in any order with ``ranks``, one number each, of which
+        the lowest is the best.
     tokenizer, context_length, max_prompt_tokens, max_completion_tokens
         As in :func:`sft_examples`.
 
     Raises
     ------
     ValueError
-        If an item is unusable or does not fit, or two of its completions have one rank or are the same tokens.
+        If an item is unusable or does not fit, or two of its completions have one rank
+        or are the same tokens.
     """
 
     def make(record: dict[str, Any]) -> RankedList:
         prompt, ranked = _column(record, "prompt"), _best_first(record)
         names = [f"completion {i} (from 0, best first)" for i in range(len(ranked))]
         encoded = [
-            encode_completion(tokenizer, _completion_text(text, name), prompt)[:max_completion_tokens]
+            encode_completion(tokenizer, _completion_text(text, name), prompt)[
+                :max_completion_tokens
+            ]
             for name, text in zip(names, ranked, strict=True)
         ]
         _check_different(encoded, names, max_completion_tokens)
-        return RankedList(prompt, _cut_prompt(encode_prompt(tokenizer, prompt), max_prompt_tokens), encoded)
+        return RankedList(
+            prompt,
+            _cut_prompt(encode_prompt(tokenizer, prompt), max_prompt_tokens),
+            encoded,
+        )
 
     lists = _make_all(_named_records(data), make)
-    lengths = [(name, len(item.prompt_ids), max(map(len, item.ranked_ids))) for name, item in lists]
+    lengths = [
+        (name, len(item.prompt_ids), max(map(len, item.ranked_ids)))
+        for name, item in lists
+    ]
     _check_lengths(lengths, context_length)
     return [item for _, item in lists]
 
@@ -558,24 +642,33 @@ def prompt_examples(
         others = {name: value for name, value in record.items() if name != "prompt"}
         for name in GIVEN:
             if name in others:
-                raise ValueError(f"reward functions are given {name!r} already; rename the column")
+                raise ValueError(
+                    f"reward functions are given {name!r} already; rename the column"
+                )
         if not examples:
             columns.extend(others)
         if others.keys() != set(columns):
             name = min(others.keys() ^ set(columns))
             raise ValueError(
-                f"column {name!r} is in some records and not in others; reward functions get one value per completion, "
-                "so give it to all of them (None will do) or to none"
+                f"column {name!r} is in some records and not in others; reward "
+                "functions get one value per completion, so give it to all of them "
+                "(None will do) or to none"
             )
         example = PromptExample(
-            prompt, _cut_prompt(encode_prompt(tokenizer, prompt), max_prompt_tokens), others
+            prompt,
+            _cut_prompt(encode_prompt(tokenizer, prompt), max_prompt_tokens),
+            others,
         )
         examples.append(example)
         return example
 
     examples: list[PromptExample] = []
     named = _make_all(_named_records(data), make)
-    _check_lengths([(name, len(e.prompt_ids), reserve) for name, e in named], context_length, sampled=True)
+    _check_lengths(
+        [(name, len(e.prompt_ids), reserve) for name, e in named],
+        context_length,
+        sampled=True,
+    )
     return examples
 
 
@@ -593,16 +686,20 @@ def _make_all(
 
 def _column(record: Mapping[str, Any], name: str) -> Any:
     if record.get(name) is None:
-        raise ValueError(f"column {name!r} is missing; there are {sorted(map(str, record))}")
+        raise ValueError(
+            f"column {name!r} is missing; there are {sorted(map(str, record))}"
+        )
     return record[name]
 
 
-def _split_conversation(messages: Any, column: str) -> tuple[list[Message], list[Message]]:
+def _split_conversation(
+    messages: Any, column: str
+) -> tuple[list[Message], list[Message]]:
     _check_messages(messages, column)
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError(
-            f"{column} must be a conversation that ends with a message of the assistant, got the roles "
-            f"{[message['role'] for message in messages]}"
+            f"{column} must be a conversation that ends with a message of the "
+            f"assistant, got the roles {[message['role'] for message in messages]}"
         )
     return messages[:-1], messages[-1:]
 
@@ -613,19 +710,23 @@ def _best_first(record: Mapping[str, Any]) -> list[Any]:
     else:
         if record.get("completions") is None or record.get("ranks") is None:
             raise ValueError(
-                "a ranked list needs the column 'ranked' (completions, the best first), or 'completions' and 'ranks'; "
-                f"there are {sorted(map(str, record))}"
+                "a ranked list needs the column 'ranked' (completions, the best "
+                "first), or 'completions' and 'ranks'; there are "
+                f"{sorted(map(str, record))}"
             )
         ranked, column = record["completions"], "completions"
     if not isinstance(ranked, list) or len(ranked) < 2:
-        raise ValueError(f"{column} must be a list of two or more completions, got {_shorten(repr(ranked))}")
+        raise ValueError(
+            f"{column} must be a list of two or more completions, got "
+            f"{_shorten(repr(ranked))}"
+        )
     if column == "ranked":
         return ranked
     ranks = list(record["ranks"])
     if len(ranks) != len(ranked) or len(set(ranks)) != len(ranks):
         raise ValueError(
-            f"ranks must be {len(ranked)} different numbers, one per completion, got {ranks}; leave out completions "
-            "that tie with a better one"
+            f"ranks must be {len(ranked)} different numbers, one per completion, got "
+            f"{ranks}; leave out completions that tie with a better one"
         )
     return [ranked[i] for i in sorted(range(len(ranks)), key=lambda i: ranks[i])]
 
@@ -634,12 +735,15 @@ def _cut_prompt(ids: list[int], most: int | None) -> list[int]:
     return ids if most is None else ids[-most:]
 
 
-def _check_different(encoded: list[list[int]], names: Sequence[str], cut: int | None) -> None:
+def _check_different(
+    encoded: list[list[int]], names: Sequence[str], cut: int | None
+) -> None:
     for j, ids in enumerate(encoded):
         i = encoded.index(ids)
         if i < j:
             raise ValueError(
-                f"{names[i]} and {names[j]} are the same tokens, so there is nothing to prefer; drop the item"
+                f"{names[i]} and {names[j]} are the same tokens, so there is nothing "
+                "to prefer; drop the item"
                 + (
                     f", or raise max_completion_tokens above {cut}"
                     if cut is not None and len(ids) == cut
@@ -649,7 +753,10 @@ def _check_different(encoded: list[list[int]], names: Sequence[str], cut: int | 
 
 
 def _check_lengths(
-    lengths: Sequence[tuple[str, int, int]], context_length: int | None, *, sampled: bool = False
+    lengths: Sequence[tuple[str, int, int]],
+    context_length: int | None,
+    *,
+    sampled: bool = False,
 ) -> None:
     """Raise for the first item that the model's context cannot hold."""
     if context_length is None:
@@ -665,17 +772,19 @@ def _check_lengths(
     else:
         remedy = f"shorten the texts, or set {setting} below {context_length} and max_prompt_tokens to what is left"
     raise ValueError(
-        f"{name}: the prompt has {prompt} tokens and the completion {'may have' if sampled else 'has'} {completion}, "
-        f"more than the model's context of {context_length} ({len(long)} of {len(lengths)} items are too long); "
-        f"{remedy}"
+        f"{name}: the prompt has {prompt} tokens and the completion "
+        f"{'may have' if sampled else 'has'} {completion}, more than the model's "
+        f"context of {context_length} ({len(long)} of {len(lengths)} items are too "
+        f"long); {remedy}"
     )
 
 
-# --- order ----------------------------------------------------------------------------------------------------
+# --- order ---
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> list[int]:
-    """Return the numbers of all items in the order in which a pass over the data visits them.
+    """Return the numbers of all items in the order in which a pass over the data visits
+    them.
 
     Examples
     --------
@@ -690,8 +799,9 @@ def epoch_order(size: int, seed: int, epoch: int) -> list[int]:
 def batch_indices(size: int, batch_size: int, step: int, seed: int) -> list[int]:
     """Return the items that a step trains on, a function of nothing but the arguments.
 
-    Passes over the data follow one another in new orders; a batch may hold the end of one and the beginning of the
-    next. A run that is resumed at some step needs no memory of the steps before.
+    Passes over the data follow one another in new orders; a batch may hold the end of
+    one and the beginning of the next. A run that is resumed at some step needs no
+    memory of the steps before.
 
     Parameters
     ----------
@@ -715,7 +825,14 @@ def batch_indices(size: int, batch_size: int, step: int, seed: int) -> list[int]
     if size < 1:
         raise ValueError("the data set is empty: there is nothing to make a batch of")
     if batch_size < 1 or step < 0:
-        raise ValueError(f"batch_size must be >= 1 and step >= 0, got {batch_size!r} and {step!r}")
+        raise ValueError(
+            f"batch_size must be >= 1 and step >= 0, got {batch_size!r} and {step!r}"
+        )
     first, last = step * batch_size, (step + 1) * batch_size
-    orders = {epoch: epoch_order(size, seed, epoch) for epoch in range(first // size, (last - 1) // size + 1)}
-    return [orders[position // size][position % size] for position in range(first, last)]
+    orders = {
+        epoch: epoch_order(size, seed, epoch)
+        for epoch in range(first // size, (last - 1) // size + 1)
+    }
+    return [
+        orders[position // size][position % size] for position in range(first, last)
+    ]

@@ -1,4 +1,6 @@
-"""DPO: preferences straight into the policy, without a reward model and without sampling."""
+"""DPO: preferences straight into the policy, without a reward model and without
+sampling.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,16 @@ from policyopt.lm.config import LMConfig
 from policyopt.lm.data import Pair, Prompt, Records, batch_indices, preference_pairs
 from policyopt.lm.log_probs import completion_log_probs
 from policyopt.lm.models import LanguageModel, is_adapted, text_batches
-from policyopt.lm.reward import pad_pairs
+from policyopt.lm.reward_model import pad_pairs
 from policyopt.lm.sequences import Sequences, evaluating
-from policyopt.lm.training import Callback, LMResult, LMUpdate, PolicyNetwork, Reference, Run
+from policyopt.lm.training import (
+    Callback,
+    LMResult,
+    LMUpdate,
+    PolicyNetwork,
+    Reference,
+    Run,
+)
 from policyopt.losses import DPO, aggregate, dpo_loss
 
 __all__ = ["DPOConfig", "DPOUpdate", "ImplicitReward", "train_dpo"]
@@ -30,7 +39,8 @@ PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor], DPO]
 class DPOConfig(LMConfig):
     """Settings of :func:`train_dpo`.
 
-    SimPO is ``reference_free=True, length_normalized=True`` with a ``target_margin`` and a β of 2 or more.
+    SimPO is ``reference_free=True, length_normalized=True`` with a ``target_margin``
+    and a β of 2 or more.
     """
 
     beta: float = 0.1
@@ -51,23 +61,33 @@ class DPOConfig(LMConfig):
         self._check("beta", self.beta > 0, "> 0")
         self._check("label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)")
         self._check("target_margin", self.target_margin >= 0, ">= 0")
-        self._check("target_margin", self.target_margin == 0 or self.loss != "ipo", "0 with loss='ipo'")
+        self._check(
+            "target_margin",
+            self.target_margin == 0 or self.loss != "ipo",
+            "0 with loss='ipo'",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DPOUpdate(LMUpdate):
-    """One row of :func:`train_dpo`'s history. Means are over the batch's pairs, before the step."""
+    """One row of :func:`train_dpo`'s history. Means are over the batch's pairs, before
+    the step.
+    """
 
     loss: float
     margin: float
-    """Mean implicit reward of the chosen minus that of the rejected completion; exactly 0 in the first step."""
+    """Mean implicit reward of the chosen minus that of the rejected completion; exactly
+    0 in the first step.
+    """
     accuracy: float
     """Share of pairs with a positive margin."""
     chosen_reward: float
     """Mean β log(π/π_ref) of the chosen completions."""
     rejected_reward: float
     chosen_log_prob: float
-    """Mean log π of the chosen completions, nats per completion (per token if normalised). It may fall."""
+    """Mean log π of the chosen completions, nats per completion (per token if
+    normalised). It may fall.
+    """
     rejected_log_prob: float
     weight: float
     """Mean weight of ∇ log π in the gradient; β σ(−margin) for the sigmoid loss."""
@@ -76,18 +96,22 @@ class DPOUpdate(LMUpdate):
 
 
 class ImplicitReward:
-    """The reward that a policy trained by DPO believes in: r(x, y) = β log(π_θ(y|x) / π_ref(y|x)).
+    """The reward that a policy trained by DPO believes in: r(x, y) = β log(π_θ(y|x) /
+    π_ref(y|x)).
 
-    It is a reward function, to be handed to the trainers that sample. It scores a completion by the likelihood of each
-    of its tokens, where a :class:`~policyopt.lm.models.RewardModel` has one number at the last token to say it all:
-    a small model can check a fact that way which it could not put into that number.
+    It is a reward function, to be handed to the trainers that sample. It scores a
+    completion by the likelihood of each of its tokens, where a
+    :class:`~policyopt.lm.models.RewardModel` has one number at the last token to say it
+    all: a small model can check a fact that way which it could not put into that
+    number.
 
     Parameters
     ----------
     policy : LanguageModel
         π_θ; not copied.
     reference : LanguageModel, optional
-        π_ref; by default the policy with its adapters off, so LoRA needs no second model.
+        π_ref; by default the policy with its adapters off, so LoRA needs no second
+        model.
     beta : float
         The β of the training.
     batch_size : int
@@ -95,7 +119,8 @@ class ImplicitReward:
 
     References
     ----------
-    Rafailov et al. (2023), arXiv:2305.18290, eq. 5 (without the term that depends on the prompt alone).
+    Rafailov et al. (2023), arXiv:2305.18290, eq. 5 (without the term that depends on
+    the prompt alone).
     """
 
     __name__ = "implicit_reward"
@@ -112,7 +137,8 @@ class ImplicitReward:
             raise ValueError(f"beta must be > 0, got {beta!r}")
         if reference is None and not is_adapted(policy.model):
             raise ValueError(
-                "reference must be given for a policy without adapters: the model that DPO started from"
+                "reference must be given for a policy without adapters: the model that "
+                "DPO started from"
             )
         self.policy, self.beta, self.batch_size = policy, beta, batch_size
         self.reference = Reference(policy, reference, DPOConfig(), frozen=False)
@@ -143,8 +169,12 @@ class ImplicitReward:
         **columns: Any,
     ) -> list[float]:
         """Score texts, one prompt to each: the interface of a reward function."""
-        batches = text_batches(self.policy, completions, prompts, finished, self.batch_size)
-        return [score for sequences in batches for score in self.scores(sequences).tolist()]
+        batches = text_batches(
+            self.policy, completions, prompts, finished, self.batch_size
+        )
+        return [
+            score for sequences in batches for score in self.scores(sequences).tolist()
+        ]
 
 
 def train_dpo(
@@ -161,7 +191,8 @@ def train_dpo(
 ) -> LMResult[DPOConfig, DPOUpdate]:
     """Train a policy on preference pairs by direct preference optimisation.
 
-    The reference's log-probabilities are computed once, before the first step: no second model is kept.
+    The reference's log-probabilities are computed once, before the first step: no
+    second model is kept.
 
     Parameters
     ----------
@@ -173,7 +204,8 @@ def train_dpo(
     reference : LanguageModel, optional
         π_ref; by default the policy as it is given (for LoRA: with the adapters off).
     loss : callable, optional
-        (chosen, rejected, reference chosen, reference rejected log-probabilities, each ``[B]``) ↦
+        (chosen, rejected, reference chosen, reference rejected log-probabilities, each
+        ``[B]``) ↦
         :class:`~policyopt.losses.DPO`; by default :func:`~policyopt.losses.dpo_loss` as the config describes it.
     seed, callback, progress, checkpoint_dir
         As in :func:`~policyopt.lm.sft.train_sft`.
@@ -182,12 +214,16 @@ def train_dpo(
     ----------
     Rafailov et al. (2023), Direct preference optimization, arXiv:2305.18290, eq. 7.
     """
-    pairs = preference_pairs(data, language_model.tokenizer, **config.limits(language_model))
+    pairs = preference_pairs(
+        data, language_model.tokenizer, **config.limits(language_model)
+    )
     pair_loss = loss or partial(
         dpo_loss, beta=config.beta, kind=config.loss, label_smoothing=config.label_smoothing,
         target_margin=config.target_margin,
     )  # fmt: skip
-    reference_log_probs = _reference_log_probs(language_model, pairs, config, reference, seed)
+    reference_log_probs = _reference_log_probs(
+        language_model, pairs, config, reference, seed
+    )
     run: Run[DPOConfig, DPOUpdate] = Run(
         "dpo", language_model, PolicyNetwork(language_model.model), config, row_type=DPOUpdate, items=len(pairs),
         seed=seed, callback=callback, progress=progress, checkpoint_dir=checkpoint_dir,
@@ -205,11 +241,16 @@ def train_dpo(
             for rows in run.micro_batches(len(batch), 2):
                 piece = batch.select(rows)
                 scores = sequence_log_prob(
-                    run.network(piece).log_probs, piece.completion_mask, reduction=reduction
+                    run.network(piece).log_probs,
+                    piece.completion_mask,
+                    reduction=reduction,
                 )
                 chosen, rejected = scores[0::2], scores[1::2]
                 items = pair_loss(
-                    chosen, rejected, reference_scores[rows][0::2], reference_scores[rows][1::2]
+                    chosen,
+                    rejected,
+                    reference_scores[rows][0::2],
+                    reference_scores[rows][1::2],
                 )
                 run.backward(aggregate(items.loss, denominator=count))
                 totals += torch.stack(
@@ -240,9 +281,11 @@ def _reference_log_probs(
     reference: LanguageModel | None,
     seed: int,
 ) -> Tensor:
-    """Return log π_ref of the chosen and the rejected completion of each pair, ``[N, 2]``, on the CPU.
+    """Return log π_ref of the chosen and the rejected completion of each pair, ``[N,
+    2]``, on the CPU.
 
-    The batches are those of the training's first pass, so that rounding is the same too: the first margin is exactly 0.
+    The batches are those of the training's first pass, so that rounding is the same
+    too: the first margin is exactly 0.
     """
     result = torch.zeros(len(pairs), 2)
     if config.reference_free:
@@ -250,7 +293,9 @@ def _reference_log_probs(
     model = Reference(language_model, reference, config, frozen=False)
     reduction: Literal["sum", "mean"] = "mean" if config.length_normalized else "sum"
     done: set[int] = set()
-    for step in range(min(config.total_steps(len(pairs)), -(-len(pairs) // config.batch_size))):
+    for step in range(
+        min(config.total_steps(len(pairs)), -(-len(pairs) // config.batch_size))
+    ):
         batch = batch_indices(len(pairs), config.batch_size, step, seed)
         if done.issuperset(batch):
             continue
@@ -260,7 +305,11 @@ def _reference_log_probs(
             sequences = pad_pairs([pairs[i] for i in part], language_model)
             log_probs = model.log_probs(sequences)
             result[part] = (
-                sequence_log_prob(log_probs, sequences.completion_mask, reduction=reduction).view(-1, 2).cpu()
+                sequence_log_prob(
+                    log_probs, sequences.completion_mask, reduction=reduction
+                )
+                .view(-1, 2)
+                .cpu()
             )
         done.update(batch)
     return result

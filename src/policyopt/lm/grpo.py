@@ -1,4 +1,6 @@
-"""GRPO: PPO's clipped surrogate with the other samples of the same prompt in place of a critic."""
+"""GRPO: PPO's clipped surrogate with the other samples of the same prompt in place of a
+critic.
+"""
 
 from __future__ import annotations
 
@@ -20,21 +22,46 @@ from policyopt.lm.data import Records, prompt_examples
 from policyopt.lm.models import LanguageModel
 from policyopt.lm.rewards import RewardFunctions
 from policyopt.lm.rollouts import collect, minibatches
-from policyopt.lm.sampling import Sampler, SamplingConfig, TransformersSampler, UpdatedSampler
+from policyopt.lm.sampling import (
+    Sampler,
+    SamplingConfig,
+    TransformersSampler,
+    UpdatedSampler,
+)
 from policyopt.lm.sequences import widen
-from policyopt.lm.training import Callback, LMResult, LMUpdate, PolicyNetwork, Reference, Run
-from policyopt.losses import ClippedSurrogate, aggregate, clipped_surrogate_loss, sequence_log_ratio
+from policyopt.lm.training import (
+    Callback,
+    LMResult,
+    LMUpdate,
+    PolicyNetwork,
+    Reference,
+    Run,
+)
+from policyopt.losses import (
+    ClippedSurrogate,
+    aggregate,
+    clipped_surrogate_loss,
+    sequence_log_ratio,
+)
 
-__all__ = ["GRPOConfig", "GRPOUpdate", "group_advantages", "grpo_surrogate", "train_grpo"]
+__all__ = [
+    "GRPOConfig",
+    "GRPOUpdate",
+    "group_advantages",
+    "grpo_surrogate",
+    "train_grpo",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOConfig(LMConfig):
     """Settings of :func:`train_grpo`. ``batch_size`` counts prompts.
 
-    The defaults are those of DeepSeekMath but for the mean over tokens. Dr. GRPO: ``scale_rewards=False``,
-    ``loss_mean="constant"``. DAPO's loss: ``clip_ratio_high=0.28``, ``loss_mean="token"``, ``beta=0``,
-    ``drop_unfinished=True``. GSPO: ``ratio="sequence"``, ``loss_mean="sequence"``. RLOO: ``baseline="leave-one-out"``.
+    The defaults are those of DeepSeekMath but for the mean over tokens. Dr. GRPO:
+    ``scale_rewards=False``, ``loss_mean="constant"``. DAPO's loss:
+    ``clip_ratio_high=0.28``, ``loss_mean="token"``, ``beta=0``,
+    ``drop_unfinished=True``. GSPO: ``ratio="sequence"``, ``loss_mean="sequence"``.
+    RLOO: ``baseline="leave-one-out"``.
     """
 
     batch_size: int = 16
@@ -43,14 +70,21 @@ class GRPOConfig(LMConfig):
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How completions are drawn, and scored likewise."""
     baseline: Literal["group", "leave-one-out"] = "group"
-    """Compare each reward with the mean of its group, or with the mean of the others in it."""
+    """Compare each reward with the mean of its group, or with the mean of the others in
+    it.
+    """
     scale_rewards: bool = True
-    """Divide by the group's standard deviation (only with ``baseline="group"``); False is "Dr. GRPO"."""
+    """Divide by the group's standard deviation (only with ``baseline="group"``); False
+    is "Dr. GRPO".
+    """
     loss_mean: Literal["token", "sequence", "constant"] = "token"
-    """Denominator of the loss: all tokens of the batch; each completion's tokens, then the completions; or completions
-    times ``max_new_tokens``, which alone does not depend on the lengths."""
+    """Denominator of the loss: all tokens of the batch; each completion's tokens, then
+    the completions; or completions times ``max_new_tokens``, which alone does not
+    depend on the lengths."""
     ratio: Literal["token", "sequence"] = "token"
-    """Importance ratio of each token, or of the whole completion (GSPO, with a clip range of about 1e-3)."""
+    """Importance ratio of each token, or of the whole completion (GSPO, with a clip
+    range of about 1e-3).
+    """
     clip_ratio: float = 0.2
     """ε of the clipped surrogate, > 0."""
     clip_ratio_high: float | None = None
@@ -58,45 +92,67 @@ class GRPOConfig(LMConfig):
     beta: float = 0.0
     """Weight of KL(π_θ ‖ π_ref) in the loss, ≥ 0, per token; 0 needs no reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """See :func:`~policyopt.estimators.kl_estimate` for what the gradient of each is."""
+    """See :func:`~policyopt.estimators.kl_estimate` for what the gradient of each
+    is.
+    """
     epochs_per_batch: int = 1
     """Passes over each batch of completions."""
     minibatches: int = 1
     """Optimiser steps per pass."""
     importance_cap: float | None = 2.0
-    """Largest weight that corrects for a sampler whose probabilities differ from the trainer's; None: no correction."""
+    """Largest weight that corrects for a sampler whose probabilities differ from the
+    trainer's; None: no correction.
+    """
     drop_unfinished: bool = False
-    """Leave completions that ``max_new_tokens`` cut out of the loss (their reward still counts in the group)."""
+    """Leave completions that ``max_new_tokens`` cut out of the loss (their reward still
+    counts in the group).
+    """
     reward_weights: tuple[float, ...] | None = None
     """One per reward function; None weighs each with 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("group_size", self.group_size >= 2, ">= 2: one sample has nothing to be compared with")
         self._check(
-            "sampling", self.sampling.temperature > 0, "of a temperature > 0: equal samples teach nothing"
+            "group_size",
+            self.group_size >= 2,
+            ">= 2: one sample has nothing to be compared with",
+        )
+        self._check(
+            "sampling",
+            self.sampling.temperature > 0,
+            "of a temperature > 0: equal samples teach nothing",
         )
         self._check("clip_ratio", self.clip_ratio > 0, "> 0")
         self._check(
-            "clip_ratio_high", self.clip_ratio_high is None or self.clip_ratio_high > 0, "> 0 or None"
+            "clip_ratio_high",
+            self.clip_ratio_high is None or self.clip_ratio_high > 0,
+            "> 0 or None",
         )
         self._check("beta", self.beta >= 0, ">= 0")
         for name in ("epochs_per_batch", "minibatches"):
             self._check(name, getattr(self, name) >= 1, ">= 1")
         self._check("minibatches", self.minibatches <= self.batch_size, "<= batch_size")
-        self._check("importance_cap", self.importance_cap is None or self.importance_cap >= 1, ">= 1 or None")
+        self._check(
+            "importance_cap",
+            self.importance_cap is None or self.importance_cap >= 1,
+            ">= 1 or None",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOUpdate(LMUpdate):
-    """One row of :func:`train_grpo`'s history. Means are over the batch's completions unless said otherwise."""
+    """One row of :func:`train_grpo`'s history. Means are over the batch's completions
+    unless said otherwise.
+    """
 
     reward: float
     """Mean reward."""
     rewards: dict[str, float]
     """Mean of each reward function."""
     reward_std: float
-    """Mean over groups of the standard deviation within the group (denominator K − 1)."""
+    """Mean over groups of the standard deviation within the group (denominator K −
+    1).
+    """
     zero_variance: float
     """Share of groups whose rewards are all equal: they teach nothing."""
     length: float
@@ -104,10 +160,13 @@ class GRPOUpdate(LMUpdate):
     finished: float
     """Share of completions that ended by themselves."""
     loss: float
-    """Surrogate plus KL term, summed over the step's updates. At the first update the surrogate is 0 for the sequence
-    mean, and minus the covariance of advantage and length (scaled) for the others: its gradient is what counts."""
+    """Surrogate plus KL term, summed over the step's updates. At the first update the
+    surrogate is 0 for the sequence mean, and minus the covariance of advantage and
+    length (scaled) for the others: its gradient is what counts."""
     kl: float
-    """Estimate (k1) of KL(π_θ ‖ π_ref) of a completion, nats, before the step; NaN without a reference."""
+    """Estimate (k1) of KL(π_θ ‖ π_ref) of a completion, nats, before the step; NaN
+    without a reference.
+    """
     entropy: float
     """Estimate of the mean entropy per token, −log π of the sampled tokens, nats."""
     clip_fraction: float
@@ -127,9 +186,14 @@ def group_advantages(rewards: Tensor, config: GRPOConfig) -> Tensor:
 
 
 def grpo_surrogate(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, config: GRPOConfig
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    config: GRPOConfig,
 ) -> ClippedSurrogate:
-    """Return the clipped surrogate of each token, ``[B, T]``, with the ratio of the token or of its completion.
+    """Return the clipped surrogate of each token, ``[B, T]``, with the ratio of the
+    token or of its completion.
 
     Parameters
     ----------
@@ -174,11 +238,13 @@ def train_grpo(
     data : records
         Column ``prompt``; all other columns are handed to the reward functions.
     reward_functions : callable, sequence or mapping of callables
-        Each ``(completions, prompts, **columns) -> scores``; see :func:`~policyopt.lm.rewards.compute_rewards`.
+        Each ``(completions, prompts, **columns) -> scores``; see
+        :func:`~policyopt.lm.rewards.compute_rewards`.
     config : GRPOConfig
     reference : LanguageModel, optional
-        π_ref. By default the policy as it is given (for LoRA: with the adapters off) when ``config.beta`` > 0, and none
-        otherwise. One that is given is reported on even with β = 0.
+        π_ref. By default the policy as it is given (for LoRA: with the adapters off)
+        when ``config.beta`` > 0, and none otherwise. One that is given is reported on
+        even with β = 0.
     sampler : Sampler, optional
         By default the model itself.
     seed, callback, progress, checkpoint_dir
@@ -186,9 +252,9 @@ def train_grpo(
 
     References
     ----------
-    Shao et al. (2024), DeepSeekMath, arXiv:2402.03300, §4.1. Dr. GRPO: Liu et al. (2025), arXiv:2503.20783. DAPO: Yu et
-    al. (2025), arXiv:2503.14476. GSPO: Zheng et al. (2025), arXiv:2507.18071. RLOO: Ahmadian et al. (2024),
-    arXiv:2402.14740.
+    Shao et al. (2024), DeepSeekMath, arXiv:2402.03300, §4.1. Dr. GRPO: Liu et al.
+    (2025), arXiv:2503.20783. DAPO: Yu et al. (2025), arXiv:2503.14476. GSPO: Zheng et
+    al. (2025), arXiv:2507.18071. RLOO: Ahmadian et al. (2024), arXiv:2402.14740.
     """
     examples = prompt_examples(
         data,
@@ -197,7 +263,9 @@ def train_grpo(
         **config.limits(language_model),
     )
     frozen = (
-        Reference(language_model, reference, config) if config.beta > 0 or reference is not None else None
+        Reference(language_model, reference, config)
+        if config.beta > 0 or reference is not None
+        else None
     )
     run: Run[GRPOConfig, GRPOUpdate] = Run(
         "grpo", language_model, PolicyNetwork(language_model.model), config, row_type=GRPOUpdate, items=len(examples),
@@ -206,7 +274,11 @@ def train_grpo(
     )  # fmt: skip
     sampler = sampler or TransformersSampler(language_model)
     size, sampling = config.group_size, config.sampling
-    scoring = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    scoring = {
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+    }
     one_update = config.epochs_per_batch * config.minibatches == 1
 
     with run:
@@ -233,34 +305,60 @@ def train_grpo(
                          for rows in run.micro_batches(len(sequences), size)]
                     )  # fmt: skip
 
-            totals, ratio_max = torch.zeros(3, device=run.device), torch.zeros((), device=run.device)
+            totals, ratio_max = (
+                torch.zeros(3, device=run.device),
+                torch.zeros((), device=run.device),
+            )
             for _ in range(config.epochs_per_batch):
                 for numbers in minibatches(len(sequences), config.minibatches, size):
                     part = torch.tensor(numbers, device=run.device)
                     reduction, denominator = _denominator(counted[part], config, run)
-                    # Without a KL term a completion of advantage 0 has no gradient: it is counted but not computed.
-                    active = part if config.beta > 0 or run.world > 1 else part[advantages[part] != 0]
+                    # Without a KL term a completion of advantage 0 has no gradient: it
+                    # is counted but not computed.
+                    active = (
+                        part
+                        if config.beta > 0 or run.world > 1
+                        else part[advantages[part] != 0]
+                    )
                     for places in run.micro_batches(len(active)):
                         rows = active[places]
                         piece = sequences.select(rows)
                         T = piece.completion_ids.shape[1]
                         mask = counted[rows, :T]
                         log_probs = run.network(piece, **scoring).log_probs
-                        old = log_probs.detach() if old_log_probs is None else old_log_probs[rows, :T]
-                        items = grpo_surrogate(log_probs, old, advantages[rows], mask, config)
+                        old = (
+                            log_probs.detach()
+                            if old_log_probs is None
+                            else old_log_probs[rows, :T]
+                        )
+                        items = grpo_surrogate(
+                            log_probs, old, advantages[rows], mask, config
+                        )
                         losses = items.loss
                         if config.importance_cap is not None:
                             sampled = batch.sampler_log_probs[rows, :T]
-                            losses = losses * importance_weights(old, sampled, cap=config.importance_cap)
+                            losses = losses * importance_weights(
+                                old, sampled, cap=config.importance_cap
+                            )
                         if config.beta > 0 and reference_log_probs is not None:
-                            kl = kl_estimate(log_probs, reference_log_probs[rows, :T], config.kl_estimator)
+                            kl = kl_estimate(
+                                log_probs,
+                                reference_log_probs[rows, :T],
+                                config.kl_estimator,
+                            )
                             losses = losses + config.beta * kl
-                        loss = aggregate(losses, mask, reduction=reduction, denominator=denominator)
+                        loss = aggregate(
+                            losses, mask, reduction=reduction, denominator=denominator
+                        )
                         run.backward(loss)
                         clipped = (items.clipped * mask).sum()
-                        totals += torch.stack([loss.detach(), clipped, mask.sum().to(clipped)])
+                        totals += torch.stack(
+                            [loss.detach(), clipped, mask.sum().to(clipped)]
+                        )
                         if mask.any():
-                            ratio_max = torch.maximum(ratio_max, items.ratio[mask].max())
+                            ratio_max = torch.maximum(
+                                ratio_max, items.ratio[mask].max()
+                            )
                     norm = run.descend() if len(active) else 0.0
             if isinstance(sampler, UpdatedSampler):
                 sampler.update_weights(language_model.model)
@@ -270,14 +368,21 @@ def train_grpo(
             loss_sum, clipped_sum, seen = run.sum(totals).tolist()
             kl_sum = torch.nan
             if reference_log_probs is not None:
-                kl_sum = float(run.sum((batch.sampler_log_probs - reference_log_probs).sum()))
+                kl_sum = float(
+                    run.sum((batch.sampler_log_probs - reference_log_probs).sum())
+                )
             run.log(
                 tokens=int(tokens),
                 gradient_norm=norm,
                 reward=float(run.sum(batch.rewards.sum())) / count,
-                rewards={name: float(run.sum(part.sum())) / count for name, part in batch.parts.items()},
+                rewards={
+                    name: float(run.sum(part.sum())) / count
+                    for name, part in batch.parts.items()
+                },
                 reward_std=float(run.sum(groups.std(dim=1).sum())) / count * size,
-                zero_variance=float(run.sum((groups == groups[:, :1]).all(dim=1).sum())) / count * size,
+                zero_variance=float(run.sum((groups == groups[:, :1]).all(dim=1).sum()))
+                / count
+                * size,
                 length=tokens / count,
                 finished=float(run.sum(batch.finished.sum())) / count,
                 loss=loss_sum,
@@ -292,7 +397,9 @@ def train_grpo(
 def _denominator(
     mask: Tensor, config: GRPOConfig, run: Run[GRPOConfig, GRPOUpdate]
 ) -> tuple[Literal["mean", "sequence-mean"], Tensor]:
-    """Return the loss's reduction and its denominator over the minibatch of all processes."""
+    """Return the loss's reduction and its denominator over the minibatch of all
+    processes.
+    """
     if config.loss_mean == "token":
         return "mean", run.sum(mask.sum()).clamp(min=1)
     if config.loss_mean == "constant":

@@ -1,4 +1,6 @@
-"""Pairwise ranking loss on ranked lists of completions: what some articles call GRPO."""
+"""Pairwise ranking loss on ranked lists of completions: what some articles call
+GRPO.
+"""
 
 from __future__ import annotations
 
@@ -36,15 +38,21 @@ class RankingConfig(LMConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RankingUpdate(LMUpdate):
-    """One row of :func:`train_ranking`'s history. Means are over all ordered pairs of the batch's lists."""
+    """One row of :func:`train_ranking`'s history. Means are over all ordered pairs of
+    the batch's lists.
+    """
 
     loss: float
     accuracy: float
-    """Share of pairs that the policy's log-probabilities order as the list does, before the step."""
+    """Share of pairs that the policy's log-probabilities order as the list does, before
+    the step.
+    """
     margin: float
     """Mean β (log π of the better − log π of the worse completion)."""
     best_log_prob: float
-    """Mean log π of the first completion of each list, nats (per token if normalised)."""
+    """Mean log π of the first completion of each list, nats (per token if
+    normalised).
+    """
 
     headline: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
 
@@ -59,12 +67,14 @@ def train_ranking(
     progress: bool = True,
     checkpoint_dir: str | Path | None = None,
 ) -> LMResult[RankingConfig, RankingUpdate]:
-    """Train a policy to order the completions of each list as the list does, by their log-probabilities.
+    """Train a policy to order the completions of each list as the list does, by their
+    log-probabilities.
 
-    Every ordered pair costs −log σ(β (log π(better) − log π(worse))). There is no reference policy and nothing is
-    sampled: it is RankNet's loss (Burges et al. 2005, doi:10.1145/1102351.1102363) with the policy as the scorer, and
-    with lists of two it is reference-free DPO. It is not group relative policy optimisation, although articles have
-    given it that name.
+    Every ordered pair costs −log σ(β (log π(better) − log π(worse))). There is no
+    reference policy and nothing is sampled: it is RankNet's loss (Burges et al. 2005,
+    doi:10.1145/1102351.1102363) with the policy as the scorer, and with lists of two it
+    is reference-free DPO. It is not group relative policy optimisation, although
+    articles have given it that name.
 
     Parameters
     ----------
@@ -75,7 +85,9 @@ def train_ranking(
     config, seed, callback, progress, checkpoint_dir
         As in :func:`~policyopt.lm.sft.train_sft`.
     """
-    lists = ranked_lists(data, language_model.tokenizer, **config.limits(language_model))
+    lists = ranked_lists(
+        data, language_model.tokenizer, **config.limits(language_model)
+    )
     run: Run[RankingConfig, RankingUpdate] = Run(
         "ranking", language_model, PolicyNetwork(language_model.model), config, row_type=RankingUpdate,
         items=len(lists), seed=seed, callback=callback, progress=progress, checkpoint_dir=checkpoint_dir,
@@ -93,13 +105,23 @@ def train_ranking(
             for rows in run.micro_batches(len(batch), sizes):
                 piece = batch.select(rows)
                 log_probs = run.network(piece).log_probs
-                scores = sequence_log_prob(log_probs, piece.completion_mask, reduction=reduction)
+                scores = sequence_log_prob(
+                    log_probs, piece.completion_mask, reduction=reduction
+                )
                 by_list = scores.split(torch.bincount(piece.prompt_index).tolist())
-                items = [ranking_loss(scores_of_list, beta=config.beta) for scores_of_list in by_list]
-                losses, margins = torch.cat([i.loss for i in items]), torch.cat([i.margin for i in items])
+                items = [
+                    ranking_loss(scores_of_list, beta=config.beta)
+                    for scores_of_list in by_list
+                ]
+                losses, margins = (
+                    torch.cat([i.loss for i in items]),
+                    torch.cat([i.margin for i in items]),
+                )
                 run.backward(aggregate(losses, denominator=pairs))
                 best = torch.stack([scores_of_list[0] for scores_of_list in by_list])
-                totals += torch.stack([losses.sum(), (margins > 0).sum(), margins.sum(), best.sum()]).detach()
+                totals += torch.stack(
+                    [losses.sum(), (margins > 0).sum(), margins.sum(), best.sum()]
+                ).detach()
             norm = run.descend()
             loss, right, margin, best_sum = run.sum(totals).tolist()
             run.log(

@@ -1,7 +1,8 @@
 """Reward functions: called, checked, and added up.
 
-A reward function is any callable that scores completions: it is given the completions, their prompts and the other
-columns of the data, one entry per completion each, and returns one number per completion.
+A reward function is any callable that scores completions: it is given the completions,
+their prompts and the other columns of the data, one entry per completion each, and
+returns one number per completion.
 """
 
 from __future__ import annotations
@@ -31,9 +32,13 @@ __all__ = [
 ]
 
 RewardFunction = Callable[..., Any]
-"""``(completions, prompts, **columns)`` ↦ one number per completion (a sequence, array or tensor)."""
+"""``(completions, prompts, **columns)`` ↦ one number per completion (a sequence, array
+or tensor).
+"""
 
-RewardFunctions = RewardFunction | Sequence[RewardFunction] | Mapping[str, RewardFunction]
+RewardFunctions = (
+    RewardFunction | Sequence[RewardFunction] | Mapping[str, RewardFunction]
+)
 """One reward function, several, or several by name."""
 
 
@@ -60,8 +65,8 @@ def compute_rewards(
     Parameters
     ----------
     functions : callable, sequence or mapping of callables
-        Called with ``completions``, ``prompts`` and the columns as keywords. One without ``**columns`` is given only
-        what its signature names.
+        Called with ``completions``, ``prompts`` and the columns as keywords. One
+        without ``**columns`` is given only what its signature names.
     completions : sequence of str
         ``B`` texts.
     prompts : sequence of str or chat messages
@@ -76,8 +81,9 @@ def compute_rewards(
     RuntimeError
         If a function raises; its own exception is the cause.
     ValueError
-        If a function returns anything but one finite number per completion (the message names the function and the
-        item), if there are no functions, or not one finite weight for each.
+        If a function returns anything but one finite number per completion (the message
+        names the function and the item), if there are no functions, or not one finite
+        weight for each.
     TypeError
         If a function cannot be called with what there is.
 
@@ -89,14 +95,17 @@ def compute_rewards(
     tensor([-3., -9.])
     """
     named = _by_name(functions)
-    factors = [1.0] * len(named) if weights is None else [float(weight) for weight in weights]
+    factors = (
+        [1.0] * len(named) if weights is None else [float(weight) for weight in weights]
+    )
     if len(factors) != len(named) or not all(map(math.isfinite, factors)):
         raise ValueError(
-            f"weights must be one finite number for each of the {len(named)} reward functions {list(named)}, "
-            f"got {weights!r}"
+            f"weights must be one finite number for each of the {len(named)} reward "
+            f"functions {list(named)}, got {weights!r}"
         )
     parts = {
-        name: _score(name, function, completions, prompts, columns or {}) for name, function in named.items()
+        name: _score(name, function, completions, prompts, columns or {})
+        for name, function in named.items()
     }
     total = torch.zeros(len(completions), dtype=torch.float64)
     for factor, part in zip(factors, parts.values(), strict=True):
@@ -121,7 +130,10 @@ def _by_name(functions: RewardFunctions) -> dict[str, RewardFunction]:
         raise ValueError("there are no reward functions; give at least one")
     for name, function in named.items():
         if not callable(function):
-            raise TypeError(f"reward function {name!r} must be callable, got {type(function).__name__}")
+            raise TypeError(
+                f"reward function {name!r} must be callable, got "
+                f"{type(function).__name__}"
+            )
     return named
 
 
@@ -132,33 +144,46 @@ def _score(
     prompts: Sequence[Prompt],
     columns: Mapping[str, Sequence[Any]],
 ) -> Tensor:
-    # Copies, so that a function that edits its lists does not change what the next one sees.
-    available: dict[str, list[Any]] = {"completions": list(completions), "prompts": list(prompts)}
+    # Copies, so that a function that edits its lists does not change what the next one
+    # sees.
+    available: dict[str, list[Any]] = {
+        "completions": list(completions),
+        "prompts": list(prompts),
+    }
     available |= {column: list(values) for column, values in columns.items()}
     arguments = _accepted(name, function, available)
     try:
         result = function(**arguments)
     except Exception as error:
-        first = f"; the first: {_quote(completions[0], prompts[0])}" if completions else ""
+        first = (
+            f"; the first: {_quote(completions[0], prompts[0])}" if completions else ""
+        )
         raise RuntimeError(
-            f"reward function {name!r} raised {type(error).__name__}: {error} (on a batch of {len(completions)} "
-            f"completions{first})"
+            f"reward function {name!r} raised {type(error).__name__}: {error} (on a "
+            f"batch of {len(completions)} completions{first})"
         ) from error
     values = _values(name, result, len(completions))
     scores = torch.zeros(len(values), dtype=torch.float32)
     for i, value in enumerate(values):
         number = _number(value)
         if number is None or not math.isfinite(number):
-            shown = "None" if value is None else _shorten(f"{value!r} ({type(value).__name__})")
+            shown = (
+                "None"
+                if value is None
+                else _shorten(f"{value!r} ({type(value).__name__})")
+            )
             raise ValueError(
-                f"reward function {name!r} returned {shown} for item {i} ({_quote(completions[i], prompts[i])}); it "
-                "must return a finite number for every completion, 0 or a penalty where it has no opinion"
+                f"reward function {name!r} returned {shown} for item {i} "
+                f"({_quote(completions[i], prompts[i])}); it must return a finite "
+                "number for every completion, 0 or a penalty where it has no opinion"
             )
         scores[i] = number
     return scores
 
 
-def _accepted(name: str, function: RewardFunction, available: dict[str, list[Any]]) -> dict[str, list[Any]]:
+def _accepted(
+    name: str, function: RewardFunction, available: dict[str, list[Any]]
+) -> dict[str, list[Any]]:
     """Keep the arguments that the function's signature takes."""
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -168,20 +193,31 @@ def _accepted(name: str, function: RewardFunction, available: dict[str, list[Any
             "def reward(completions, prompts, **columns): ..."
         ) from error
     everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    named = {
+        p.name: p
+        for p in parameters
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    }
     if "completions" not in named and not everything:
         raise TypeError(
-            f"reward function {name!r} takes no argument 'completions', its signature is "
-            f"{inspect.signature(function)}; write it as: def reward(completions, prompts, **columns): ..."
+            f"reward function {name!r} takes no argument 'completions', its signature "
+            f"is {inspect.signature(function)}; write it as: def reward(completions, "
+            "prompts, **columns): ..."
         )
     for p in parameters:
-        required = p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        required = p.default is p.empty and p.kind not in (
+            p.VAR_POSITIONAL,
+            p.VAR_KEYWORD,
+        )
         if required and (p.kind is p.POSITIONAL_ONLY or p.name not in available):
             raise TypeError(
-                f"reward function {name!r} requires {p.name!r}, which is not there; it can have "
-                f"{', '.join(available)} as keywords: add the column to the data, or give the argument a default"
+                f"reward function {name!r} requires {p.name!r}, which is not there; it "
+                f"can have {', '.join(available)} as keywords: add the column to the "
+                "data, or give the argument a default"
             )
-    return {key: value for key, value in available.items() if everything or key in named}
+    return {
+        key: value for key, value in available.items() if everything or key in named
+    }
 
 
 def _values(name: str, result: Any, count: int) -> list[Any]:
@@ -190,26 +226,32 @@ def _values(name: str, result: Any, count: int) -> list[Any]:
     if isinstance(result, np.ndarray):
         if result.ndim != 1:
             raise ValueError(
-                f"reward function {name!r} returned an array of shape {result.shape}; it must return one number per "
-                f"completion, {count} here, shape ({count},)"
+                f"reward function {name!r} returned an array of shape {result.shape}; "
+                f"it must return one number per completion, {count} here, shape "
+                f"({count},)"
             )
         result = result.tolist()
-    if isinstance(result, (str, bytes, Mapping, set)) or not hasattr(result, "__iter__"):
+    if isinstance(result, (str, bytes, Mapping, set)) or not hasattr(
+        result, "__iter__"
+    ):
         raise ValueError(
-            f"reward function {name!r} returned {_shorten(repr(result))} ({type(result).__name__}); it must return one "
-            f"number per completion, {count} here"
+            f"reward function {name!r} returned {_shorten(repr(result))} "
+            f"({type(result).__name__}); it must return one number per completion, "
+            f"{count} here"
         )
     values = list(result)
     if len(values) != count:
         raise ValueError(
-            f"reward function {name!r} returned {len(values)} rewards for {count} completions; it must return one "
-            "number per completion, in their order"
+            f"reward function {name!r} returned {len(values)} rewards for {count} "
+            "completions; it must return one number per completion, in their order"
         )
     return values
 
 
 def _number(value: Any) -> float | None:
-    """Return a number as a float, infinite if float32 cannot hold it, or None for what is not a number."""
+    """Return a number as a float, infinite if float32 cannot hold it, or None for what
+    is not a number.
+    """
     if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0:
         value = value.item()
     if not isinstance(value, (Real, Decimal, np.bool_)):
@@ -227,18 +269,21 @@ def _quote(completion: str, prompt: Prompt) -> str:
     return f"prompt {short!r}, completion {_shorten(completion)!r}"
 
 
-# --- a rule for arithmetic --------------------------------------------------------------------------------------
+# --- a rule for arithmetic ---
 
 _MARKED = re.compile(r"####([^\n]*)|\\boxed\{([^{}]*)\}")
-_NUMBER = re.compile(r"[-+]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
+_NUMBER = re.compile(
+    r"[-+]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+)
 
 
 def final_number(text: str) -> Decimal | None:
     r"""Return the number that a worked solution declares as its answer.
 
-    The answer stands behind the last ``####`` of the text, on its line, or in the last ``\boxed{}``, whichever comes
-    later. Currency signs, units and thousands separators do not matter. With no such place, no number in it, or
-    several, there is no answer: a model cannot profit from listing candidates.
+    The answer stands behind the last ``####`` of the text, on its line, or in the last
+    ``\boxed{}``, whichever comes later. Currency signs, units and thousands separators
+    do not matter. With no such place, no number in it, or several, there is no answer:
+    a model cannot profit from listing candidates.
 
     Examples
     --------
@@ -249,24 +294,29 @@ def final_number(text: str) -> Decimal | None:
     >>> final_number("#### 71 or 72") is None
     True
     """
-    places = [match.group(1) or match.group(2) or "" for match in _MARKED.finditer(text)]
+    places = [
+        match.group(1) or match.group(2) or "" for match in _MARKED.finditer(text)
+    ]
     return _only_number(places[-1]) if places else None
 
 
 def final_number_reward(
     completions: Sequence[str], *, answer: Sequence[str | float], **columns: object
 ) -> list[float]:
-    r"""Reward function: 1 where :func:`final_number` of the completion equals the column ``answer``, else 0.
+    r"""Reward function: 1 where :func:`final_number` of the completion equals the
+    column ``answer``, else 0.
 
     Parameters
     ----------
     completions : sequence of str
     answer : sequence of str or number
-        The right numbers, or texts that end with ``#### number`` as in GSM8K, or that are a number.
+        The right numbers, or texts that end with ``#### number`` as in GSM8K, or that
+        are a number.
 
     References
     ----------
-    Cobbe et al. (2021), Training verifiers to solve math word problems, arXiv:2110.14168: the data set GSM8K.
+    Cobbe et al. (2021), Training verifiers to solve math word problems,
+    arXiv:2110.14168: the data set GSM8K.
     """
     scores = []
     for i, (text, right) in enumerate(zip(completions, answer, strict=True)):

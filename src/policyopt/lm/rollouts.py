@@ -47,8 +47,9 @@ def collect(
 ) -> Experience:
     """Sample completions of each prompt and score them.
 
-    Reward functions get ``completions`` and ``prompts`` (texts or chat messages), one entry per completion, the other
-    columns of the data likewise, and ``finished``, which tells completions that ended by themselves.
+    Reward functions get ``completions`` and ``prompts`` (texts or chat messages), one
+    entry per completion, the other columns of the data likewise, and ``finished``,
+    which tells completions that ended by themselves.
     """
     samples = sampler.sample(
         [example.prompt_ids for example in examples],
@@ -64,9 +65,13 @@ def collect(
         for row, length in zip(sequences.completion_ids.tolist(), lengths, strict=True)
     ]
     rows = [example for example in examples for _ in range(samples_per_prompt)]
-    columns: dict[str, list[Any]] = {name: [row.columns[name] for row in rows] for name in rows[0].columns}
+    columns: dict[str, list[Any]] = {
+        name: [row.columns[name] for row in rows] for name in rows[0].columns
+    }
     columns["finished"] = samples.finished.tolist()
-    rewards = compute_rewards(reward_functions, texts, [row.prompt for row in rows], columns, weights=weights)
+    rewards = compute_rewards(
+        reward_functions, texts, [row.prompt for row in rows], columns, weights=weights
+    )
     device = language_model.device
     return Experience(
         sequences=sequences.to(device),
@@ -79,10 +84,14 @@ def collect(
 
 
 def minibatches(size: int, count: int, group: int) -> list[list[int]]:
-    """Cut the numbers 0 … ``size`` − 1 into ``count`` pieces of whole groups (``group`` neighbours each).
+    """Cut the numbers 0 … ``size`` − 1 into ``count`` pieces of whole groups (``group``
+    neighbours each).
 
-    Piece m takes the groups m, m + count, m + 2 count, …: the data are shuffled already, and processes that hold
-    neighbouring shares of a batch cut the same pieces together that one process would cut alone.
+    Piece m takes the groups m, m + count, m + 2 count, …: the data are shuffled
+    already, and processes that hold neighbouring shares of a batch cut the same pieces
+    together that one process would cut alone.
     """
     groups = [range(start, start + group) for start in range(0, size, group)]
-    return [[row for rows in groups[first::count] for row in rows] for first in range(count)]
+    return [
+        [row for rows in groups[first::count] for row in rows] for first in range(count)
+    ]

@@ -25,11 +25,17 @@ class SFTConfig(LMConfig):
     """Settings of :func:`train_sft`."""
 
     eval_every: int | None = None
-    """Steps between measurements on ``eval_data``; None measures after the last step only."""
+    """Steps between measurements on ``eval_data``; None measures after the last step
+    only.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("eval_every", self.eval_every is None or self.eval_every >= 1, ">= 1 or None")
+        self._check(
+            "eval_every",
+            self.eval_every is None or self.eval_every >= 1,
+            ">= 1 or None",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +61,16 @@ def train_sft(
     progress: bool = True,
     checkpoint_dir: str | Path | None = None,
 ) -> LMResult[SFTConfig, SFTUpdate]:
-    """Maximise the likelihood of completions given their prompts. Prompt tokens are read, not learned.
+    """Maximise the likelihood of completions given their prompts. Prompt tokens are
+    read, not learned.
 
     Parameters
     ----------
     language_model : LanguageModel
         Trained in place.
     data : records
-        Columns ``prompt`` and ``completion``, or ``messages`` that end with the assistant's. See
+        Columns ``prompt`` and ``completion``, or ``messages`` that end with the
+        assistant's. See
         :func:`~policyopt.lm.data.read_records`.
     config : SFTConfig
     eval_data : records, optional
@@ -74,8 +82,8 @@ def train_sft(
     progress : bool
         Show a progress bar.
     checkpoint_dir : path, optional
-        A folder for checkpoints. If it holds one of this very run, training goes on from there, and ends as the
-        uninterrupted run would have, bit for bit on a CPU.
+        A folder for checkpoints. If it holds one of this very run, training goes on
+        from there, and ends as the uninterrupted run would have, bit for bit on a CPU.
 
     Raises
     ------
@@ -86,7 +94,11 @@ def train_sft(
     """
     limits = config.limits(language_model)
     examples = sft_examples(data, language_model.tokenizer, **limits)
-    held_out = [] if eval_data is None else sft_examples(eval_data, language_model.tokenizer, **limits)
+    held_out = (
+        []
+        if eval_data is None
+        else sft_examples(eval_data, language_model.tokenizer, **limits)
+    )
     run: Run[SFTConfig, SFTUpdate] = Run(
         "sft", language_model, PolicyNetwork(language_model.model), config, row_type=SFTUpdate, items=len(examples),
         seed=seed, callback=callback, progress=progress, checkpoint_dir=checkpoint_dir,
@@ -105,7 +117,9 @@ def train_sft(
                 total += loss.detach()
             norm = run.descend()
             every = config.eval_every or run.total
-            measured = bool(held_out) and ((step + 1) % every == 0 or step + 1 == run.total)
+            measured = bool(held_out) and (
+                (step + 1) % every == 0 or step + 1 == run.total
+            )
             run.log(
                 tokens=int(tokens),
                 gradient_norm=norm,

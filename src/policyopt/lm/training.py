@@ -1,4 +1,6 @@
-"""What the training loops share: optimiser, micro-batches, processes, record, checkpoints. No learning happens here."""
+"""What the training loops share: optimiser, micro-batches, processes, record,
+checkpoints. No learning happens here.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,24 @@ from policyopt.lm.log_probs import TokenLogProbs, completion_log_probs
 from policyopt.lm.models import LanguageModel, RewardModel, is_adapted
 from policyopt.lm.sampling import SamplingConfig, TransformersSampler
 from policyopt.lm.sequences import Sequences, evaluating, widen
-from policyopt.lm.sharding import ShardedNetwork, gathered, shard_like, sharding_requested, whole
+from policyopt.lm.sharding import (
+    ShardedNetwork,
+    gathered,
+    shard_like,
+    sharding_requested,
+    whole,
+)
 from policyopt.runs import History, TrainingDivergedError, derive_seed
 
-__all__ = ["Callback", "LMResult", "LMUpdate", "LoggedSample", "PolicyNetwork", "Reference", "Run"]
+__all__ = [
+    "Callback",
+    "LMResult",
+    "LMUpdate",
+    "LoggedSample",
+    "PolicyNetwork",
+    "Reference",
+    "Run",
+]
 
 Callback = Callable[[Any], bool | None]
 """Called with every row of the history; a true return value stops the training."""
@@ -40,7 +56,9 @@ Callback = Callable[[Any], bool | None]
 
 @dataclass(frozen=True, kw_only=True)
 class LMUpdate:
-    """One row of the history: what every trainer reports after a step. Sums and means are over all processes."""
+    """One row of the history: what every trainer reports after a step. Sums and means
+    are over all processes.
+    """
 
     step: int
     """Number of the step, from 1."""
@@ -55,7 +73,9 @@ class LMUpdate:
     headline: ClassVar[tuple[str, ...]] = ("loss",)
     """Fields that the progress bar shows."""
     may_be_nan: ClassVar[tuple[str, ...]] = ()
-    """Fields that are NaN where they were not measured; any other NaN means that the training diverged."""
+    """Fields that are NaN where they were not measured; any other NaN means that the
+    training diverged.
+    """
 
 
 RowT = TypeVar("RowT", bound=LMUpdate)
@@ -88,7 +108,7 @@ class LMResult(Generic[ConfigT, RowT]):
     steps: int
     samples: list[LoggedSample] = field(default_factory=list)
     reward_model: RewardModel | None = None
-    """What :func:`~policyopt.lm.reward.train_reward_model` trained."""
+    """What :func:`~policyopt.lm.reward_model.train_reward_model` trained."""
     critic: nn.Module | None = None
     """The value function of :func:`~policyopt.lm.ppo.train_ppo_lm`."""
 
@@ -101,15 +121,20 @@ class LMResult(Generic[ConfigT, RowT]):
             self.critic.cpu()
 
     def save(self, folder: str | Path) -> Path:
-        """Write the model (or the reward model) for :func:`~policyopt.lm.models.load`, and the history beside it.
+        """Write the model (or the reward model) for :func:`~policyopt.lm.models.load`,
+        and the history beside it.
 
         Of several processes the first one writes, and the others return at once.
         """
         folder = Path(folder)
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        several = (
+            torch.distributed.is_available() and torch.distributed.is_initialized()
+        )
         if several and torch.distributed.get_rank() != 0:
             return folder
-        (self.language_model if self.reward_model is None else self.reward_model).save(folder)
+        (self.language_model if self.reward_model is None else self.reward_model).save(
+            folder
+        )
         self.history.to_csv(folder / "history.csv")
         about = {
             "algorithm": self.algorithm,
@@ -124,7 +149,9 @@ class LMResult(Generic[ConfigT, RowT]):
 
 
 class PolicyNetwork(nn.Module):
-    """π_θ as a module whose forward pass scores completions: what is wrapped for several processes."""
+    """π_θ as a module whose forward pass scores completions: what is wrapped for
+    several processes.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -138,9 +165,10 @@ class PolicyNetwork(nn.Module):
 class Reference:
     """π_ref: the policy that training starts from, or another one, without gradient.
 
-    With LoRA it is the model with its adapters switched off, and costs no memory; otherwise a copy is kept.
-    Make it before the training (and before a checkpoint is read): it remembers the weights of that moment.
-    ``frozen=False`` makes no copy, for those who ask it everything before the first step.
+    With LoRA it is the model with its adapters switched off, and costs no memory;
+    otherwise a copy is kept. Make it before the training (and before a checkpoint is
+    read): it remembers the weights of that moment. ``frozen=False`` makes no copy, for
+    those who ask it everything before the first step.
     """
 
     def __init__(
@@ -155,7 +183,8 @@ class Reference:
         if reference is not None:
             if len(reference.tokenizer) != len(language_model.tokenizer):
                 raise ValueError(
-                    f"reference must have the policy's tokenizer, got {len(reference.tokenizer)} tokens for "
+                    "reference must have the policy's tokenizer, got "
+                    f"{len(reference.tokenizer)} tokens for "
                     f"{len(language_model.tokenizer)}"
                 )
             self.model = reference.model
@@ -168,27 +197,38 @@ class Reference:
 
     @torch.no_grad()
     def log_probs(
-        self, sequences: Sequences, pieces: Iterable[Tensor] | None = None, **options: Any
+        self,
+        sequences: Sequences,
+        pieces: Iterable[Tensor] | None = None,
+        **options: Any,
     ) -> Tensor:
-        """Return log π_ref(y_t | x, y_<t), ``[B, T]``; ``pieces`` are row numbers to be computed one after another."""
+        """Return log π_ref(y_t | x, y_<t), ``[B, T]``; ``pieces`` are row numbers to be
+        computed one after another.
+        """
         adapters_off = self.model.disable_adapter() if self._adapted else nullcontext()
-        precision = torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast)
+        precision = torch.autocast(
+            self._device.type, torch.bfloat16, enabled=self._autocast
+        )
         with gathered(self.model), evaluating(self.model), adapters_off, precision:
             parts = [sequences] if pieces is None else map(sequences.select, pieces)
-            log_probs = [completion_log_probs(self.model, part, **options).log_probs for part in parts]
+            log_probs = [
+                completion_log_probs(self.model, part, **options).log_probs
+                for part in parts
+            ]
         return torch.cat([widen(part, sequences.completion_mask) for part in log_probs])
 
 
 class Run(Generic[ConfigT, RowT]):
     """The frame of a training loop.
 
-    A trainer makes one and loops ``for step in run.steps()`` inside ``with run:``. In each step it takes its share of
-    the batch, calls :meth:`backward` for every piece of :meth:`micro_batches`, then :meth:`descend`, and at the end
+    A trainer makes one and loops ``for step in run.steps()`` inside ``with run:``. In
+    each step it takes its share of the batch, calls :meth:`backward` for every piece of
+    :meth:`micro_batches`, then :meth:`descend`, and at the end
     :meth:`log`. The frame owns the optimiser, the other processes, the record, the checkpoints, and the ways in which
     a run can end early.
 
-    All randomness is a function of (seed, step), so a checkpoint needs no generator states, and a resumed run repeats
-    the uninterrupted one.
+    All randomness is a function of (seed, step), so a checkpoint needs no generator
+    states, and a resumed run repeats the uninterrupted one.
     """
 
     def __init__(
@@ -209,7 +249,12 @@ class Run(Generic[ConfigT, RowT]):
     ) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
-        self.algorithm, self.language_model, self.config, self.seed = algorithm, language_model, config, seed
+        self.algorithm, self.language_model, self.config, self.seed = (
+            algorithm,
+            language_model,
+            config,
+            seed,
+        )
         self.callback, self.device = callback, language_model.device
         self.items, self.total = items, config.total_steps(items)
         self.state = dict(state or {})
@@ -225,11 +270,15 @@ class Run(Generic[ConfigT, RowT]):
         self._bare = network
         parameters = self.parameters()
         if not parameters:
-            raise ValueError("language_model has no trainable parameter: all have requires_grad=False")
+            raise ValueError(
+                "language_model has no trainable parameter: all have "
+                "requires_grad=False"
+            )
         if any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters):
             warnings.warn(
-                "the trained weights are in 16 bits, where an update smaller than 1/256 of a weight is lost; load the "
-                "model with dtype='float32' and set autocast='bfloat16', or train adapters with lora=LoRA()",
+                "the trained weights are in 16 bits, where an update smaller than "
+                "1/256 of a weight is lost; load the model with dtype='float32' and "
+                "set autocast='bfloat16', or train adapters with lora=LoRA()",
                 stacklevel=3,
             )
         self.optimizer = self._new_optimizer()
@@ -249,28 +298,37 @@ class Run(Generic[ConfigT, RowT]):
             kind = str(self._accelerator.distributed_type.value)
             if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
                 raise ValueError(
-                    f"the processes were launched for {kind}; these trainers share the work by data parallelism (DDP) "
-                    "or FSDP2: launch them with torchrun, or with accelerate and no other plugin"
+                    f"the processes were launched for {kind}; these trainers share the "
+                    "work by data parallelism (DDP) or FSDP2: launch them with "
+                    "torchrun, or with accelerate and no other plugin"
                 )
             if config.batch_size % self.world:
                 raise ValueError(
-                    f"batch_size must be a multiple of the {self.world} processes, got {config.batch_size}"
+                    f"batch_size must be a multiple of the {self.world} processes, got "
+                    f"{config.batch_size}"
                 )
-        self._slots: dict[int, dict[str, Tensor]] = {}  # the optimiser's, from a checkpoint
+        self._slots: dict[
+            int, dict[str, Tensor]
+        ] = {}  # the optimiser's, from a checkpoint
         if self._checkpoint_dir is not None and has_checkpoint(self._checkpoint_dir):
             self._resume(self._checkpoint_dir)
         self._sharded: ShardedNetwork | None = None
         if self._accelerator is not None and sharding:
             self._shard()
         if self._slots:
-            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": self._slots})
+            self.optimizer.load_state_dict(
+                {**self.optimizer.state_dict(), "state": self._slots}
+            )
             self._slots = {}
         if self._accelerator is not None and self._sharded is None:
-            self.network, self.optimizer = self._accelerator.prepare(network, self.optimizer)
+            self.network, self.optimizer = self._accelerator.prepare(
+                network, self.optimizer
+            )
             self.device = self._accelerator.device
         self._started = time.perf_counter()
 
-    # --- the loop's interface ---------------------------------------------------------------------------------
+    # --- the loop's interface ---
+    # ---------------------------------------------------------------------------------
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters that are trained."""
@@ -282,7 +340,9 @@ class Run(Generic[ConfigT, RowT]):
         return len(self.history)
 
     def steps(self) -> Iterator[int]:
-        """Yield the number of each step to make, from 0 (or where the checkpoint left off)."""
+        """Yield the number of each step to make, from 0 (or where the checkpoint left
+        off).
+        """
         while not self._stopped and self.step < self.total:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.config.learning_rate_at(self.step, self.total)
@@ -293,7 +353,9 @@ class Run(Generic[ConfigT, RowT]):
 
     def batch(self) -> list[int]:
         """Return the items of the data that this process works on in this step."""
-        indices = batch_indices(self.items, self.config.batch_size, self.step, self.seed)
+        indices = batch_indices(
+            self.items, self.config.batch_size, self.step, self.seed
+        )
         share = len(indices) // self.world
         return indices[self.rank * share : (self.rank + 1) * share]
 
@@ -301,11 +363,15 @@ class Run(Generic[ConfigT, RowT]):
         """Return the seed for this step's draws, the same in all processes."""
         return derive_seed(self.seed, self.step, 1 << 20, 0)
 
-    def micro_batches(self, size: int, groups: Sequence[int] | int = 1) -> Iterator[Tensor]:
-        """Yield row numbers that cut ``size`` completions into pieces of at most ``micro_batch_size``.
+    def micro_batches(
+        self, size: int, groups: Sequence[int] | int = 1
+    ) -> Iterator[Tensor]:
+        """Yield row numbers that cut ``size`` completions into pieces of at most
+        ``micro_batch_size``.
 
-        Neighbours that form a group (a pair, a list) stay together, however many they are; ``groups`` are the sizes of
-        the groups, or the one size that all have. With several processes, gradients travel with the last piece only.
+        Neighbours that form a group (a pair, a list) stay together, however many they
+        are; ``groups`` are the sizes of the groups, or the one size that all have. With
+        several processes, gradients travel with the last piece only.
         """
         if size == 0:
             return
@@ -318,8 +384,9 @@ class Run(Generic[ConfigT, RowT]):
             cuts[-1] += group
         if self._sharded is not None and self.sum(len(cuts)) != len(cuts) * self.world:
             raise ValueError(
-                "with FSDP all processes must cut their share into the same number of pieces, and here the sizes of "
-                "the groups differ; set micro_batch_size to None, or launch without FSDP"
+                "with FSDP all processes must cut their share into the same number of "
+                "pieces, and here the sizes of the groups differ; set micro_batch_size "
+                "to None, or launch without FSDP"
             )
         pieces = torch.arange(size, device=self.device).split(cuts)
         for piece in pieces[:-1]:
@@ -328,7 +395,9 @@ class Run(Generic[ConfigT, RowT]):
         yield pieces[-1]
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a piece's loss, whose denominators are those of the whole batch of all processes."""
+        """Add the gradient of a piece's loss, whose denominators are those of the whole
+        batch of all processes.
+        """
         # Data parallelism averages over the processes what must be summed here.
         loss = loss * self.world
         if self._accelerator is None or self._sharded is not None:
@@ -337,15 +406,21 @@ class Run(Generic[ConfigT, RowT]):
             self._accelerator.backward(loss)
 
     def descend(self) -> float:
-        """Make an optimiser step with the gradient collected so far; return its norm before it was limited."""
+        """Make an optimiser step with the gradient collected so far; return its norm
+        before it was limited.
+        """
         limit = self.config.max_gradient_norm or math.inf
         if self._accelerator is None:
             norm = float(nn.utils.clip_grad_norm_(self.parameters(), limit))
         elif self._sharded is not None:
-            shares = [p for group in self.optimizer.param_groups for p in group["params"]]
+            shares = [
+                p for group in self.optimizer.param_groups for p in group["params"]
+            ]
             norm = float(whole(nn.utils.clip_grad_norm_(shares, limit)))
         else:
-            norm = float(self._accelerator.clip_grad_norm_(self.network.parameters(), limit))
+            norm = float(
+                self._accelerator.clip_grad_norm_(self.network.parameters(), limit)
+            )
         if not math.isfinite(norm):
             raise FloatingPointError("gradient is not finite")
         self.optimizer.step()
@@ -354,23 +429,37 @@ class Run(Generic[ConfigT, RowT]):
 
     def sum(self, value: Tensor | float) -> Tensor:
         """Add up a number (or tensor of numbers) over all processes; no gradient."""
-        total = torch.as_tensor(value, dtype=torch.float64 if self.device.type != "mps" else torch.float32)
+        total = torch.as_tensor(
+            value, dtype=torch.float64 if self.device.type != "mps" else torch.float32
+        )
         total = total.detach().to(self.device)
-        return total if self._accelerator is None else self._accelerator.reduce(total, "sum")
+        return (
+            total
+            if self._accelerator is None
+            else self._accelerator.reduce(total, "sum")
+        )
 
     def max(self, value: Tensor) -> float:
         """Return the largest of a number over all processes."""
-        return float(value if self._accelerator is None else self._accelerator.gather(value.detach()).max())
+        return float(
+            value
+            if self._accelerator is None
+            else self._accelerator.gather(value.detach()).max()
+        )
 
     def variance(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Return the variance (denominator n) over the masked entries of all processes; NaN if it is 0."""
+        """Return the variance (denominator n) over the masked entries of all processes;
+        NaN if it is 0.
+        """
         kept = x[mask].double() if x.device.type != "mps" else x[mask]
         count, total = self.sum(mask.sum()), self.sum(kept.sum())
         variance = self.sum((kept - total / count).square().sum()) / count
         return torch.where(variance > 0, variance, torch.nan)
 
     def normalize(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Shift and scale to mean 0 and standard deviation 1 over the masked entries of all processes."""
+        """Shift and scale to mean 0 and standard deviation 1 over the masked entries of
+        all processes.
+        """
         if self._accelerator is None:
             return normalize(x, mask)
         mean = self.sum(x[mask].sum()) / self.sum(mask.sum())
@@ -378,7 +467,8 @@ class Run(Generic[ConfigT, RowT]):
         return torch.where(mask, (x - mean.to(x.dtype)) / deviation.to(x.dtype), 0.0)
 
     def log(self, *, tokens: int, **fields: Any) -> None:
-        """Record a step: complete the row, write a checkpoint when one is due, ask the callback.
+        """Record a step: complete the row, write a checkpoint when one is due, ask the
+        callback.
 
         ``tokens`` are those of this step.
         """
@@ -390,14 +480,24 @@ class Run(Generic[ConfigT, RowT]):
             seconds=self._seconds + time.perf_counter() - self._started,
             **values,
         )
-        bad = [f.name for f in dataclasses.fields(row) if self._diverged(f.name, getattr(row, f.name))]
+        bad = [
+            f.name
+            for f in dataclasses.fields(row)
+            if self._diverged(f.name, getattr(row, f.name))
+        ]
         if bad:
             raise FloatingPointError(f"{', '.join(bad)} not finite")
         self.history.append(row)
         if self._bar is not None:
             self._bar.update()
-            shown = {k: fields[k] for k in self._row_type.headline if not math.isnan(fields[k])}
-            self._bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
+            shown = {
+                k: fields[k]
+                for k in self._row_type.headline
+                if not math.isnan(fields[k])
+            }
+            self._bar.set_postfix(
+                {k: f"{v:.3g}" for k, v in shown.items()}, refresh=False
+            )
         due = self.step % self.config.checkpoint_every == 0 or self.step == self.total
         if self._checkpoint_dir is not None and due:
             self._save(self._checkpoint_dir)
@@ -416,10 +516,14 @@ class Run(Generic[ConfigT, RowT]):
             stop_reason=self.stop_reason,
             seconds=self._seconds + time.perf_counter() - self._started,
             steps=self.step,
-            samples=[LoggedSample(*texts) for texts in zip(self._sampled, self._before, after, strict=True)],
+            samples=[
+                LoggedSample(*texts)
+                for texts in zip(self._sampled, self._before, after, strict=True)
+            ],
         )
 
-    # --- several processes ------------------------------------------------------------------------------------
+    # --- several processes ---
+    # ------------------------
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
@@ -431,14 +535,20 @@ class Run(Generic[ConfigT, RowT]):
         )
 
     def _shard(self) -> None:
-        """Spread the network over the processes, and what the optimiser remembers with it."""
+        """Spread the network over the processes, and what the optimiser remembers with
+        it.
+        """
         backbone_and_head(
             self.language_model.model
         )  # looks at the model on its first call: while it is whole
-        self.network = self._sharded = ShardedNetwork(self._bare, self.language_model.model, self.device)
+        self.network = self._sharded = ShardedNetwork(
+            self._bare, self.language_model.model, self.device
+        )
         self.optimizer = self._new_optimizer()
         parameters = self.parameters()
-        self._slots = {i: shard_like(slot, parameters[i]) for i, slot in self._slots.items()}
+        self._slots = {
+            i: shard_like(slot, parameters[i]) for i, slot in self._slots.items()
+        }
 
     def _restore(self) -> None:
         """Make the network a plain one again, whole and on the CPU."""
@@ -459,17 +569,21 @@ class Run(Generic[ConfigT, RowT]):
         return 0 if self._accelerator is None else int(self._accelerator.process_index)
 
     def _local(self) -> AbstractContextManager[Any]:
-        # Sharded gradients are added up share by share: a whole one would need the memory that sharding saves.
+        # Sharded gradients are added up share by share: a whole one would need the
+        # memory that sharding saves.
         alone = self._accelerator is None or self._sharded is not None
         return nullcontext() if alone else self._accelerator.no_sync(self.network)
 
-    # --- how it ends ------------------------------------------------------------------------------------------
+    # --- how it ends ---
+    # ------------------------
 
     def __enter__(self) -> Self:
         self._random_state = torch.get_rng_state()
         if self.config.autocast is not None:
             # The forward pass alone: a backward pass takes its types from it.
-            self._bare.forward = torch.autocast(self.device.type, torch.bfloat16)(self._bare.forward)
+            self._bare.forward = torch.autocast(self.device.type, torch.bfloat16)(
+                self._bare.forward
+            )
         if self._progress and self.rank == 0:
             self._bar = tqdm(
                 total=self.total,
@@ -480,7 +594,10 @@ class Run(Generic[ConfigT, RowT]):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> bool:
         if self._bar is not None:
             self._bar.close()
@@ -494,34 +611,50 @@ class Run(Generic[ConfigT, RowT]):
         if error is None:
             return False
         self.optimizer.zero_grad(set_to_none=True)
-        saved = f"; the last checkpoint is in {self._checkpoint_dir}" if self._checkpoint_dir else ""
+        saved = (
+            f"; the last checkpoint is in {self._checkpoint_dir}"
+            if self._checkpoint_dir
+            else ""
+        )
         if self._sharded is not None:
-            # To gather the weights all processes would have to be here, and who knows where the others are.
-            error.add_note(f"The weights are spread over the processes, so this one has no result{saved}")
+            # To gather the weights all processes would have to be here, and who knows
+            # where the others are.
+            error.add_note(
+                "The weights are spread over the processes, so this one has no "
+                f"result{saved}"
+            )
             return False
         if isinstance(error, KeyboardInterrupt):
             self.stop_reason = "interrupted"
             warnings.warn(
-                f"{self.algorithm} interrupted after {self.step} of {self.total} steps; returning what was learned so "
-                f"far{saved}",
+                f"{self.algorithm} interrupted after {self.step} of {self.total} "
+                f"steps; returning what was learned so far{saved}",
                 stacklevel=3,
             )
             return True
         self.stop_reason = f"{type(error).__name__}: {error}"
         if isinstance(error, FloatingPointError):
             raise TrainingDivergedError(
-                f"{error} in step {self.step + 1} (seed {self.seed}). The exception's .result holds the model of "
-                f"before that gradient{saved}. Try a lower learning rate or max_gradient_norm.",
+                f"{error} in step {self.step + 1} (seed {self.seed}). The exception's "
+                f".result holds the model of before that gradient{saved}. Try a lower "
+                "learning rate or max_gradient_norm.",
                 self.result(),
             ) from error
-        # Whatever else broke (usually a reward function), what was learned must not be lost with it.
+        # Whatever else broke (usually a reward function), what was learned must not be
+        # lost with it.
         error.__dict__["result"] = self.result()
-        error.add_note(f"The model trained so far is in this exception's .result{saved}")
+        error.add_note(
+            f"The model trained so far is in this exception's .result{saved}"
+        )
         return False
 
     def _diverged(self, name: str, value: Any) -> bool:
         # Undefined where nothing varies or nothing was measured: no sign of divergence.
-        return name not in self._row_type.may_be_nan and isinstance(value, float) and not math.isfinite(value)
+        return (
+            name not in self._row_type.may_be_nan
+            and isinstance(value, float)
+            and not math.isfinite(value)
+        )
 
     def _complete(self) -> list[str]:
         if not self._sampled:
@@ -531,29 +664,54 @@ class Run(Generic[ConfigT, RowT]):
         prompts = [encode_prompt(model.tokenizer, prompt) for prompt in self._sampled]
         sampling: SamplingConfig = getattr(self.config, "sampling", SamplingConfig())
         room = (model.context_length or math.inf) - max(len(ids) for ids in prompts)
-        greedy = SamplingConfig(temperature=0.0, max_new_tokens=int(min(sampling.max_new_tokens, room)))
+        greedy = SamplingConfig(
+            temperature=0.0, max_new_tokens=int(min(sampling.max_new_tokens, room))
+        )
         sequences = sampler.sample(prompts, 1, greedy, seed=0).sequences
         return [
             model.decode(ids[:length].tolist())
-            for ids, length in zip(sequences.completion_ids, sequences.lengths.tolist(), strict=True)
+            for ids, length in zip(
+                sequences.completion_ids, sequences.lengths.tolist(), strict=True
+            )
         ]
 
-    # --- checkpoints ------------------------------------------------------------------------------------------
+    # --- checkpoints ---
+    # ------------------------
 
     def _identity(self) -> dict[str, Any]:
-        free = ("steps", "epochs", "checkpoint_every", "micro_batch_size", "logged_samples")
-        config = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in free}
+        free = (
+            "steps",
+            "epochs",
+            "checkpoint_every",
+            "micro_batch_size",
+            "logged_samples",
+        )
+        config = {
+            k: v for k, v in dataclasses.asdict(self.config).items() if k not in free
+        }
         # Through JSON: what is read back must compare equal to what is there.
-        identity = {"algorithm": self.algorithm, "seed": self.seed, "items": self.items, "config": config}
+        identity = {
+            "algorithm": self.algorithm,
+            "seed": self.seed,
+            "items": self.items,
+            "config": config,
+        }
         return json.loads(json.dumps(identity))  # type: ignore[no-any-return]
 
     def _save(self, folder: Path) -> None:
         if self._sharded is not None:
             self._sharded.reshard()
-        named = {name: p for name, p in self._bare.named_parameters() if p.requires_grad}
-        tensors: dict[str, Tensor] = {f"network.{name}": p.detach() for name, p in named.items()}
+        named = {
+            name: p for name, p in self._bare.named_parameters() if p.requires_grad
+        }
+        tensors: dict[str, Tensor] = {
+            f"network.{name}": p.detach() for name, p in named.items()
+        }
         for index, slot in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in slot.items()}
+            tensors |= {
+                f"optimizer.{index}.{key}": torch.as_tensor(value)
+                for key, value in slot.items()
+            }
         if self._sharded is not None:
             tensors = {key: whole(value).cpu() for key, value in tensors.items()}
         if self.rank == 0:
@@ -564,7 +722,12 @@ class Run(Generic[ConfigT, RowT]):
                 }
                 for row in self.history
             ]
-            metadata = {"format": 1, "identity": self._identity(), "state": self.state, "history": rows}
+            metadata = {
+                "format": 1,
+                "identity": self._identity(),
+                "state": self.state,
+                "history": rows,
+            }
             save_checkpoint(folder, tensors, metadata)
         if self._accelerator is not None:
             self._accelerator.wait_for_everyone()
@@ -575,22 +738,28 @@ class Run(Generic[ConfigT, RowT]):
         for name in ("algorithm", "seed", "items"):
             if theirs[name] != ours[name]:
                 raise ValueError(
-                    f"checkpoint_dir {folder} holds a run with {name} {theirs[name]!r}, this one has {ours[name]!r}; "
-                    "give another folder to start afresh"
+                    f"checkpoint_dir {folder} holds a run with {name} "
+                    f"{theirs[name]!r}, this one has {ours[name]!r}; give another "
+                    "folder to start afresh"
                 )
         for name, value in ours["config"].items():
             if theirs["config"].get(name) != value:
                 raise ValueError(
-                    f"checkpoint_dir {folder} holds a run with {name}={theirs['config'].get(name)!r}, the config says "
+                    f"checkpoint_dir {folder} holds a run with "
+                    f"{name}={theirs['config'].get(name)!r}, the config says "
                     f"{value!r}; give another folder to start afresh"
                 )
-        named = {name: p for name, p in self._bare.named_parameters() if p.requires_grad}
+        named = {
+            name: p for name, p in self._bare.named_parameters() if p.requires_grad
+        }
         missing = sorted(
-            set(named) ^ {k.removeprefix("network.") for k in tensors if k.startswith("network.")}
+            set(named)
+            ^ {k.removeprefix("network.") for k in tensors if k.startswith("network.")}
         )
         if missing:
             raise ValueError(
-                f"checkpoint_dir {folder} was written for another model: they differ in {missing[:3]}"
+                f"checkpoint_dir {folder} was written for another model: they differ "
+                f"in {missing[:3]}"
             )
         with torch.no_grad():
             for name, parameter in named.items():
@@ -603,7 +772,9 @@ class Run(Generic[ConfigT, RowT]):
                 slots.setdefault(int(index), {})[name] = value
         self._slots = slots
         for row in metadata["history"]:
-            values: dict[str, Any] = {k: math.nan if v is None else v for k, v in row.items()}
+            values: dict[str, Any] = {
+                k: math.nan if v is None else v for k, v in row.items()
+            }
             self.history.append(self._row_type(**values))
         self.state = metadata["state"]
         self._seconds = float(self.history[-1].seconds)
@@ -612,8 +783,14 @@ class Run(Generic[ConfigT, RowT]):
 @contextmanager
 def _environment(**values: str | None) -> Iterator[None]:
     """Set environment variables for a moment; those that are None stay."""
-    before = {name: os.environ.get(name) for name, value in values.items() if value is not None}
-    os.environ.update({name: value for name, value in values.items() if value is not None})
+    before = {
+        name: os.environ.get(name)
+        for name, value in values.items()
+        if value is not None
+    }
+    os.environ.update(
+        {name: value for name, value in values.items() if value is not None}
+    )
     try:
         yield
     finally:
@@ -625,7 +802,9 @@ def _environment(**values: str | None) -> Iterator[None]:
 
 
 def _recompute(model: Any, on: bool) -> None:
-    """Switch gradient checkpointing, under its name in transformers 5 or the older one."""
+    """Switch gradient checkpointing, under its name in transformers 5 or the older
+    one.
+    """
     switch = "enable" if on else "disable"
     new = getattr(model, f"activation_checkpointing_{switch}", None)
     (new or getattr(model, f"gradient_checkpointing_{switch}"))()
