@@ -50,7 +50,7 @@ web-test: book $(VENV)/.web ## look at every page in a browser: errors, network,
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m web $(PYTEST_ARGS) tests
 
 colab-test: $(VENV)/.ready ## run each chapter as Colab does: alone, in an empty folder, with the wheel
-	@$(BIN)/python -m pytest -m colab -v --durations=0 --durations-min=1 $(PYTEST_ARGS) tests/test_colab.py
+	@$(BIN)/python -m pytest -m colab -v --durations=0 --durations-min=1 $(PYTEST_ARGS) tests/book/test_colab.py
 
 check: $(VENV)/.ready ## everything that CI checks, with a summary
 	@$(BIN)/python book/_tools/check.py

@@ -564,7 +564,7 @@ sampler from both trained models.
 NOTES = """## What is compared, and what is not
 
 - Same data, batch sizes, steps, optimiser (fused AdamW), learning rate, gradient norm limit, β and clip range. Given
-  one batch, the losses and gradients of both libraries are equal; `tests/test_trl_parity.py` checks it. The order of
+  one batch, the losses and gradients of both libraries are equal; `tests/lm/test_trl_parity.py` checks it. The order of
   the data and the samples drawn differ.
 - TRL has its best settings here: no gradient checkpointing, no logging, no evaluation, no checkpoints, reference
   log-probabilities precomputed (DPO), no second pass for old log-probabilities (GRPO). Its `padding_free` is

@@ -122,7 +122,7 @@ def notebook_path(name: str) -> Path:
 
 def exercises_path(name: str) -> Path:
     """Return where the exercises of chapter ``name`` are checked."""
-    return ROOT / "src" / "policyopt" / "exercises" / f"{name.replace('-', '_')}.py"
+    return ROOT / "src" / "policyopt_book" / "exercises" / f"{name.replace('-', '_')}.py"
 
 
 def chapters() -> list[str]:

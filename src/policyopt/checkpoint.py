@@ -9,19 +9,30 @@ dies, the folder holds one complete checkpoint: the old or the new one.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["has_checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "has_checkpoint", "load_checkpoint", "optimizer_slots", "optimizer_tensors", "rows_from_json",
+    "rows_to_json", "save_checkpoint", "strip",
+]  # fmt: skip
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+RowT = TypeVar("RowT")
 _STATE = "state.json"
 
 
@@ -102,3 +113,51 @@ def load_checkpoint(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, An
     content = json.loads(state.read_text())
     # The name only: a checkpoint from elsewhere must not point out of its folder.
     return load_file(folder / Path(content["tensors"]).name), content["metadata"]
+
+
+def strip(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with ``prefix``, without it."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return what an optimiser remembers of each parameter, as ``optimizer.0.name``."""
+    return {
+        f"optimizer.{index}.{name}": torch.as_tensor(value)
+        for index, slot in optimizer.state_dict()["state"].items()
+        for name, value in slot.items()
+    }
+
+
+def optimizer_slots(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """Undo :func:`optimizer_tensors`: what was remembered, by number of the parameter."""
+    slots: dict[int, dict[str, Tensor]] = {}
+    for key, value in strip(tensors, "optimizer.").items():
+        index, _, name = key.partition(".")
+        slots.setdefault(int(index), {})[name] = value
+    return slots
+
+
+def rows_to_json(rows: Iterable[DataclassInstance]) -> list[dict[str, Any]]:
+    """Turn the rows of a history into records; JSON has no NaN, so it becomes None."""
+    return [
+        {
+            name: None if isinstance(value, float) and math.isnan(value) else value
+            for name, value in dataclasses.asdict(row).items()
+        }
+        for row in rows
+    ]
+
+
+def rows_from_json(
+    row_type: Callable[..., RowT], records: Iterable[dict[str, Any]]
+) -> list[RowT]:
+    """Undo :func:`rows_to_json`."""
+    return [
+        row_type(**{k: math.nan if v is None else v for k, v in record.items()})
+        for record in records
+    ]

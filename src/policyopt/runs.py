@@ -7,12 +7,14 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
+import difflib
 import math
 import multiprocessing
 import os
 import pickle
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -20,7 +22,9 @@ from pathlib import Path
 from types import UnionType
 from typing import (
     TYPE_CHECKING,
+    Annotated,
     Any,
+    ClassVar,
     Literal,
     TypeVar,
     Union,
@@ -53,49 +57,128 @@ ResultT = TypeVar("ResultT")
 KeyT = TypeVar("KeyT")
 
 
+@dataclass(frozen=True)
+class Bound:
+    """A condition on a number, written in an annotation: ``Annotated[float, Bound(…)]``."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+Count = Annotated[int, Bound(">= 1", lambda x: x >= 1)]
+"""An integer ≥ 1."""
+Positive = Annotated[float, Bound("> 0", lambda x: x > 0)]
+"""A finite number > 0."""
+NonNegative = Annotated[float, Bound(">= 0", lambda x: x >= 0)]
+"""A finite number ≥ 0."""
+Share = Annotated[float, Bound("in [0, 1]", lambda x: 0 <= x <= 1)]
+"""A number in [0, 1]."""
+
+
+class _Fields(type):
+    """Makes a config: translates the names of the last version, and names a wrong one."""
+
+    def __call__(cls: Any, **values: Any) -> Any:
+        for old, new in cls.renamed.items():
+            if old in values:
+                _warn_renamed(cls.__name__, old, new)
+                values[new] = values.pop(old)
+        known = [f.name for f in dataclasses.fields(cls) if f.init]
+        for name in values.keys() - set(known):
+            near = cls.elsewhere.get(name) or difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near if isinstance(near, str) else near[0]}?"
+            raise TypeError(
+                f"{cls.__name__} has no field {name!r}{hint if near else ''}"
+            )
+        return super().__call__(**values)
+
+
+def _warn_renamed(owner: str, old: str, new: str) -> None:
+    message = f"{owner}: {old} is called {new} now; the old name goes in version 0.3"
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Base of every config: a frozen dataclass whose fields are checked against their
-    annotations.
+class Settings(metaclass=_Fields):
+    """Base of every config: a frozen dataclass, checked against its annotations.
 
     Use ``dataclasses.replace`` to change a field.
     """
 
+    renamed: ClassVar[dict[str, str]] = {}
+    """Fields by their names in the last version, still understood."""
+    elsewhere: ClassVar[dict[str, str]] = {}
+    """Fields of other configs that one may look for here, and what to use instead."""
+
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            allowed = (
-                getattr(hint, "__name__", str(hint))
-                if isinstance(hint, type)
-                else str(hint)
-            )
-            allowed = allowed.removeprefix("typing.").replace("float", "finite float")
-            self._check(name, _fits(getattr(self, name), hint), allowed)
+        hints = get_type_hints(type(self), include_extras=True)
+        for field in dataclasses.fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            self._check(field.name, _fits(value, hint), _describe(hint))
+            for bound in _bounds(hint) if value is not None else ():
+                suffix = " or None" if _fits(None, hint) else ""
+                self._check(field.name, bound.holds(value), bound.text + suffix)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in type(self).renamed:
+            new = type(self).renamed[name]
+            _warn_renamed(type(self).__name__, name, new)
+            return getattr(self, new)
+        raise AttributeError(f"{type(self).__name__} has no field {name!r}")
 
     def _check(self, name: str, ok: bool, allowed: str) -> None:
         if not ok:
             raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
 
 
+def _bounds(hint: Any) -> list[Bound]:
+    """Bounds of an annotation, or of the option of it that is not None."""
+    found = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Bound)]
+    if get_origin(hint) in (Union, UnionType):
+        found += [bound for option in get_args(hint) for bound in _bounds(option)]
+    return found
+
+
+def _describe(hint: Any) -> str:
+    """What an annotation allows, in words for an error message."""
+    if get_origin(hint) is Annotated:
+        return _describe(get_args(hint)[0])
+    if get_origin(hint) in (Union, UnionType):
+        return " | ".join(_describe(option) for option in get_args(hint))
+    text = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+    text = text.removeprefix("typing.").replace("NoneType", "None")
+    return text.replace("float", "finite float")
+
+
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is what a config's annotation says; an int will do for a float,
-    NaN and infinity will not.
+    """Whether a value has the type of a config's annotation.
+
+    An int will do for a float; NaN and infinity will not.
     """
     origin, options = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _fits(value, options[0])
     if origin in (Union, UnionType):
         return any(_fits(value, option) for option in options)
     if origin is Literal:
         return value in options
     if origin is tuple:
-        return isinstance(value, tuple) and all(
-            _fits(item, options[0]) for item in value
-        )
+        return isinstance(value, tuple) and all(_fits(x, options[0]) for x in value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is float:
-        return (
-            isinstance(value, (int, float))
-            and not isinstance(value, bool)
-            and math.isfinite(value)
-        )
+        return number and math.isfinite(value)
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def check_seed(seed: Any) -> int:
+    """Return a seed as an integer ≥ 0, or refuse it (Booleans too)."""
+    whole = isinstance(seed, (int, np.integer)) and not isinstance(seed, bool)
+    if not whole or seed < 0:
+        raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
+    return int(seed)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -10,8 +10,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NAMED = sorted(
-    set(re.findall(r"`(tests/\w+\.py)::(\w+)`", (ROOT / "book" / "errata.md").read_text(encoding="utf-8")))
+    set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "book" / "errata.md").read_text(encoding="utf-8")))
 )
+
+
+def test_the_errata_name_tests() -> None:
+    assert len(NAMED) > 20
 
 
 @pytest.mark.parametrize(("file", "test"), NAMED)

@@ -24,7 +24,8 @@ import notebooks
 from build_book import EXTERNAL
 from policyopt.estimators import group_relative_advantages, leave_one_out_advantages
 from policyopt.losses import clipped_surrogate_loss, dpo_loss
-from policyopt_book import figures, mdp
+from policyopt import mdp
+from policyopt_book import figures
 from policyopt_book.figures import Change, Control, Interactive, Panel, Readout
 from repository import ROOT
 

@@ -48,7 +48,7 @@ BOOK = ROOT / "book"
 PAGE = (BOOK / "loss-sheet.md").read_text(encoding="utf-8")
 TESTS = {
     name: ROOT / path
-    for name, path in re.findall(r"(?m)^\[(\w+)\]: https://\S+/blob/main/(tests/\w+\.py)$", PAGE)
+    for name, path in re.findall(r"(?m)^\[(\w+)\]: https://\S+/blob/main/(tests/[\w/]+\.py)$", PAGE)
 }
 
 
