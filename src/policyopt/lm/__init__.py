@@ -9,8 +9,13 @@ from policyopt.lm.dpo import DPOConfig, DPOUpdate, ImplicitReward, train_dpo
 from policyopt.lm.grpo import GRPOConfig, GRPOUpdate, train_grpo
 from policyopt.lm.log_probs import TokenLogProbs, completion_log_probs
 from policyopt.lm.models import LanguageModel, LoRA, RewardModel, add_lora, load
-from policyopt.lm.ppo import PPOLMConfig, PPOLMUpdate, train_ppo_lm
-from policyopt.lm.ranking import RankingConfig, RankingUpdate, train_ranking
+from policyopt.lm.ppo import PPOConfig, PPOUpdate, train_ppo
+from policyopt.lm.ranking import (
+    OnlineRankingConfig,
+    RankingConfig,
+    RankingUpdate,
+    train_ranking,
+)
 from policyopt.lm.reward_model import (
     RewardConfig,
     RewardUpdate,
@@ -45,8 +50,9 @@ __all__ = [
     "LanguageModel",
     "LoRA",
     "LoggedSample",
-    "PPOLMConfig",
-    "PPOLMUpdate",
+    "OnlineRankingConfig",
+    "PPOConfig",
+    "PPOUpdate",
     "Prompt",
     "RankingConfig",
     "RankingUpdate",
@@ -74,7 +80,7 @@ __all__ = [
     "read_records",
     "train_dpo",
     "train_grpo",
-    "train_ppo_lm",
+    "train_ppo",
     "train_ranking",
     "train_reward_model",
     "train_seeds",
