@@ -347,6 +347,7 @@ class Run(Frame[ConfigT, RowT]):
         self.network: Any = network
         self._bare = network
         self._references: list[Reference] | None = []
+        self._random_state = torch.get_rng_state()
         _check_trainable(self.parameters())
         self.optimizer = self._new_optimizer()
         self._slots: dict[int, dict[str, Tensor]] = {}
