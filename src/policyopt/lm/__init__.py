@@ -16,6 +16,7 @@ from policyopt.lm.ranking import (
     RankingUpdate,
     train_ranking,
 )
+from policyopt.lm.results import LMResult, LMUpdate, LoggedSample
 from policyopt.lm.reward_model import (
     RewardConfig,
     RewardUpdate,
@@ -34,7 +35,6 @@ from policyopt.lm.sampling import (
 )
 from policyopt.lm.sequences import Sequences, hidden_states
 from policyopt.lm.sft import SFTConfig, SFTUpdate, train_sft
-from policyopt.lm.training import LMResult, LMUpdate, LoggedSample
 from policyopt.runs import History, TrainingDivergedError, train_seeds
 
 __all__ = [

@@ -450,7 +450,7 @@ class Limits:
 
 
 def fingerprint(items: Any) -> str:
-    """temporary"""
+    """Temporary"""
     import hashlib
 
     return hashlib.sha256(repr(items).encode()).hexdigest()[:16]

@@ -12,22 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from policyopt.estimators import sequence_log_prob
+from policyopt.frame import Callback
 from policyopt.lm.batches import Pairs, Tokens
 from policyopt.lm.config import OfflineConfig
 from policyopt.lm.data import Pair, Prompt, Records, batch_indices, preference_pairs
 from policyopt.lm.log_probs import completion_log_probs
 from policyopt.lm.models import LanguageModel, is_adapted, text_batches
+from policyopt.lm.policies import PolicyNetwork, Reference
+from policyopt.lm.results import LMResult, LMUpdate
 from policyopt.lm.reward_model import pad_pairs
 from policyopt.lm.sequences import Sequences, evaluating
-from policyopt.lm.training import (
-    Callback,
-    LMResult,
-    LMUpdate,
-    PolicyNetwork,
-    Reference,
-    Run,
-    Statistics,
-)
+from policyopt.lm.training import Run, Statistics
 from policyopt.losses import (
     DPO,
     aggregate,

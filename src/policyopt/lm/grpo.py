@@ -19,20 +19,16 @@ from policyopt.estimators import (
     kl_estimate,
     leave_one_out_advantages,
 )
+from policyopt.frame import Callback
 from policyopt.lm.batches import Completions
 from policyopt.lm.config import LMConfig
 from policyopt.lm.data import Records, prompt_examples
 from policyopt.lm.models import LanguageModel
+from policyopt.lm.policies import PolicyNetwork
+from policyopt.lm.results import LMResult, LMUpdate
 from policyopt.lm.rewards import RewardFunctions
 from policyopt.lm.sampling import Sampler, SamplingConfig
-from policyopt.lm.training import (
-    Callback,
-    LMResult,
-    LMUpdate,
-    PolicyNetwork,
-    SamplingRun,
-    Statistics,
-)
+from policyopt.lm.training import SamplingRun, Statistics
 from policyopt.losses import (
     ClippedSurrogate,
     aggregate,

@@ -15,15 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from policyopt.estimators import adaptive_kl_coefficient, gae, kl_shaped_rewards
+from policyopt.frame import Callback
 from policyopt.lm.batches import Completions
 from policyopt.lm.config import LMConfig, Natural
 from policyopt.lm.data import Records, prompt_examples
 from policyopt.lm.log_probs import completion_log_probs
 from policyopt.lm.models import LanguageModel, freeze_output_head_, scalar_head
+from policyopt.lm.results import LMResult, LMUpdate
 from policyopt.lm.rewards import RewardFunctions
 from policyopt.lm.sampling import Sampler, SamplingConfig
 from policyopt.lm.sequences import Sequences, hidden_states
-from policyopt.lm.training import Callback, LMResult, LMUpdate, SamplingRun, Statistics
+from policyopt.lm.training import SamplingRun, Statistics
 from policyopt.losses import (
     ClippedSurrogate,
     aggregate,

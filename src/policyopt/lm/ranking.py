@@ -16,23 +16,18 @@ import torch
 from torch import Tensor
 
 from policyopt.estimators import kl_estimate, sequence_log_prob
+from policyopt.frame import Callback
 from policyopt.lm.batches import Completions, RankedGroup
 from policyopt.lm.config import LMConfig, OfflineConfig
 from policyopt.lm.data import RankedList, Records, prompt_examples, ranked_lists
 from policyopt.lm.grpo import GroupSize
 from policyopt.lm.models import LanguageModel
+from policyopt.lm.policies import PolicyNetwork
+from policyopt.lm.results import LMResult, LMUpdate
 from policyopt.lm.rewards import RewardFunctions
 from policyopt.lm.sampling import Sampler, SamplingConfig
 from policyopt.lm.sequences import Sequences
-from policyopt.lm.training import (
-    Callback,
-    LMResult,
-    LMUpdate,
-    PolicyNetwork,
-    Run,
-    SamplingRun,
-    Statistics,
-)
+from policyopt.lm.training import Run, SamplingRun, Statistics
 from policyopt.losses import (
     Ranking,
     aggregate,

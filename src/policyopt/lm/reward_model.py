@@ -11,13 +11,15 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from policyopt.frame import Callback
 from policyopt.lm.batches import ScoredPairs
 from policyopt.lm.config import OfflineConfig
 from policyopt.lm.data import Pair, Records, preference_pairs
 from policyopt.lm.models import LanguageModel, RewardModel
+from policyopt.lm.results import LMResult, LMUpdate
 from policyopt.lm.sequences import Sequences, evaluating
 from policyopt.lm.sharding import gathered
-from policyopt.lm.training import Callback, LMResult, LMUpdate, Run, Statistics
+from policyopt.lm.training import Run, Statistics
 from policyopt.losses import (
     BradleyTerry,
     aggregate,

@@ -11,19 +11,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from policyopt.frame import Callback
 from policyopt.lm.batches import Tokens
 from policyopt.lm.config import OfflineConfig
 from policyopt.lm.data import Example, Records, sft_examples
 from policyopt.lm.models import LanguageModel
+from policyopt.lm.policies import PolicyNetwork
+from policyopt.lm.results import LMResult, LMUpdate
 from policyopt.lm.sequences import Sequences
-from policyopt.lm.training import (
-    Callback,
-    LMResult,
-    LMUpdate,
-    PolicyNetwork,
-    Run,
-    Statistics,
-)
+from policyopt.lm.training import Run, Statistics
 from policyopt.losses import aggregate, check_loss, item_losses
 from policyopt.runs import Count
 

@@ -1,31 +1,27 @@
-"""What the training loops of this half share: optimiser, micro-batches, the reference
-policy, sampling. No learning happens here.
+"""What the training loops of this half share: optimiser, micro-batches, sampling. No
+learning happens here.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import json
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from policyopt.checkpoint import optimizer_slots, optimizer_tensors, strip
-from policyopt.frame import Callback, Frame, Row
+from policyopt.frame import Callback, Frame
 from policyopt.lm.batches import Completions
-from policyopt.lm.config import LMConfig
-from policyopt.lm.data import Prompt, batch_indices, encode_prompt, fingerprint
-from policyopt.lm.log_probs import TokenLogProbs, completion_log_probs
-from policyopt.lm.models import LanguageModel, RewardModel, is_adapted
+from policyopt.lm.data import batch_indices, encode_prompt, fingerprint
+from policyopt.lm.models import LanguageModel
+from policyopt.lm.policies import Reference
 from policyopt.lm.processes import Processes
+from policyopt.lm.results import ConfigT, LMResult, LoggedSample, RowT
 from policyopt.lm.rewards import RewardFunctions, compute_rewards
 from policyopt.lm.sampling import (
     Sampler,
@@ -33,227 +29,8 @@ from policyopt.lm.sampling import (
     TransformersSampler,
     UpdatedSampler,
 )
-from policyopt.lm.sequences import Sequences, evaluating, widen
-from policyopt.lm.sharding import gathered
-from policyopt.runs import History, derive_seed
-
-__all__ = [
-    "Callback",
-    "LMResult",
-    "LMUpdate",
-    "LoggedSample",
-    "PolicyNetwork",
-    "Reference",
-    "Run",
-    "SamplingRun",
-    "Statistics",
-]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LMUpdate(Row):
-    """One row of the history: what every trainer reports after an update.
-
-    Sums and means are over all processes.
-    """
-
-    tokens: int
-    """Completion tokens trained on so far."""
-    learning_rate: float
-    gradient_norm: float
-    """Norm of the last gradient of the update, before it was limited."""
-    seconds: float
-    """Wall-clock time of the training so far."""
-
-    headline: ClassVar[tuple[str, ...]] = ("loss",)
-
-    @property
-    def step(self) -> int:
-        """Deprecated name of :attr:`update`."""
-        _warn("step", "update")
-        return self.update
-
-
-def _warn(old: str, new: str) -> None:
-    message = f"{old} is called {new} now; the old name goes in version 0.3"
-    warnings.warn(message, DeprecationWarning, stacklevel=3)
-
-
-RowT = TypeVar("RowT", bound=LMUpdate)
-ConfigT = TypeVar("ConfigT", bound=LMConfig)
-
-
-@dataclass(frozen=True)
-class LoggedSample:
-    """A prompt and its greedy completion before and after the training."""
-
-    prompt: Prompt
-    before: str
-    after: str
-
-
-@dataclass
-class LMResult(Generic[ConfigT, RowT]):
-    """What a training run leaves behind."""
-
-    algorithm: str
-    seed: int
-    config: ConfigT
-    language_model: LanguageModel
-    """The trained model: the object that was given, trained in place."""
-    history: History[RowT]
-    stop_reason: str
-    """"budget", "callback", "interrupted", or what went wrong."""
-    seconds: float
-    """Wall-clock time of the training."""
-    updates: int
-    """Updates made."""
-    samples: list[LoggedSample] = field(default_factory=list)
-    reward_model: RewardModel | None = None
-    """What :func:`~policyopt.lm.reward_model.train_reward_model` trained."""
-    actor_critic: nn.Module | None = None
-    """The policy with its value function, from :func:`~policyopt.lm.ppo.train_ppo`."""
-
-    @property
-    def steps(self) -> int:
-        """Deprecated name of :attr:`updates`."""
-        _warn("steps", "updates")
-        return self.updates
-
-    def cpu(self) -> None:
-        """Move the networks to the CPU, in place."""
-        self.language_model.to("cpu")
-        if self.reward_model is not None:
-            self.reward_model.network.cpu()
-        if self.actor_critic is not None:
-            self.actor_critic.cpu()
-
-    def save(self, folder: str | Path) -> Path:
-        """Write the model (or the reward model) for :func:`~policyopt.lm.models.load`,
-        and the history beside it.
-
-        Of several processes the first one writes, and the others return at once.
-        """
-        folder = Path(folder)
-        several = (
-            torch.distributed.is_available() and torch.distributed.is_initialized()
-        )
-        if several and torch.distributed.get_rank() != 0:
-            return folder
-        (self.language_model if self.reward_model is None else self.reward_model).save(
-            folder
-        )
-        self.history.to_csv(folder / "history.csv")
-        about = {
-            "algorithm": self.algorithm,
-            "seed": self.seed,
-            "config": dataclasses.asdict(self.config),
-            "stop_reason": self.stop_reason,
-            "seconds": self.seconds,
-            "updates": self.updates,
-        }
-        (folder / "training.json").write_text(json.dumps(about, indent=1))
-        return folder
-
-
-class PolicyNetwork(nn.Module):
-    """π_θ as a module whose forward pass scores completions: what is wrapped for
-    several processes.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, sequences: Sequences, **options: Any) -> TokenLogProbs:
-        """As :func:`~policyopt.lm.log_probs.completion_log_probs`."""
-        return completion_log_probs(self.model, sequences, **options)
-
-
-class Reference:
-    """π_ref: the policy that training starts from, or another one, without gradient.
-
-    With LoRA it is the model with its adapters switched off, and costs no memory;
-    otherwise a copy is kept. It remembers the weights of the moment it is made, so
-    trainers make it through :meth:`Run.reference`, which refuses to do so too late.
-
-    Parameters
-    ----------
-    language_model : LanguageModel
-        The policy.
-    reference : LanguageModel, optional
-        Another model with the policy's tokenizer.
-    autocast : bool
-        Compute in bfloat16.
-    copy : bool
-        False keeps no copy, for those who ask everything before the first update.
-    """
-
-    def __init__(
-        self,
-        language_model: LanguageModel,
-        reference: LanguageModel | None,
-        *,
-        autocast: bool = False,
-        copy: bool = True,
-    ) -> None:
-        self._adapted = reference is None and is_adapted(language_model.model)
-        self._borrowed = not (copy or self._adapted or reference is not None)
-        if reference is not None:
-            theirs, ours = len(reference.tokenizer), len(language_model.tokenizer)
-            if theirs != ours:
-                raise ValueError(
-                    "reference must have the policy's tokenizer, got "
-                    f"{theirs} tokens for {ours}"
-                )
-            self.model = reference.model
-        elif self._adapted or not copy:
-            self.model = language_model.model
-        else:
-            self.model = _frozen(language_model.model)
-        self._autocast, self._device = autocast, language_model.device
-
-    def end(self) -> None:
-        """Say that the policy is about to change: without a copy there is no π_ref now."""
-        if self._borrowed:
-            self.model = None
-
-    @torch.no_grad()
-    def log_probs(
-        self,
-        sequences: Sequences,
-        pieces: Iterable[Tensor] | None = None,
-        **options: Any,
-    ) -> Tensor:
-        """Return log π_ref(y_t | x, y_<t), ``[B, T]``.
-
-        ``pieces`` are row numbers to be computed one after another.
-
-        Raises
-        ------
-        RuntimeError
-            If no copy was kept and the training has begun.
-        """
-        if self.model is None:
-            raise RuntimeError(
-                "this reference kept no copy of the policy, whose training has begun: "
-                "ask it before, or make it with copy=True"
-            )
-        off = self.model.disable_adapter() if self._adapted else nullcontext()
-        kind = self._device.type
-        precision = torch.autocast(kind, torch.bfloat16, enabled=self._autocast)
-        with gathered(self.model), evaluating(self.model), off, precision:
-            parts = [sequences] if pieces is None else map(sequences.select, pieces)
-            scored = [
-                completion_log_probs(self.model, part, **options) for part in parts
-            ]
-        return torch.cat(
-            [widen(s.log_probs, sequences.completion_mask) for s in scored]
-        )
-
-
-def _frozen(model: Any) -> Any:
-    return copy.deepcopy(model).requires_grad_(False)
+from policyopt.lm.sequences import Sequences, widen
+from policyopt.runs import derive_seed
 
 
 class Statistics:
