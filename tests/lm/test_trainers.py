@@ -60,7 +60,10 @@ from policyopt.lm import (
 )
 from policyopt.lm.batches import Pairs
 from policyopt.lm.dpo import pair_loss
+from policyopt.lm.policies import PolicyNetwork
 from policyopt.lm.ppo import token_advantages
+from policyopt.lm.results import LMUpdate
+from policyopt.lm.training import Run
 
 # Forked from a server that has imported everything once.
 KILLED = multiprocessing.get_context("forkserver")
@@ -145,6 +148,44 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(name: str, tmp_path: Pa
     assert str(rows(resumed)) == str(rows(whole))
 
 
+def test_a_checkpoint_knows_its_data(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"progress": False, "checkpoint_dir": tmp_path}
+    config, data = DPOConfig(updates=1, batch_size=4), records()
+    train_dpo(tiny_model(), data, config, **options)
+    train_dpo(tiny_model(), [dict(record) for record in data], config, **options)
+    for other in (data[::-1], [*data[:-1], {**data[-1], "chosen": "one one one"}]):
+        with pytest.raises(ValueError, match=r"holds a run with data '\w+', this one has '\w+'"):
+            train_dpo(tiny_model(), other, config, **options)
+
+
+def test_the_reference_is_the_policy_before_the_checkpoint_is_read(tmp_path: Path) -> None:
+    """A run that goes on has the reference of the run that stopped: the policy at the start."""
+    whole = run_grpo(tiny_model(), changes={"checkpoint_every": 1})
+    run_grpo(
+        tiny_model(), checkpoint_dir=tmp_path, changes={"checkpoint_every": 1}, callback=lambda row: row.update == 2
+    )
+    resumed = run_grpo(tiny_model(), checkpoint_dir=tmp_path, changes={"checkpoint_every": 1})
+    assert resumed.history[-1].kl == whole.history[-1].kl != 0
+    assert furthest(weights(resumed), weights(whole)) == 0
+
+
+def test_a_reference_cannot_be_made_or_asked_too_late() -> None:
+    model = tiny_model()
+    run: Run[LMConfig, LMUpdate] = Run(
+        "test", model, PolicyNetwork(model.model), LMConfig(), LMUpdate, [1], seed=0, callback=None,
+        progress=False, checkpoint_dir=None,
+    )  # fmt: skip
+    borrowed, kept = run.reference(None, copy=False), run.reference(None)
+    sequences = model.encode(["one"], ["two"])
+    assert torch.equal(borrowed.log_probs(sequences), kept.log_probs(sequences))
+    with run:
+        kept.log_probs(sequences)
+        with pytest.raises(RuntimeError, match="kept no copy of the policy, whose training has begun"):
+            borrowed.log_probs(sequences)
+        with pytest.raises(RuntimeError, match="make the reference before"):
+            run.reference(None)
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     first = run_dpo(tiny_model(), checkpoint_dir=tmp_path)
     again = run_dpo(tiny_model(), checkpoint_dir=tmp_path, callback=lambda row: pytest.fail("trained again"))
@@ -155,7 +196,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     run_dpo(tiny_model(), checkpoint_dir=tmp_path)
     with pytest.raises(ValueError, match=r"seed 0, this one has 1; give another folder"):
         run_dpo(tiny_model(), checkpoint_dir=tmp_path, seed=1)
-    with pytest.raises(ValueError, match=r"learning_rate=0.003, the config says 0.1"):
+    with pytest.raises(ValueError, match=r"learning_rate 0.003, this one has 0.1"):
         run_dpo(tiny_model(), checkpoint_dir=tmp_path, changes={"learning_rate": 0.1})
     with pytest.raises(ValueError, match="algorithm 'dpo', this one has 'sft'"):
         run_sft(tiny_model(), checkpoint_dir=tmp_path)
@@ -350,7 +391,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_of_before() -> None:
         return items._replace(loss=items.loss * torch.nan)
 
     with pytest.raises(
-        TrainingDivergedError, match=r"gradient is not finite in step 1 .*lower learning rate"
+        TrainingDivergedError, match=r"gradient is not finite in update 1 .*lower learning rate"
     ) as caught:
         train_dpo(model, records(), DPOConfig(updates=2, batch_size=4), loss=broken, progress=False)
     assert furthest(weights(caught.value.result), before) == 0
