@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+from policyopt.lm.data import Limits
 from policyopt.lm.models import LanguageModel
 from policyopt.runs import Settings
 
@@ -97,15 +98,13 @@ class LMConfig(Settings):
             "> 0 or None",
         )
 
-    def limits(self, language_model: LanguageModel) -> dict[str, Any]:
-        """Return the options of the functions in :mod:`policyopt.lm.data` that keep
-        sequences within the model.
-        """
-        return {
-            "context_length": language_model.context_length,
-            "max_prompt_tokens": self.max_prompt_tokens,
-            "max_completion_tokens": self.max_completion_tokens,
-        }
+    def limits(self, language_model: LanguageModel) -> Limits:
+        """Return how many tokens an item of the data may have."""
+        return Limits(
+            language_model.context_length,
+            self.max_prompt_tokens,
+            self.max_completion_tokens,
+        )
 
     def total_steps(self, items: int) -> int:
         """Return the number of steps for a data set of this many items."""

@@ -215,7 +215,7 @@ def train_dpo(
     Rafailov et al. (2023), Direct preference optimization, arXiv:2305.18290, eq. 7.
     """
     pairs = preference_pairs(
-        data, language_model.tokenizer, **config.limits(language_model)
+        data, language_model.tokenizer, config.limits(language_model)
     )
     pair_loss = loss or partial(
         dpo_loss, beta=config.beta, kind=config.loss, label_smoothing=config.label_smoothing,

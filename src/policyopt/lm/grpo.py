@@ -259,8 +259,8 @@ def train_grpo(
     examples = prompt_examples(
         data,
         language_model.tokenizer,
+        config.limits(language_model),
         reserve=config.sampling.max_new_tokens,
-        **config.limits(language_model),
     )
     frozen = (
         Reference(language_model, reference, config)

@@ -256,8 +256,8 @@ def train_ppo_lm(
     examples = prompt_examples(
         data,
         language_model.tokenizer,
+        config.limits(language_model),
         reserve=config.sampling.max_new_tokens,
-        **config.limits(language_model),
     )
     frozen = Reference(language_model, reference, config)
     network = ActorCritic(language_model.model, config.critic)

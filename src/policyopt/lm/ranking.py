@@ -85,9 +85,7 @@ def train_ranking(
     config, seed, callback, progress, checkpoint_dir
         As in :func:`~policyopt.lm.sft.train_sft`.
     """
-    lists = ranked_lists(
-        data, language_model.tokenizer, **config.limits(language_model)
-    )
+    lists = ranked_lists(data, language_model.tokenizer, config.limits(language_model))
     run: Run[RankingConfig, RankingUpdate] = Run(
         "ranking", language_model, PolicyNetwork(language_model.model), config, row_type=RankingUpdate,
         items=len(lists), seed=seed, callback=callback, progress=progress, checkpoint_dir=checkpoint_dir,

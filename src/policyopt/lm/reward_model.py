@@ -106,11 +106,11 @@ def train_reward_model(
     arXiv:2203.02155, eq. 1.
     """
     limits = config.limits(language_model)
-    pairs = preference_pairs(data, language_model.tokenizer, **limits)
+    pairs = preference_pairs(data, language_model.tokenizer, limits)
     held_out = (
         []
         if eval_data is None
-        else preference_pairs(eval_data, language_model.tokenizer, **limits)
+        else preference_pairs(eval_data, language_model.tokenizer, limits)
     )
     start = language_model.copy()
     reward_model = RewardModel(start)
@@ -200,7 +200,7 @@ def pair_accuracy(
     model = reward_model.language_model
     return _pairs_accuracy(
         reward_model,
-        preference_pairs(data, model.tokenizer, **config.limits(model)),
+        preference_pairs(data, model.tokenizer, config.limits(model)),
         config,
     )
 

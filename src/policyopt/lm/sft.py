@@ -93,11 +93,11 @@ def train_sft(
         If a gradient is not finite; ``.result`` holds the model of before.
     """
     limits = config.limits(language_model)
-    examples = sft_examples(data, language_model.tokenizer, **limits)
+    examples = sft_examples(data, language_model.tokenizer, limits)
     held_out = (
         []
         if eval_data is None
-        else sft_examples(eval_data, language_model.tokenizer, **limits)
+        else sft_examples(eval_data, language_model.tokenizer, limits)
     )
     run: Run[SFTConfig, SFTUpdate] = Run(
         "sft", language_model, PolicyNetwork(language_model.model), config, row_type=SFTUpdate, items=len(examples),
