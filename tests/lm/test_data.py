@@ -544,6 +544,12 @@ def test_truncation_keeps_the_end_of_prompts_and_the_beginning_of_completions() 
     assert text_of(tokenizer, short.prompt_ids + short.completion_ids) == "<s>abu</s>"
 
 
+@pytest.mark.parametrize("name", ["context_length", "max_prompt_tokens", "max_completion_tokens"])
+def test_limits_are_positive(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be >= 1 or None, got 0"):
+        Limits(**{name: 0})
+
+
 def test_pairs_that_truncation_makes_equal() -> None:
     data = [{"prompt": "a", "chosen": "same beginning", "rejected": "same end"}]
     with pytest.raises(ValueError, match=r"item 0: .*or raise max_completion_tokens above 4"):

@@ -1,8 +1,8 @@
 """Data sets of texts and chats: read, checked, and turned into token ids.
 
 A record is a mapping from column names to values. Every trainer says which columns it
-reads; a list of dicts, a JSON Lines file and a Hugging Face data set are all read
-alike. What is wrong with a record is said here, before anything is trained, with the
+reads; a list of dicts, a JSON Lines file and a Hugging Face data set are read in the
+same way. What is wrong with a record is said here, before anything is trained, with the
 record's number and what to do about it.
 """
 
@@ -68,8 +68,13 @@ class Limits:
     """Of a longer prompt, keep this many tokens at the *end*."""
     max_completion_tokens: int | None = None
     """Of a longer completion, keep this many tokens at the beginning; it loses its
-    EOS. Has no effect on items without completions.
+    EOS. Items without completions are not affected.
     """
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1 or None, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,8 @@ class Example(Item):
     completion_ids: list[int]
 
     @property
-    def completions(self) -> list[list[int]]:  # noqa: D102 - as in Item
+    def completions(self) -> list[list[int]]:
+        """The one to learn."""
         return [self.completion_ids]
 
 
@@ -104,7 +110,8 @@ class Pair(Item):
     rejected_ids: list[int]
 
     @property
-    def completions(self) -> list[list[int]]:  # noqa: D102 - as in Item
+    def completions(self) -> list[list[int]]:
+        """The chosen one, then the rejected one."""
         return [self.chosen_ids, self.rejected_ids]
 
 
@@ -115,7 +122,8 @@ class RankedList(Item):
     ranked_ids: list[list[int]]
 
     @property
-    def completions(self) -> list[list[int]]:  # noqa: D102 - as in Item
+    def completions(self) -> list[list[int]]:
+        """All of them, the best first."""
         return self.ranked_ids
 
 
@@ -288,15 +296,14 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
         _check_messages(prompt, "prompt")
         if prompt[-1]["role"] == "assistant":
             raise ValueError(
-                "the prompt must not end with the assistant's message, which is what a "
-                "completion is; move it to the completion, or add the next message of "
-                "the user"
+                "the prompt must not end with the assistant's message; move it to the "
+                "completion, or add the next message of the user"
             )
         ids = _ids(tokenizer, _render(tokenizer, prompt, generate=True))
     if not ids:
         raise ValueError(
-            "the prompt is empty and the tokenizer begins no text with BOS, so there "
-            "is no state to act in; begin the prompt with some text"
+            "the prompt is empty and the tokenizer adds no BOS, so there is no state "
+            "to act in; begin the prompt with some text"
         )
     return ids
 
@@ -385,18 +392,15 @@ def _render(
 ) -> str:
     if not tokenizer.chat_template:
         raise ValueError(
-            "the tokenizer has no chat template, so messages cannot be written as one "
-            "text; use a chat model's tokenizer, set tokenizer.chat_template, or give "
-            "plain texts"
+            "the tokenizer has no chat template to write messages with; use a chat "
+            "model's tokenizer, set tokenizer.chat_template, or give plain texts"
         )
     try:
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=generate
         )
     except Exception as error:  # templates raise what they like
-        raise ValueError(
-            f"the tokenizer's chat template refuses the messages: {error}"
-        ) from error
+        raise ValueError(f"the chat template refuses the messages: {error}") from error
     return str(text)
 
 
@@ -523,8 +527,7 @@ def preference_pairs(
             if prompt != prompt_of_rejected:
                 raise ValueError(
                     "chosen and rejected must be the same conversation up to their "
-                    "last message; drop the item, or give the common part as prompt "
-                    "and one message each as chosen and rejected"
+                    "last message; drop the item, or give a prompt and one message each"
                 )
         else:
             prompt = _column(record, "prompt")
@@ -600,9 +603,8 @@ def prompt_examples(
         expected = set(columns) if expected is None else expected
         if uneven := columns.keys() ^ expected:
             raise ValueError(
-                f"column {min(uneven)!r} is in some records and not in others; reward "
-                "functions get one value per completion, so give it to all of them "
-                "(None will do) or to none"
+                f"column {min(uneven)!r} is in some records only; reward functions get "
+                "a value for each completion: give it to all (None will do) or to none"
             )
         ids, _ = _encode(tokenizer, limits, prompt, {})
         return PromptExample(prompt, ids, columns)

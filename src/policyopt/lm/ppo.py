@@ -16,7 +16,7 @@ from policyopt.estimators import adaptive_kl_coefficient, gae, kl_shaped_rewards
 from policyopt.lm.config import LMConfig
 from policyopt.lm.data import Records, prompt_examples
 from policyopt.lm.log_probs import completion_log_probs
-from policyopt.lm.models import LanguageModel, scalar_head, without_head
+from policyopt.lm.models import LanguageModel, freeze_output_head_, scalar_head
 from policyopt.lm.rewards import RewardFunctions
 from policyopt.lm.rollouts import collect, minibatches
 from policyopt.lm.sampling import (
@@ -165,7 +165,8 @@ class ActorCritic(nn.Module):
         self.model = model
         self.value_model: nn.Module | None = None
         if critic == "separate":
-            self.value_model = without_head(copy.deepcopy(model))
+            self.value_model = copy.deepcopy(model)
+            freeze_output_head_(self.value_model)
         self.value_head = scalar_head(model)
 
     def forward(self, sequences: Sequences, **options: Any) -> tuple[Tensor, Tensor]:

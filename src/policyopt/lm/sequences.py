@@ -9,8 +9,7 @@ represents every s_t by a vector.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,7 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-from policyopt.lm.heads import backbone_and_head
+from policyopt.lm.heads import backbone_and_head, evaluating
 
 __all__ = ["Sequences", "evaluating", "hidden_states", "read_prompts", "widen"]
 
@@ -188,18 +187,6 @@ def widen(values: Tensor, like: Tensor) -> Tensor:
 
 def _longest(mask: Tensor) -> int:
     return int(mask.sum(1).max()) if mask.numel() else 0
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and its like off, and leave every module's mode as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def hidden_states(
