@@ -322,7 +322,7 @@ def test_adapters_on_a_gguf_model_find_it_again(gguf_file: Path, tmp_path: Path)
 # --- what cannot be loaded --------------------------------------------------------------------------------------
 
 
-def test_what_is_not_there_is_named_with_what_could_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for place in (tmp_path / "nowhere", tmp_path / "nowhere.gguf", tmp_path):
         with pytest.raises(ValueError, match=r"must be a local folder, .*hub.*got .*" + place.name):

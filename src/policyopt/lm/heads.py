@@ -130,7 +130,6 @@ def _verify(causal: Any, parts: Head) -> None:
     if not error <= 0.3 * precision * max(1e-3, whole.abs().max().item()):
         raise ValueError(
             f"{name}: decoder and head do not reproduce the model's own logits "
-            f"(largest difference {error:.3g}). This architecture changes them in a way "
-            "that is not known here, so log-probabilities would be wrong; choose "
-            "another model"
+            f"(largest difference {error:.3g}); it changes them in a way that is not "
+            "known here, so its log-probabilities would be wrong: choose another model"
         )

@@ -139,6 +139,11 @@ class LanguageModel:
             prompt, the same number to each.
         finished : sequence of bool, optional
             Whether each completion ends with EOS; by default all do.
+
+        Raises
+        ------
+        ValueError
+            If a text is unusable, or the lengths of the arguments do not fit.
         """
         if prompt_index is None:
             if not prompts or len(completions) % len(prompts):
@@ -251,11 +256,11 @@ def add_lora(
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ImportError("LoRA needs peft: pip install 'policyopt[lora]'") from error
-    targets, alpha = lora.target_modules, lora.alpha
+    targets = lora.target_modules
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # need not be an integer
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # need not be an integer
         lora_dropout=lora.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
@@ -526,11 +531,7 @@ class RewardModel:
             self.language_model, completions, prompts, finished, self.batch_size
         )
         with evaluating(self.network):
-            return [
-                score
-                for sequences in batches
-                for score in self.scores(sequences).tolist()
-            ]
+            return [x for batch in batches for x in self.scores(batch).tolist()]
 
     def save(self, folder: str | Path) -> Path:
         """Write the backbone, the tokenizer and the head, all as safetensors, in one

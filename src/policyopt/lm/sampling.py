@@ -507,8 +507,9 @@ class VLLMSampler:
         # In one process the function is called as it is: nothing is copied to another
         # process or pickled.
         with gathered(model):
-            weights = _merged_weights(model)
-            self.engine.apply_model(lambda inner: inner.load_weights(weights))
+            self.engine.apply_model(
+                lambda inner: inner.load_weights(_merged_weights(model))
+            )
         self.engine.reset_prefix_cache()  # those keys and values are the old weights'
 
     def sample(

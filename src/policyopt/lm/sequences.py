@@ -212,6 +212,11 @@ def hidden_states(
         ``[B, T + 1, H]``; entry ``t`` is the state after reading the prompt and ``t``
         tokens of the completion. Entries after the end of a completion are finite and
         mean nothing.
+
+    Raises
+    ------
+    ValueError
+        If there are no completions, or :func:`backbone_and_head` refuses the model.
     """
     backbone = backbone_and_head(model).backbone
     if len(sequences) == 0:
