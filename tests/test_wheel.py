@@ -14,7 +14,6 @@ import pytest
 
 from repository import ROOT
 
-PACKAGE = ROOT / "src" / "policyopt"
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 INFO = f"policyopt-{VERSION}.dist-info"
 
@@ -37,7 +36,7 @@ def wheel(built: Path) -> zipfile.ZipFile:
 
 
 def sources() -> set[str]:
-    files = (f.relative_to(ROOT / "src").as_posix() for f in PACKAGE.rglob("*") if f.is_file())
+    files = (f.relative_to(ROOT / "src").as_posix() for f in (ROOT / "src").rglob("*") if f.is_file())
     return {f for f in files if "__pycache__" not in f}
 
 
@@ -47,13 +46,13 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) ->
     assert "policyopt/py.typed" in names
     for model in ("addition-base", "news-base", "news-sft"):
         for file in ("model.safetensors", "config.json", "tokenizer.json"):
-            assert f"policyopt/lm/embedded/{model}/{file}" in names
+            assert f"policyopt_book/models/{model}/{file}" in names
 
 
 def test_the_wheel_is_small(wheel: zipfile.ZipFile) -> None:
     sizes = {i.filename: i.file_size for i in wheel.infolist()}
     assert sum(i.compress_size for i in wheel.infolist()) < 4e6
-    large = {name for name, size in sizes.items() if size > 2e5 and "/embedded/" not in name}
+    large = {name for name, size in sizes.items() if size > 2e5 and "/models/" not in name}
     assert large == set()
 
 
@@ -79,7 +78,7 @@ def test_the_wheel_works_away_from_the_checkout(wheel: zipfile.ZipFile, tmp_path
         "root = pathlib.Path(policyopt.__file__).parent;"
         "assert root.is_relative_to(sys.argv[1]), root;"
         "assert 'gymnasium' not in sys.modules and 'transformers' not in sys.modules;"
-        "weights = safetensors.safe_open(root / 'lm/embedded/news-sft/model.safetensors', 'pt');"
+        "weights = safetensors.safe_open(root.with_name('policyopt_book') / 'models/news-sft/model.safetensors', 'pt');"
         "assert weights.get_tensor(sorted(weights.keys())[0]).isfinite().all();"
         "print(policyopt.__version__)"
     )

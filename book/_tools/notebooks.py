@@ -19,7 +19,6 @@ import os
 import re
 import sys
 import time
-import tomllib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -35,38 +34,27 @@ KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "nam
 CELL_TIMEOUT_S = 900
 
 SETUP_TEMPLATE = """\
-# Colab and Binder: install the book's package when it is missing.
+# Colab and Binder: install what this chapter needs where it is missing.
 import importlib.util
 import subprocess
 import sys
 
-if importlib.util.find_spec("{package}") is None:
-    subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", "{package}{extras} @ git+{url}"])
+needed = ("policyopt_book", "matplotlib", "transformers", "peft")
+if any(importlib.util.find_spec(name) is None for name in needed):
+    package = "policyopt[book] @ git+{url}"
+    subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", package])
     importlib.invalidate_caches()"""
 SETUP_TAGS = ["setup", "hide-cell"]
 
 
-# What a chapter's code says that tells which extra of the package it needs.
-EXTRAS = {"lm": "policyopt.lm", "lora": "LoRA("}
-
-
-def setup_source(notebook: NotebookNode, root: Path = ROOT) -> str:
+def setup_source(root: Path = ROOT) -> str:
     """Return the source of the cell that opens a chapter."""
-    package = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"]
-    code = "\n".join(
-        c.source
-        for c in notebook.cells
-        if c.cell_type == "code" and "setup" not in c.metadata.get("tags", [])
-    )
-    needed = ",".join(extra for extra, sign in EXTRAS.items() if sign in code)
-    return SETUP_TEMPLATE.format(
-        package=package, extras=f"[{needed}]" if needed else "", url=Repository.of(root).url
-    )
+    return SETUP_TEMPLATE.format(url=Repository.of(root).url)
 
 
 def put_setup_cell(notebook: NotebookNode) -> None:
     """Make the cell tagged ``setup`` current; insert one if there is none."""
-    source = setup_source(notebook)
+    source = setup_source()
     cells = notebook.cells
     cell = next((c for c in cells if "setup" in c.metadata.get("tags", [])), None)
     if cell is None:
@@ -248,11 +236,7 @@ def setup_is_current(name: str) -> bool:
     """Say whether a notebook opens with the present setup cell."""
     notebook = read(notebook_path(name))
     first = next((c for c in notebook.cells if c.cell_type == "code"), None)
-    return (
-        first is not None
-        and first.source == setup_source(notebook)
-        and first.metadata.get("tags") == SETUP_TAGS
-    )
+    return first is not None and first.source == setup_source() and first.metadata.get("tags") == SETUP_TAGS
 
 
 def write_setup(name: str) -> None:

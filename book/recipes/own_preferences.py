@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from policyopt.lm import DPOConfig, ImplicitReward, load, pair_accuracy, read_records, train_dpo
-from policyopt.lm.data import preference_pairs, split_records
+from policyopt.lm.data import Limits, preference_pairs, split_records
+from policyopt_book import model_path
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--model", default="news-sft", help="an embedded model, a folder, or a hub id")
+    parser.add_argument("--model", default=model_path("news-sft"), help="folder or hub id")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=6e-4, help="about 1e-6 for a model of the hub")
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         records = read_records(options.data)
         # Every row is looked at now. Training would do the same, but with numbers that count the training rows alone.
-        preference_pairs(options.data, model.tokenizer, context_length=model.context_length)
+        preference_pairs(options.data, model.tokenizer, Limits(model.context_length))
     except ValueError as error:
         sys.exit(f"error: {error}")
     train, held_out = split_records(records, 0.1)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from policyopt.lm import GRPOConfig, SamplingConfig, generate, load, read_records, train_grpo
+from policyopt_book import model_path
 
 EXAMPLES = [
     {"prompt": "Gavo Steel opens a plant in Lima for $12m to save time.\nSummary:\n", "keywords": ["Lima", "Gavo"]},
@@ -34,7 +35,7 @@ def brevity(completions: Sequence[str], finished: Sequence[bool]) -> list[float]
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--model", default="news-sft", help="an embedded model, a folder, or a hub id")
+    parser.add_argument("--model", default=model_path("news-sft"), help="folder or hub id")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="about 1e-6 for a model of the hub")

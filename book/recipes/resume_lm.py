@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from policyopt.lm import GRPOConfig, SamplingConfig, load, train_grpo
-from policyopt.lm.tasks import addition
+from policyopt_book import model_path
+from policyopt_book.tasks import addition
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--model", default="addition-base")
+    parser.add_argument("--model", default=model_path("addition-base"), help="folder or hub id")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--save-every", type=int, default=10, help="steps between checkpoints")
     options = parser.parse_args(argv)

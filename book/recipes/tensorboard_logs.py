@@ -10,8 +10,9 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter  # pip install tensorboard
 
 from policyopt.control import PPOConfig, train_ppo
-from policyopt.lm import GRPOConfig, SamplingConfig, load, train_grpo
-from policyopt.lm.tasks import addition
+from policyopt.lm import GRPOConfig, SamplingConfig, train_grpo
+from policyopt_book import load_model
+from policyopt_book.tasks import addition
 
 
 class TensorBoard:
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     rewards = {"right": addition.answer_reward}
     train_grpo(
-        load("addition-base"), problems, rewards, config, callback=TensorBoard(options.output / "addition")
+        load_model("addition-base"), problems, rewards, config, callback=TensorBoard(options.output / "addition")
     )
 
 

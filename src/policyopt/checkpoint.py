@@ -1,25 +1,38 @@
-"""Tensors in safetensors, everything else in JSON, written so that a crash never leaves half a checkpoint.
+"""Tensors in safetensors, everything else in JSON, written so that a crash never leaves
+half a checkpoint.
 
-A checkpoint is a folder with ``state.json`` and one tensor file that ``state.json`` names. The tensor file is
-written first under a fresh name, then ``state.json`` is replaced in one atomic step, then the old tensor file is
-removed. Whenever the process dies, the folder holds one complete checkpoint: the old or the new one.
+A checkpoint is a folder with ``state.json`` and one tensor file that ``state.json``
+names. The tensor file is written first under a fresh name, then ``state.json`` is
+replaced in one atomic step, then the old tensor file is removed. Whenever the process
+dies, the folder holds one complete checkpoint: the old or the new one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["has_checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "has_checkpoint", "load_checkpoint", "optimizer_slots", "optimizer_tensors", "rows_from_json",
+    "rows_to_json", "save_checkpoint", "strip",
+]  # fmt: skip
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+RowT = TypeVar("RowT")
 _STATE = "state.json"
 
 
@@ -33,11 +46,15 @@ def has_checkpoint(folder: str | Path) -> bool:
     return (Path(folder) / _STATE).exists()
 
 
-def save_checkpoint(folder: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
-    """Write ``tensors`` and the JSON-serialisable ``metadata`` to ``folder``; return the folder.
+def save_checkpoint(
+    folder: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> Path:
+    """Write ``tensors`` and the JSON-serialisable ``metadata`` to ``folder``; return
+    the folder.
 
-    An existing checkpoint in the folder is replaced, and stays intact if anything fails on the way (full disk,
-    kill). Tensors are copied to the CPU; none may have the type ``object`` and no pickle is involved.
+    An existing checkpoint in the folder is replaced, and stays intact if anything fails
+    on the way (full disk, kill). Tensors are copied to the CPU; none may have the type
+    ``object`` and no pickle is involved.
 
     Raises
     ------
@@ -51,11 +68,17 @@ def save_checkpoint(folder: str | Path, tensors: Mapping[str, Tensor], metadata:
     state = folder / _STATE
     previous = json.loads(state.read_text())["tensors"] if state.exists() else None
     name = f"tensors-{uuid.uuid4().hex[:12]}.safetensors"
-    text = json.dumps({"tensors": name, "metadata": dict(metadata)}, indent=1, allow_nan=False)
+    text = json.dumps(
+        {"tensors": name, "metadata": dict(metadata)}, indent=1, allow_nan=False
+    )
     scratch = folder / f"{_STATE}.{uuid.uuid4().hex[:12]}"
     try:
-        # Clones: safetensors refuses tensors that share memory, such as views of one flat vector.
-        save_file({key: t.detach().cpu().clone().contiguous() for key, t in tensors.items()}, folder / name)
+        # Clones: safetensors refuses tensors that share memory, such as views of one
+        # flat vector.
+        save_file(
+            {key: t.detach().cpu().clone().contiguous() for key, t in tensors.items()},
+            folder / name,
+        )
         _fsync(folder / name)
         scratch.write_text(text)
         _fsync(scratch)
@@ -67,8 +90,8 @@ def save_checkpoint(folder: str | Path, tensors: Mapping[str, Tensor], metadata:
             raise
         kept = "it still holds the one of before" if previous else "it holds none"
         raise OSError(
-            f"no checkpoint could be written to {folder} ({error}); {kept}. Free some space there, or choose another "
-            "folder"
+            f"no checkpoint could be written to {folder} ({error}); {kept}. Free some "
+            "space there, or choose another folder"
         ) from error
     if previous is not None:
         (folder / Path(previous).name).unlink(missing_ok=True)
@@ -90,3 +113,51 @@ def load_checkpoint(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, An
     content = json.loads(state.read_text())
     # The name only: a checkpoint from elsewhere must not point out of its folder.
     return load_file(folder / Path(content["tensors"]).name), content["metadata"]
+
+
+def strip(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with ``prefix``, without it."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return what an optimiser remembers of each parameter, as ``optimizer.0.name``."""
+    return {
+        f"optimizer.{index}.{name}": torch.as_tensor(value)
+        for index, slot in optimizer.state_dict()["state"].items()
+        for name, value in slot.items()
+    }
+
+
+def optimizer_slots(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """Undo :func:`optimizer_tensors`: what was remembered, by number of the parameter."""
+    slots: dict[int, dict[str, Tensor]] = {}
+    for key, value in strip(tensors, "optimizer.").items():
+        index, _, name = key.partition(".")
+        slots.setdefault(int(index), {})[name] = value
+    return slots
+
+
+def rows_to_json(rows: Iterable[DataclassInstance]) -> list[dict[str, Any]]:
+    """Turn the rows of a history into records; JSON has no NaN, so it becomes None."""
+    return [
+        {
+            name: None if isinstance(value, float) and math.isnan(value) else value
+            for name, value in dataclasses.asdict(row).items()
+        }
+        for row in rows
+    ]
+
+
+def rows_from_json(
+    row_type: Callable[..., RowT], records: Iterable[dict[str, Any]]
+) -> list[RowT]:
+    """Undo :func:`rows_to_json`."""
+    return [
+        row_type(**{k: math.nan if v is None else v for k, v in record.items()})
+        for record in records
+    ]

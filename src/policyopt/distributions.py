@@ -1,8 +1,9 @@
 """Action distributions as small tensor records: categorical and diagonal Gaussian.
 
-They differ from ``torch.distributions`` in three ways that matter here: sampling takes an explicit
-``torch.Generator`` (so a run is reproducible without touching the global seed), ``kl`` is a method with its
-direction in the docstring, and nothing is validated per call (a rollout makes thousands of them a second).
+They differ from ``torch.distributions`` in three ways that matter here: sampling takes
+an explicit ``torch.Generator`` (so a run is reproducible without touching the global
+seed), ``kl`` is a method with its direction in the docstring, and nothing is validated
+per call (a rollout makes thousands of them a second).
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ __all__ = ["Categorical", "DiagonalGaussian", "Distribution"]
 
 
 class Distribution(Protocol):
-    """What a policy's output must offer to be trained by the algorithms of this package.
+    """What a policy's output must offer to be trained by the algorithms of this
+    package.
 
-    Batch dimensions are written ``[...]``. All logarithms are natural, so entropies and KL divergences are in
-    nats.
+    Batch dimensions are written ``[...]``. All logarithms are natural, so entropies and
+    KL divergences are in nats.
     """
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
@@ -45,7 +47,9 @@ class Distribution(Protocol):
         ...
 
     def detach(self) -> Distribution:
-        """Return a frozen copy: no gradient, and no change when the parameters are changed in place."""
+        """Return a frozen copy: no gradient, and no change when the parameters are
+        changed in place.
+        """
         ...
 
 
@@ -56,7 +60,8 @@ class Categorical:
     Parameters
     ----------
     log_probs : Tensor
-        Normalised log-probabilities, shape ``[..., K]``. Use :meth:`from_logits` for raw network outputs.
+        Normalised log-probabilities, shape ``[..., K]``. Use :meth:`from_logits` for
+        raw network outputs.
 
     Examples
     --------
@@ -72,14 +77,17 @@ class Categorical:
 
     @classmethod
     def from_logits(cls, logits: Tensor) -> Categorical:
-        """Normalise raw scores ``[..., K]``: log π(k) = logit_k − log Σ_j exp logit_j."""
+        """Normalise raw scores ``[..., K]``: log π(k) = logit_k − log Σ_j exp
+        logit_j.
+        """
         return cls(torch.log_softmax(logits, dim=-1))
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw actions ``[...]`` (int64).
 
-        The race of exponential clocks: with E_k ~ Exp(1) independent, argmax_k π_k / E_k has law π. One fused
-        draw for the whole batch, and unlike ``torch.multinomial`` it takes any number of batch dimensions.
+        The race of exponential clocks: with E_k ~ Exp(1) independent, argmax_k π_k /
+        E_k has law π. One fused draw for the whole batch, and unlike
+        ``torch.multinomial`` it takes any number of batch dimensions.
         """
         clocks = torch.empty_like(self.log_probs).exponential_(generator=generator)
         return (self.log_probs.exp() / clocks).argmax(dim=-1)
@@ -97,15 +105,20 @@ class Categorical:
         return -(self.log_probs.exp() * self.log_probs).sum(dim=-1)
 
     def kl(self, other: Distribution) -> Tensor:
-        """Return KL(self ‖ other) = Σ_k π_k (log π_k − log π'_k) in nats, shape ``[...]``."""
+        """Return KL(self ‖ other) = Σ_k π_k (log π_k − log π'_k) in nats, shape
+        ``[...]``.
+        """
         if not isinstance(other, Categorical):
             raise ValueError(
-                f"other must be a Categorical to compare with a Categorical, got {type(other).__name__}"
+                "other must be a Categorical to compare with a Categorical, got "
+                f"{type(other).__name__}"
             )
         return (self.log_probs.exp() * (self.log_probs - other.log_probs)).sum(dim=-1)
 
     def detach(self) -> Categorical:
-        """Return a frozen copy: no gradient, and no change when the parameters are changed in place."""
+        """Return a frozen copy: no gradient, and no change when the parameters are
+        changed in place.
+        """
         return Categorical(self.log_probs.detach().clone())
 
 
@@ -116,7 +129,8 @@ class DiagonalGaussian:
     Parameters
     ----------
     mean, log_std : Tensor
-        Shape ``[..., D]`` (``log_std`` may be broadcast). Units are those of the action.
+        Shape ``[..., D]`` (``log_std`` may be broadcast). Units are those of the
+        action.
 
     Examples
     --------
@@ -139,12 +153,18 @@ class DiagonalGaussian:
         return self.mean
 
     def log_prob(self, actions: Tensor) -> Tensor:
-        """Return log π(a|s), summed over action dimensions, for ``actions`` ``[..., D]``; shape ``[...]``."""
+        """Return log π(a|s), summed over action dimensions, for ``actions`` ``[...,
+        D]``; shape ``[...]``.
+        """
         z = (actions - self.mean) * torch.exp(-self.log_std)
-        return -(0.5 * z.square() + self.log_std + 0.5 * math.log(2 * math.pi)).sum(dim=-1)
+        return -(0.5 * z.square() + self.log_std + 0.5 * math.log(2 * math.pi)).sum(
+            dim=-1
+        )
 
     def entropy(self) -> Tensor:
-        """Return Σ_d (log σ_d + ½ log 2πe) in nats, shape ``[...]``. It can be negative."""
+        """Return Σ_d (log σ_d + ½ log 2πe) in nats, shape ``[...]``. It can be
+        negative.
+        """
         per_dimension = self.log_std + 0.5 * math.log(2 * math.pi * math.e)
         return per_dimension.expand_as(self.mean).sum(dim=-1)
 
@@ -155,14 +175,21 @@ class DiagonalGaussian:
         """
         if not isinstance(other, DiagonalGaussian):
             raise ValueError(
-                f"other must be a DiagonalGaussian to compare with a DiagonalGaussian, got {type(other).__name__}"
+                "other must be a DiagonalGaussian to compare with a DiagonalGaussian, "
+                f"got {type(other).__name__}"
             )
         variance = torch.exp(2 * self.log_std)
         precision = torch.exp(-2 * other.log_std)
         distance = (self.mean - other.mean).square()
-        per_dimension = other.log_std - self.log_std + 0.5 * (variance + distance) * precision - 0.5
+        per_dimension = (
+            other.log_std - self.log_std + 0.5 * (variance + distance) * precision - 0.5
+        )
         return per_dimension.sum(dim=-1)
 
     def detach(self) -> DiagonalGaussian:
-        """Return a frozen copy: no gradient, and no change when the parameters are changed in place."""
-        return DiagonalGaussian(self.mean.detach().clone(), self.log_std.detach().clone())
+        """Return a frozen copy: no gradient, and no change when the parameters are
+        changed in place.
+        """
+        return DiagonalGaussian(
+            self.mean.detach().clone(), self.log_std.detach().clone()
+        )

@@ -1,18 +1,23 @@
 """Returns, advantages and KL divergences, estimated from samples.
 
-Time comes first: rewards, values and flags have shape ``[T, ...]``, usually ``[T, N]`` for ``N`` environments
-side by side. Two flags end an episode and they are never mixed up:
+Time comes first: rewards, values and flags have shape ``[T, ...]``, usually ``[T, N]``
+for ``N`` environments side by side. Two flags end an episode and they are never mixed
+up:
 
 ``terminated[t]``
-    the episode ended in a true terminal state. Nothing follows, so nothing is bootstrapped.
+    the episode ended in a true terminal state. Nothing follows, so nothing is
+    bootstrapped.
 ``truncated[t]``
-    the episode was cut (time limit, end of the buffer) although the state has a future. That future is worth
-    ``next_values[t]`` = V(final observation), which is bootstrapped; the λ-trace stops there all the same.
+    the episode was cut (time limit, end of the buffer) although the state has a future.
+    That future is worth ``next_values[t]`` = V(final observation), which is
+    bootstrapped; the λ-trace stops there all the same.
 
-Completions of a language model come the other way round, ``[B, T]``, one row per completion, with a Boolean
-``mask`` that holds at their tokens, the end-of-sequence token included.
+Completions of a language model come the other way round, ``[B, T]``, one row per
+completion, with a Boolean ``mask`` that holds at their tokens, the end-of-sequence
+token included.
 
-Every function here is pure: tensors in, tensors out. No gradient history is required or removed, except by
+Every function here is pure: tensors in, tensors out. No gradient history is required or
+removed, except by
 :func:`importance_weights`, whose result is data.
 """
 
@@ -46,12 +51,14 @@ def _check_fraction(name: str, value: float) -> None:
 
 
 def _check_match(reference_name: str, reference: Tensor, **others: Tensor) -> None:
-    """Refuse shapes that differ, which broadcasting would hide; :mod:`policyopt.losses` uses it too."""
+    """Refuse shapes that differ, which broadcasting would hide; :mod:`policyopt.losses`
+    uses it too.
+    """
     for name, tensor in others.items():
         if tensor.shape != reference.shape:
             raise ValueError(
-                f"{name} must have the shape of {reference_name}, {tuple(reference.shape)}, "
-                f"got {tuple(tensor.shape)}"
+                f"{name} must have the shape of {reference_name}, "
+                f"{tuple(reference.shape)}, got {tuple(tensor.shape)}"
             )
 
 
@@ -61,20 +68,28 @@ def _check_same_shape(**tensors: Tensor) -> None:
     _check_match(first, reference, **dict(others))
     if reference.ndim == 0 or reference.shape[0] == 0:
         raise ValueError(
-            f"{first} must have a time dimension first, [T, ...] with T > 0, got {tuple(reference.shape)}"
+            f"{first} must have a time dimension first, [T, ...] with T > 0, got "
+            f"{tuple(reference.shape)}"
         )
 
 
 def td_errors(
-    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, *, gamma: float
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    *,
+    gamma: float,
 ) -> Tensor:
-    r"""Temporal-difference errors, δ_t = r_t + γ (1 − terminated_t) V(s_{t+1}) − V(s_t).
+    r"""Temporal-difference errors, δ_t = r_t + γ (1 − terminated_t) V(s_{t+1}) −
+    V(s_t).
 
     Parameters
     ----------
     rewards, values, next_values : Tensor
-        Shape ``[T, ...]``. ``next_values[t]`` is the value of the state that action ``t`` led to; at a
-        truncation that is the *final* observation, not the first one of the next episode.
+        Shape ``[T, ...]``. ``next_values[t]`` is the value of the state that action
+        ``t`` led to; at a truncation that is the *final* observation, not the first one
+        of the next episode.
     terminated : Tensor
         Boolean ``[T, ...]``.
     gamma : float
@@ -93,7 +108,9 @@ def td_errors(
     (tensor([1.]), tensor([-1.]))
     """
     _check_fraction("gamma", gamma)
-    _check_same_shape(rewards=rewards, values=values, next_values=next_values, terminated=terminated)
+    _check_same_shape(
+        rewards=rewards, values=values, next_values=next_values, terminated=terminated
+    )
     return rewards + gamma * torch.where(terminated, 0.0, next_values) - values
 
 
@@ -111,8 +128,9 @@ def gae(
 
     .. math:: \hat A_t = \delta_t + \gamma\lambda\,(1-\text{terminated}_t)(1-\text{truncated}_t)\,\hat A_{t+1}
 
-    with the :func:`td_errors` δ. λ = 0 gives δ itself (low variance, biased by V); λ = 1 gives the return minus
-    V(s_t) (unbiased, high variance). The last row of the buffer is treated as a truncation.
+    with the :func:`td_errors` δ. λ = 0 gives δ itself (low variance, biased by V); λ =
+    1 gives the return minus V(s_t) (unbiased, high variance). The last row of the
+    buffer is treated as a truncation.
 
     Parameters
     ----------
@@ -126,12 +144,14 @@ def gae(
     Returns
     -------
     Tensor
-        Advantages ``[T, ...]``; add ``values`` to get the λ-returns, the value function's regression target.
+        Advantages ``[T, ...]``; add ``values`` to get the λ-returns, the value
+        function's regression target.
 
     References
     ----------
-    Schulman, Moritz, Levine, Jordan, Abbeel (2016), High-dimensional continuous control using generalized
-    advantage estimation, arXiv:1506.02438, eq. 16. Truncation: Pardo et al. (2018), arXiv:1712.00378.
+    Schulman, Moritz, Levine, Jordan, Abbeel (2016), High-dimensional continuous control
+    using generalized advantage estimation, arXiv:1506.02438, eq. 16. Truncation: Pardo
+    et al. (2018), arXiv:1712.00378.
 
     Examples
     --------
@@ -146,10 +166,14 @@ def gae(
     _check_fraction("gae_lambda", gae_lambda)
     _check_same_shape(rewards=rewards, truncated=truncated)
     deltas = td_errors(rewards, values, next_values, terminated, gamma=gamma)
-    decay = torch.where(terminated | truncated, 0.0, gamma * gae_lambda).to(deltas.dtype)
+    decay = torch.where(terminated | truncated, 0.0, gamma * gae_lambda).to(
+        deltas.dtype
+    )
     carried = torch.zeros_like(deltas[0])
     backwards = []
-    for delta, d in zip(reversed(deltas.unbind()), reversed(decay.unbind()), strict=True):
+    for delta, d in zip(
+        reversed(deltas.unbind()), reversed(decay.unbind()), strict=True
+    ):
         carried = torch.addcmul(delta, d, carried)
         backwards.append(carried)
     return torch.stack(backwards[::-1])
@@ -170,8 +194,8 @@ def discounted_returns(
     rewards, terminated : Tensor
         Shape ``[T, ...]``.
     truncated, next_values : Tensor, optional
-        Shape ``[T, ...]``. Where ``truncated`` (and at the last row), G_t = r_t + γ ``next_values[t]``; without
-        ``next_values`` the future after a cut counts as 0.
+        Shape ``[T, ...]``. Where ``truncated`` (and at the last row), G_t = r_t + γ
+        ``next_values[t]``; without ``next_values`` the future after a cut counts as 0.
     gamma : float
         Discount per step, in [0, 1].
 
@@ -195,14 +219,17 @@ def discounted_returns(
         cut = truncated.clone()
         cut[-1] = True
         bootstrap = torch.where(cut, next_values, zeros)
-    return gae(rewards, zeros, bootstrap, terminated, truncated, gamma=gamma, gae_lambda=1.0)
+    return gae(
+        rewards, zeros, bootstrap, terminated, truncated, gamma=gamma, gae_lambda=1.0
+    )
 
 
 def normalize(x: Tensor, mask: Tensor | None = None, *, eps: float = 1e-8) -> Tensor:
-    """Shift and scale to mean 0 and standard deviation 1 over the entries where ``mask`` holds.
+    """Shift and scale to mean 0 and standard deviation 1 over the entries where
+    ``mask`` holds.
 
-    The standard deviation has the denominator n (not n − 1), so one entry gives 0 and not NaN. Entries outside
-    the mask are returned as 0.
+    The standard deviation has the denominator n (not n − 1), so one entry gives 0 and
+    not NaN. Entries outside the mask are returned as 0.
 
     Parameters
     ----------
@@ -232,29 +259,36 @@ def normalize(x: Tensor, mask: Tensor | None = None, *, eps: float = 1e-8) -> Te
 def _centre(x: Tensor) -> Tensor:
     """Subtract the mean over the last dimension; equal entries give exactly 0.
 
-    The mean of equal numbers may differ from them by a rounding, which a division by their standard deviation would
-    blow up; taking the first entry off beforehand prevents that.
+    The mean of equal numbers may differ from them by a rounding, which a division by
+    their standard deviation would blow up; taking the first entry off beforehand
+    prevents that.
     """
     shifted = x - x[..., :1]
     return shifted - shifted.mean(dim=-1, keepdim=True)
 
 
-def group_relative_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-4) -> Tensor:
-    r"""Advantage of each sample against the other samples of its group, A_i = (r_i − mean r) / (std r + ε).
+def group_relative_advantages(
+    rewards: Tensor, *, scale: bool = True, eps: float = 1e-4
+) -> Tensor:
+    r"""Advantage of each sample against the other samples of its group, A_i = (r_i −
+    mean r) / (std r + ε).
 
     Parameters
     ----------
     rewards : Tensor
-        Shape ``[..., K]``: ``K`` ≥ 2 samples of the same state (prompt) in the last dimension.
+        Shape ``[..., K]``: ``K`` ≥ 2 samples of the same state (prompt) in the last
+        dimension.
     scale : bool
-        Divide by the group's standard deviation (denominator K − 1). ``False`` is "Dr. GRPO".
+        Divide by the group's standard deviation (denominator K − 1). ``False`` is "Dr.
+        GRPO".
     eps : float
-        Added to the standard deviation; a group whose rewards are all equal gets advantages of exactly 0.
+        Added to the standard deviation; a group whose rewards are all equal gets
+        advantages of exactly 0.
 
     References
     ----------
-    Shao et al. (2024), DeepSeekMath, arXiv:2402.03300, §4.1.2. Without scaling: Liu et al. (2025),
-    arXiv:2503.20783.
+    Shao et al. (2024), DeepSeekMath, arXiv:2402.03300, §4.1.2. Without scaling: Liu et
+    al. (2025), arXiv:2503.20783.
 
     Examples
     --------
@@ -270,9 +304,9 @@ def group_relative_advantages(rewards: Tensor, *, scale: bool = True, eps: float
 def leave_one_out_advantages(rewards: Tensor) -> Tensor:
     r"""Advantage of each sample against the mean of the *others* in its group.
 
-    A_i = r_i − (1/(K−1)) Σ_{j≠i} r_j. The baseline does not depend on sample i, so the gradient estimate stays
-    unbiased. It equals K/(K−1) times the unscaled :func:`group_relative_advantages`, and is computed so: equal rewards
-    give exactly 0.
+    A_i = r_i − (1/(K−1)) Σ_{j≠i} r_j. The baseline does not depend on sample i, so the
+    gradient estimate stays unbiased. It equals K/(K−1) times the unscaled
+    :func:`group_relative_advantages`, and is computed so: equal rewards give exactly 0.
 
     Parameters
     ----------
@@ -281,8 +315,8 @@ def leave_one_out_advantages(rewards: Tensor) -> Tensor:
 
     References
     ----------
-    Kool, van Hoof, Welling (2019), Buy 4 REINFORCE samples, get a baseline for free; Ahmadian et al. (2024),
-    arXiv:2402.14740.
+    Kool, van Hoof, Welling (2019), Buy 4 REINFORCE samples, get a baseline for free;
+    Ahmadian et al. (2024), arXiv:2402.14740.
 
     Examples
     --------
@@ -298,8 +332,8 @@ def leave_one_out_advantages(rewards: Tensor) -> Tensor:
 def _check_group(rewards: Tensor) -> None:
     if rewards.ndim == 0 or rewards.shape[-1] < 2:
         raise ValueError(
-            f"rewards must hold groups of at least 2 samples in the last dimension, got shape {tuple(rewards.shape)}: "
-            "one sample has nothing to be compared with"
+            "rewards must hold groups of at least 2 samples in the last dimension, got "
+            f"shape {tuple(rewards.shape)}: one sample has nothing to be compared with"
         )
 
 
@@ -331,8 +365,9 @@ def kl_estimate(
 
     References
     ----------
-    Schulman (2020), Approximating KL divergence, http://joschu.net/blog/kl-approx.html. Gradients: derived in
-    the tests by enumeration; see also Tang and Munos (2025), arXiv:2506.09477.
+    Schulman (2020), Approximating KL divergence, http://joschu.net/blog/kl-approx.html.
+    Gradients: derived in the tests by enumeration; see also Tang and Munos (2025),
+    arXiv:2506.09477.
 
     Examples
     --------
@@ -361,13 +396,15 @@ def kl_shaped_rewards(
     beta: float,
     kind: Literal["k1", "k2", "k3"] = "k1",
 ) -> Tensor:
-    r"""Rewards of the tokens in RLHF: a KL penalty on each, and the completion's score on the last.
+    r"""Rewards of the tokens in RLHF: a KL penalty on each, and the completion's score
+    on the last.
 
     .. math:: r_t = -\beta\,\mathrm{kl}_t + [t \text{ is the last token}]\cdot\text{score}
 
-    With k1, kl_t = log π(a_t|s_t) − log π_ref(a_t|s_t), the undiscounted return of a completion is
-    score − β log(π/π_ref) of the whole, so that the policy gradient of these rewards is *exactly* the gradient of
-    E[score] − β KL(π ‖ π_ref). With k2 and k3 it is not.
+    With k1, kl_t = log π(a_t|s_t) − log π_ref(a_t|s_t), the undiscounted return of a
+    completion is score − β log(π/π_ref) of the whole, so that the policy gradient of
+    these rewards is *exactly* the gradient of E[score] − β KL(π ‖ π_ref). With k2 and
+    k3 it is not.
 
     Parameters
     ----------
@@ -394,7 +431,8 @@ def kl_shaped_rewards(
 
     References
     ----------
-    Ziegler et al. (2019), Fine-tuning language models from human preferences, arXiv:1909.08593, eq. 2.
+    Ziegler et al. (2019), Fine-tuning language models from human preferences,
+    arXiv:1909.08593, eq. 2.
 
     Examples
     --------
@@ -408,20 +446,27 @@ def kl_shaped_rewards(
     _check_match("log_prob", log_prob, reference_log_prob=reference_log_prob, mask=mask)
     if log_prob.ndim != 2 or scores.shape != log_prob.shape[:1]:
         raise ValueError(
-            f"log_prob must have the shape [B, T] and scores [B], got {tuple(log_prob.shape)} and {tuple(scores.shape)}"
+            "log_prob must have the shape [B, T] and scores [B], got "
+            f"{tuple(log_prob.shape)} and {tuple(scores.shape)}"
         )
     empty = ~mask.any(dim=1)
     if bool(empty.any()):
         rows = empty.nonzero().flatten().tolist()
-        raise ValueError(f"mask must hold at least one token in every row, got none in {rows}; drop them")
+        raise ValueError(
+            f"mask must hold at least one token in every row, got none in {rows}; drop "
+            "them"
+        )
     position = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     last = torch.where(mask, position, -1).amax(dim=1, keepdim=True)
     penalty = torch.where(mask, kl_estimate(log_prob, reference_log_prob, kind), 0.0)
     return torch.where(position == last, scores.unsqueeze(1), 0.0) - beta * penalty
 
 
-def adaptive_kl_coefficient(beta: float, kl: float, *, target: float, gain: float = 0.1) -> float:
-    r"""Return the KL penalty's next coefficient, so that the KL divergence settles near a target.
+def adaptive_kl_coefficient(
+    beta: float, kl: float, *, target: float, gain: float = 0.1
+) -> float:
+    r"""Return the KL penalty's next coefficient, so that the KL divergence settles near
+    a target.
 
     .. math:: \beta \leftarrow \beta\,\bigl(1 + K_\beta\, e\bigr), \qquad
               e = \operatorname{clip}\Bigl(\frac{\mathrm{KL} - \text{target}}{\text{target}}, -0.2, 0.2\Bigr)
@@ -450,26 +495,35 @@ def adaptive_kl_coefficient(beta: float, kl: float, *, target: float, gain: floa
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be finite and > 0, got {value!r}")
     if not 0 < gain < 5:
-        raise ValueError(f"gain must lie in (0, 5), so that beta stays positive, got {gain!r}")
+        raise ValueError(
+            f"gain must lie in (0, 5), so that beta stays positive, got {gain!r}"
+        )
     if not math.isfinite(kl):
-        raise ValueError(f"kl must be finite, got {kl!r}: the policy has probably diverged")
+        raise ValueError(
+            f"kl must be finite, got {kl!r}: the policy has probably diverged"
+        )
     error = min(max(kl / target - 1, -0.2), 0.2)
     return beta * (1 + gain * error)
 
 
-def importance_weights(log_prob: Tensor, sampler_log_prob: Tensor, *, cap: float) -> Tensor:
-    r"""Return the truncated importance weights min(π(a|s) / π_sampler(a|s), cap), with no gradient.
+def importance_weights(
+    log_prob: Tensor, sampler_log_prob: Tensor, *, cap: float
+) -> Tensor:
+    r"""Return the truncated importance weights min(π(a|s) / π_sampler(a|s), cap), with
+    no gradient.
 
-    They correct a loss whose samples came from a slightly different policy than the trainer believes: another
-    numerical precision, another kernel, an older copy of the weights. Without truncation the correction is
-    unbiased, but its variance may be infinite; truncation bounds it, at the price of a bias that only counts where
-    the ratio exceeds the cap.
+    They correct a loss whose samples came from a slightly different policy than the
+    trainer believes: another numerical precision, another kernel, an older copy of the
+    weights. Without truncation the correction is unbiased, but its variance may be
+    infinite; truncation bounds it, at the price of a bias that only counts where the
+    ratio exceeds the cap.
 
     Parameters
     ----------
     log_prob, sampler_log_prob : Tensor
-        log-probabilities of the sampled actions under the policy to be trained, before its first update on them,
-        and under the distribution really sampled from; same shape. Where both are 0 (padding) the weight is 1.
+        log-probabilities of the sampled actions under the policy to be trained, before
+        its first update on them, and under the distribution really sampled from; same
+        shape. Where both are 0 (padding) the weight is 1.
     cap : float
         Largest weight, ≥ 1.
 
@@ -491,13 +545,16 @@ def importance_weights(log_prob: Tensor, sampler_log_prob: Tensor, *, cap: float
     """
     if not cap >= 1:
         raise ValueError(
-            f"cap must be >= 1, got {cap!r}: a smaller one would also shrink the weights that are right"
+            f"cap must be >= 1, got {cap!r}: a smaller one would also shrink the "
+            "weights that are right"
         )
     _check_match("log_prob", log_prob, sampler_log_prob=sampler_log_prob)
     return torch.exp(log_prob - sampler_log_prob).clamp(max=cap).detach()
 
 
-def sequence_log_prob(log_prob: Tensor, mask: Tensor, *, reduction: Literal["sum", "mean"] = "sum") -> Tensor:
+def sequence_log_prob(
+    log_prob: Tensor, mask: Tensor, *, reduction: Literal["sum", "mean"] = "sum"
+) -> Tensor:
     r"""Log-probability of whole completions from those of their tokens.
 
     Parameters
@@ -507,13 +564,15 @@ def sequence_log_prob(log_prob: Tensor, mask: Tensor, *, reduction: Literal["sum
     mask : Tensor
         Boolean, the same shape. Masked-out entries do not count, even if they are NaN.
     reduction : {"sum", "mean"}
-        ``"sum"`` is log π(completion | prompt). ``"mean"`` divides it by the number of tokens: no longer the
-        log-probability of anything, but comparable between completions of different length.
+        ``"sum"`` is log π(completion | prompt). ``"mean"`` divides it by the number of
+        tokens: no longer the log-probability of anything, but comparable between
+        completions of different length.
 
     Returns
     -------
     Tensor
-        Shape ``[...]``, in nats (per token with ``"mean"``); 0 for a completion without tokens.
+        Shape ``[...]``, in nats (per token with ``"mean"``); 0 for a completion without
+        tokens.
 
     Examples
     --------
@@ -532,9 +591,11 @@ def sequence_log_prob(log_prob: Tensor, mask: Tensor, *, reduction: Literal["sum
 
 
 def explained_variance(values: Tensor, targets: Tensor) -> Tensor:
-    """Share of the targets' variance that the value function explains, 1 − Var(target − V) / Var(target).
+    """Share of the targets' variance that the value function explains, 1 − Var(target −
+    V) / Var(target).
 
-    1 is perfect, 0 is no better than a constant, below 0 is worse than one; NaN when the targets do not vary.
+    1 is perfect, 0 is no better than a constant, below 0 is worse than one; NaN when
+    the targets do not vary.
 
     Parameters
     ----------

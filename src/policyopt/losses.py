@@ -1,15 +1,18 @@
 """Objectives as pure functions.
 
-Every loss is minimised, so it is the *negative* of the objective in the papers. Each function returns a named
-tuple whose fields have one entry per item (time step, token, sample): ``loss`` first, then the statistics that
-tell whether the loss is healthy. Nothing is averaged here. :func:`aggregate` alone decides what is counted and
-what it is divided by, so that a batch cut into pieces gives the gradient of the whole.
+Every loss is minimised, so it is the *negative* of the objective in the papers. Each
+function returns a named tuple whose fields have one entry per item (time step, token,
+sample): ``loss`` first, then the statistics that tell whether the loss is healthy.
+Nothing is averaged here. :func:`aggregate` alone decides what is counted and what it is
+divided by, so that a batch cut into pieces gives the gradient of the whole.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,12 +31,15 @@ __all__ = [
     "ValueLoss",
     "aggregate",
     "bradley_terry_loss",
+    "check_loss",
     "clipped_surrogate_loss",
     "dpo_loss",
     "entropy_loss",
+    "item_losses",
     "policy_gradient_loss",
     "ranking_loss",
     "sequence_log_ratio",
+    "statistic",
     "surrogate_loss",
     "value_loss",
 ]
@@ -86,7 +92,9 @@ class BradleyTerry(NamedTuple):
 
     loss: Tensor
     margin: Tensor
-    """Score of the chosen minus score of the rejected (detached); the pair is ordered rightly where it is > 0."""
+    """Score of the chosen minus score of the rejected (detached); the pair is ordered
+    rightly where it is > 0.
+    """
 
 
 class DPO(NamedTuple):
@@ -98,14 +106,19 @@ class DPO(NamedTuple):
     rejected_reward: Tensor
     """The same of the rejected completion (detached)."""
     margin: Tensor
-    """``chosen_reward`` − ``rejected_reward`` (detached); the pair is ordered rightly where it is > 0."""
+    """``chosen_reward`` − ``rejected_reward`` (detached); the pair is ordered rightly
+    where it is > 0.
+    """
     weight: Tensor
-    """w = −∂L/∂(chosen log-prob) = ∂L/∂(rejected log-prob) (detached): −∇L = w (∇ log π(chosen) − ∇ log π(rejected)).
-    Negative only where label smoothing or IPO pulls back a margin that has grown too large."""
+    """w = −∂L/∂(chosen log-prob) = ∂L/∂(rejected log-prob) (detached): −∇L = w (∇ log
+    π(chosen) − ∇ log π(rejected)). Negative only where label smoothing or IPO pulls
+    back a margin that has grown too large."""
 
 
 class Ranking(NamedTuple):
-    """Result of :func:`ranking_loss`, one entry per ordered pair, in the order (0, 1), (0, 2), …, (K−2, K−1)."""
+    """Result of :func:`ranking_loss`, one entry per ordered pair, in the order (0, 1),
+    (0, 2), …, (K−2, K−1).
+    """
 
     loss: Tensor
     margin: Tensor
@@ -115,8 +128,9 @@ class Ranking(NamedTuple):
 def policy_gradient_loss(log_prob: Tensor, weights: Tensor) -> PolicyGradient:
     r"""REINFORCE: L_t = −w_t log π_θ(a_t|s_t), with the weights held constant.
 
-    Its gradient is −w_t ∇ log π_θ, so descending it ascends E[Σ_t w_t log π_θ]. What w_t is (return,
-    return − baseline, advantage) is the whole difference between the variants.
+    Its gradient is −w_t ∇ log π_θ, so descending it ascends E[Σ_t w_t log π_θ]. What
+    w_t is (return, return − baseline, advantage) is the whole difference between the
+    variants.
 
     Parameters
     ----------
@@ -127,7 +141,8 @@ def policy_gradient_loss(log_prob: Tensor, weights: Tensor) -> PolicyGradient:
 
     References
     ----------
-    Williams (1992), Simple statistical gradient-following algorithms, doi:10.1007/BF00992696.
+    Williams (1992), Simple statistical gradient-following algorithms,
+    doi:10.1007/BF00992696.
 
     Examples
     --------
@@ -139,8 +154,11 @@ def policy_gradient_loss(log_prob: Tensor, weights: Tensor) -> PolicyGradient:
     return PolicyGradient(-weights.detach() * log_prob)
 
 
-def surrogate_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Surrogate:
-    r"""Importance-weighted surrogate: L_t = −ρ_t A_t with ρ_t = π_θ(a_t|s_t) / π_old(a_t|s_t).
+def surrogate_loss(
+    log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor
+) -> Surrogate:
+    r"""Importance-weighted surrogate: L_t = −ρ_t A_t with ρ_t = π_θ(a_t|s_t) /
+    π_old(a_t|s_t).
 
     At θ = θ_old its gradient is that of :func:`policy_gradient_loss` with w_t = A_t.
 
@@ -175,9 +193,10 @@ def clipped_surrogate_loss(
 ) -> ClippedSurrogate:
     r"""PPO's objective: L_t = −min(ρ_t A_t, clip(ρ_t, 1 − ε, 1 + ε) A_t).
 
-    The minimum is pessimistic: it removes the reward for moving ρ *further* in the direction the advantage
-    asks for, and keeps the full gradient for coming back. The gradient is exactly 0 where A > 0 and ρ > 1 + ε,
-    or A < 0 and ρ < 1 − ε; ρ itself is not bounded.
+    The minimum is pessimistic: it removes the reward for moving ρ *further* in the
+    direction the advantage asks for, and keeps the full gradient for coming back. The
+    gradient is exactly 0 where A > 0 and ρ > 1 + ε, or A < 0 and ρ < 1 − ε; ρ itself is
+    not bounded.
 
     Parameters
     ----------
@@ -186,13 +205,15 @@ def clipped_surrogate_loss(
     old_log_prob, advantages : Tensor
         Same shape; no gradient flows through them.
     clip_ratio : float
-        ε > 0. The lower edge is 1 − ε, and the upper one too unless ``clip_ratio_high`` is given.
+        ε > 0. The lower edge is 1 − ε, and the upper one too unless ``clip_ratio_high``
+        is given.
     clip_ratio_high : float, optional
         Upper edge 1 + ε_high ("clip-higher", Yu et al. 2025, arXiv:2503.14476).
 
     References
     ----------
-    Schulman et al. (2017), Proximal policy optimization algorithms, arXiv:1707.06347, eq. 7.
+    Schulman et al. (2017), Proximal policy optimization algorithms, arXiv:1707.06347,
+    eq. 7.
 
     Examples
     --------
@@ -205,27 +226,39 @@ def clipped_surrogate_loss(
     high = clip_ratio if clip_ratio_high is None else clip_ratio_high
     if not clip_ratio > 0 or not high > 0:
         raise ValueError(
-            f"clip_ratio and clip_ratio_high must be > 0, got {clip_ratio!r} and {clip_ratio_high!r}"
+            f"clip_ratio and clip_ratio_high must be > 0, got {clip_ratio!r} and "
+            f"{clip_ratio_high!r}"
         )
     _check_match("log_prob", log_prob, old_log_prob=old_log_prob, advantages=advantages)
     old, advantages = old_log_prob.detach(), advantages.detach()
     ratio = torch.exp(log_prob - old)
-    pessimistic = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_ratio, 1 + high) * advantages)
+    pessimistic = torch.minimum(
+        ratio * advantages, ratio.clamp(1 - clip_ratio, 1 + high) * advantages
+    )
     with torch.no_grad():
-        off = torch.where(advantages > 0, ratio > 1 + high, (ratio < 1 - clip_ratio) & (advantages < 0))
+        off = torch.where(
+            advantages > 0,
+            ratio > 1 + high,
+            (ratio < 1 - clip_ratio) & (advantages < 0),
+        )
         kl = kl_estimate(old, log_prob, "k3")
-    return ClippedSurrogate(loss=-pessimistic, ratio=ratio.detach(), clipped=off.to(ratio.dtype), kl=kl)
+    return ClippedSurrogate(
+        loss=-pessimistic, ratio=ratio.detach(), clipped=off.to(ratio.dtype), kl=kl
+    )
 
 
 def sequence_log_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> Tensor:
-    r"""Log-ratio of whole completions, per token, repeated for each of their tokens (GSPO).
+    r"""Log-ratio of whole completions, per token, repeated for each of their tokens
+    (GSPO).
 
     .. math:: \log s_i = \frac{1}{|y_i|} \sum_t \log\frac{\pi_\theta(a_t|s_t)}{\pi_\text{old}(a_t|s_t)}
 
-    Give it to :func:`clipped_surrogate_loss` as the log-probability, with zeros as the old one: all tokens of a
-    completion then share one ratio s_i, and are clipped together or not at all. The gradient of s_i is
-    s_i times the mean over its tokens of ∇ log π(a_t|s_t). With one advantage per completion the loss's gradient equals
-    that of "GSPO-token", where token t carries the value s_i but only its own gradient, under each reduction of
+    Give it to :func:`clipped_surrogate_loss` as the log-probability, with zeros as the
+    old one: all tokens of a completion then share one ratio s_i, and are clipped
+    together or not at all. The gradient of s_i is s_i times the mean over its tokens of
+    ∇ log π(a_t|s_t). With one advantage per completion the loss's gradient equals that
+    of "GSPO-token", where token t carries the value s_i but only its own gradient,
+    under each reduction of
     :func:`aggregate`.
 
     Parameters
@@ -244,7 +277,8 @@ def sequence_log_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> 
 
     References
     ----------
-    Zheng et al. (2025), Group sequence policy optimization, arXiv:2507.18071, eq. 7 and §4.3.
+    Zheng et al. (2025), Group sequence policy optimization, arXiv:2507.18071, eq. 7 and
+    §4.3.
 
     Examples
     --------
@@ -262,19 +296,26 @@ def sequence_log_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> 
 
 
 def value_loss(
-    values: Tensor, targets: Tensor, old_values: Tensor | None = None, *, clip: float | None = None
+    values: Tensor,
+    targets: Tensor,
+    old_values: Tensor | None = None,
+    *,
+    clip: float | None = None,
 ) -> ValueLoss:
-    r"""Squared error of the value function, L_t = ½ (V_t − target_t)², optionally clipped as in PPO.
+    r"""Squared error of the value function, L_t = ½ (V_t − target_t)², optionally
+    clipped as in PPO.
 
-    With ``clip`` = c the loss is ½ max((V − target)², (V_old + clamp(V − V_old, −c, c) − target)²): the value
-    may not profit from moving further than c from where it was when the data were collected.
+    With ``clip`` = c the loss is ½ max((V − target)², (V_old + clamp(V − V_old, −c, c)
+    − target)²): the value may not profit from moving further than c from where it was
+    when the data were collected.
 
     Parameters
     ----------
     values : Tensor
         V_φ(s_t), any shape, with gradient.
     targets : Tensor
-        Regression targets (for instance advantage + old value), same shape; no gradient flows through them.
+        Regression targets (for instance advantage + old value), same shape; no gradient
+        flows through them.
     old_values : Tensor, optional
         V at collection time; needed with ``clip``.
     clip : float, optional
@@ -305,7 +346,8 @@ def value_loss(
 
 
 def entropy_loss(entropy: Tensor) -> EntropyLoss:
-    """Return −H: descending it spreads the policy out. Weigh it with a small coefficient (``entropy_coef``).
+    """Return −H: descending it spreads the policy out. Weigh it with a small
+    coefficient (``entropy_coef``).
 
     Parameters
     ----------
@@ -320,9 +362,9 @@ def bradley_terry_loss(
 ) -> BradleyTerry:
     r"""Reward model on comparisons: L = −log σ(s_w − s_l) + c (s_w + s_l)².
 
-    The Bradley–Terry model says P(w beats l) = σ(s_w − s_l), so the first term is a negative log-likelihood. It sees
-    differences only: adding a constant to all scores changes nothing. The second term picks the scores whose sum
-    is near 0.
+    The Bradley–Terry model says P(w beats l) = σ(s_w − s_l), so the first term is a
+    negative log-likelihood. It sees differences only: adding a constant to all scores
+    changes nothing. The second term picks the scores whose sum is near 0.
 
     Parameters
     ----------
@@ -333,8 +375,9 @@ def bradley_terry_loss(
 
     References
     ----------
-    Bradley and Terry (1952), doi:10.2307/2334029; Ouyang et al. (2022), arXiv:2203.02155, eq. 1. Centring:
-    Eisenstein et al. (2023), Helping or herding?, arXiv:2312.09244.
+    Bradley and Terry (1952), doi:10.2307/2334029; Ouyang et al. (2022),
+    arXiv:2203.02155, eq. 1. Centring: Eisenstein et al. (2023), Helping or herding?,
+    arXiv:2312.09244.
 
     Examples
     --------
@@ -361,9 +404,11 @@ def dpo_loss(
     label_smoothing: float = 0.0,
     target_margin: float = 0.0,
 ) -> DPO:
-    r"""Direct preference optimisation: a reward model's loss, with the policy's log-ratio as the score.
+    r"""Direct preference optimisation: a reward model's loss, with the policy's
+    log-ratio as the score.
 
-    With the margin m = β (log π/π_ref of the chosen − log π/π_ref of the rejected completion) and x = m − γ:
+    With the margin m = β (log π/π_ref of the chosen − log π/π_ref of the rejected
+    completion) and x = m − γ:
 
     =============  ===================  ========================================================================
     kind           ℓ(x)                 what it asks for
@@ -373,8 +418,8 @@ def dpo_loss(
     ``"hinge"``    max(0, 1 − x)        a margin of at least 1 (SLiC)
     =============  ===================  ========================================================================
 
-    The loss is (1 − ε) ℓ(x) + ε ℓ(−x) with the label smoothing ε, the share of preferences believed to be the wrong
-    way round ("conservative DPO").
+    The loss is (1 − ε) ℓ(x) + ε ℓ(−x) with the label smoothing ε, the share of
+    preferences believed to be the wrong way round ("conservative DPO").
 
     For length-normalised DPO give means over tokens instead of sums,
     :func:`~policyopt.estimators.sequence_log_prob` with ``reduction="mean"``. SimPO is that without a reference, and
@@ -385,10 +430,11 @@ def dpo_loss(
     chosen_log_prob, rejected_log_prob : Tensor
         log π_θ(completion | prompt), summed over its tokens; same shape, with gradient.
     reference_chosen_log_prob, reference_rejected_log_prob : Tensor, optional
-        The same under the reference policy; no gradient flows through them. None for both: no reference, both
-        count as 0.
+        The same under the reference policy; no gradient flows through them. None for
+        both: no reference, both count as 0.
     beta : float
-        β > 0, how dear it is to leave the reference: the optimum of DPO is π_ref exp(reward/β)/Z.
+        β > 0, how dear it is to leave the reference: the optimum of DPO is π_ref
+        exp(reward/β)/Z.
     kind : {"sigmoid", "ipo", "hinge"}
     label_smoothing : float
         ε in [0, 0.5).
@@ -397,10 +443,11 @@ def dpo_loss(
 
     References
     ----------
-    Rafailov et al. (2023), Direct preference optimization, arXiv:2305.18290, eq. 7. IPO: Azar et al. (2023),
-    arXiv:2310.12036, eq. 17 (its τ is our β). Hinge: Zhao et al. (2023), SLiC-HF, arXiv:2305.10425, on log-ratios as
-    in Liu et al. (2023), arXiv:2309.06657. SimPO: Meng et al. (2024), arXiv:2405.14734, eq. 6. Label smoothing:
-    Mitchell (2023), A note on DPO with noisy preferences.
+    Rafailov et al. (2023), Direct preference optimization, arXiv:2305.18290, eq. 7.
+    IPO: Azar et al. (2023), arXiv:2310.12036, eq. 17 (its τ is our β). Hinge: Zhao et
+    al. (2023), SLiC-HF, arXiv:2305.10425, on log-ratios as in Liu et al. (2023),
+    arXiv:2309.06657. SimPO: Meng et al. (2024), arXiv:2405.14734, eq. 6. Label
+    smoothing: Mitchell (2023), A note on DPO with noisy preferences.
 
     Examples
     --------
@@ -412,16 +459,26 @@ def dpo_loss(
     if not 0 < beta < math.inf:
         raise ValueError(f"beta must be finite and > 0, got {beta!r}")
     if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must lie in [0, 0.5), got {label_smoothing!r}")
+        raise ValueError(
+            f"label_smoothing must lie in [0, 0.5), got {label_smoothing!r}"
+        )
     if not 0 <= target_margin < math.inf:
-        raise ValueError(f"target_margin must be finite and >= 0, got {target_margin!r}")
+        raise ValueError(
+            f"target_margin must be finite and >= 0, got {target_margin!r}"
+        )
     if kind == "ipo" and target_margin != 0:
         raise ValueError(
-            f"target_margin must be 0 with kind='ipo', got {target_margin!r}: beta alone sets IPO's target, 1/(2 beta)"
+            f"target_margin must be 0 with kind='ipo', got {target_margin!r}: beta "
+            "alone sets IPO's target, 1/(2 beta)"
         )
-    _check_match("chosen_log_prob", chosen_log_prob, rejected_log_prob=rejected_log_prob)
+    _check_match(
+        "chosen_log_prob", chosen_log_prob, rejected_log_prob=rejected_log_prob
+    )
     chosen, rejected = beta * chosen_log_prob, beta * rejected_log_prob
-    if reference_chosen_log_prob is not None and reference_rejected_log_prob is not None:
+    if (
+        reference_chosen_log_prob is not None
+        and reference_rejected_log_prob is not None
+    ):
         _check_match(
             "chosen_log_prob",
             chosen_log_prob,
@@ -430,16 +487,21 @@ def dpo_loss(
         )
         chosen = beta * (chosen_log_prob - reference_chosen_log_prob.detach())
         rejected = beta * (rejected_log_prob - reference_rejected_log_prob.detach())
-    elif reference_chosen_log_prob is not None or reference_rejected_log_prob is not None:
+    elif (
+        reference_chosen_log_prob is not None or reference_rejected_log_prob is not None
+    ):
         raise ValueError(
-            "reference_chosen_log_prob and reference_rejected_log_prob must be given both or neither"
+            "reference_chosen_log_prob and reference_rejected_log_prob must be given "
+            "both or neither"
         )
     margin = chosen - rejected
     x = margin - target_margin
     right, slope = _preference_loss(x, kind, beta)
     wrong, flipped_slope = _preference_loss(-x, kind, beta)
     return DPO(
-        loss=(1 - label_smoothing) * right + label_smoothing * wrong if label_smoothing else right,
+        loss=(1 - label_smoothing) * right + label_smoothing * wrong
+        if label_smoothing
+        else right,
         chosen_reward=chosen.detach(),
         rejected_reward=rejected.detach(),
         margin=margin.detach(),
@@ -460,17 +522,20 @@ def _preference_loss(x: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor]
 
 
 def ranking_loss(log_prob: Tensor, *, beta: float) -> Ranking:
-    r"""Pairwise loss on a ranked list: −log σ(β (log π(y_i) − log π(y_j))) for every pair with y_i ranked above y_j.
+    r"""Pairwise loss on a ranked list: −log σ(β (log π(y_i) − log π(y_j))) for every
+    pair with y_i ranked above y_j.
 
-    It is RankNet's loss with β log π as the score: DPO without a reference, on all K(K−1)/2 pairs of a list. Some
-    tutorials call it GRPO. It is not: it samples nothing, needs no reward and has no ratio to clip.
+    It is RankNet's loss with β log π as the score: DPO without a reference, on all
+    K(K−1)/2 pairs of a list. Some tutorials call it GRPO. It is not: it samples
+    nothing, needs no reward and has no ratio to clip.
 
     Parameters
     ----------
     log_prob : Tensor
-        Shape ``[..., K]``: log π_θ(completion | prompt) of the K ≥ 2 completions of one prompt, best first, with
-        gradient. Sums over tokens favour short completions; means over tokens
-        (:func:`~policyopt.estimators.sequence_log_prob`) do not. Log-ratios to a reference may stand in for them.
+        Shape ``[..., K]``: log π_θ(completion | prompt) of the K ≥ 2 completions of one
+        prompt, best first, with gradient. Sums over tokens favour short completions;
+        means over tokens (:func:`~policyopt.estimators.sequence_log_prob`) do not.
+        Log-ratios to a reference may stand in for them.
     beta : float
         β > 0.
 
@@ -481,7 +546,8 @@ def ranking_loss(log_prob: Tensor, *, beta: float) -> Ranking:
 
     References
     ----------
-    Burges et al. (2005), Learning to rank using gradient descent, doi:10.1145/1102351.1102363.
+    Burges et al. (2005), Learning to rank using gradient descent,
+    doi:10.1145/1102351.1102363.
 
     Examples
     --------
@@ -493,7 +559,8 @@ def ranking_loss(log_prob: Tensor, *, beta: float) -> Ranking:
         raise ValueError(f"beta must be finite and > 0, got {beta!r}")
     if log_prob.ndim == 0 or log_prob.shape[-1] < 2:
         raise ValueError(
-            f"log_prob must hold lists of at least 2 completions in the last dimension, got {tuple(log_prob.shape)}"
+            "log_prob must hold lists of at least 2 completions in the last dimension, "
+            f"got {tuple(log_prob.shape)}"
         )
     k = log_prob.shape[-1]
     better, worse = torch.triu_indices(k, k, offset=1, device=log_prob.device)
@@ -508,7 +575,8 @@ def aggregate(
     reduction: Literal["mean", "sequence-mean", "sum"] = "mean",
     denominator: float | Tensor | None = None,
 ) -> Tensor:
-    r"""Reduce per-item values to one number; the only place where a denominator is chosen.
+    r"""Reduce per-item values to one number; the only place where a denominator is
+    chosen.
 
     ========================  ===============================================================================
     reduction                 result
@@ -519,24 +587,28 @@ def aggregate(
     ``"sum"``                 Σ of masked items
     ========================  ===============================================================================
 
-    ``denominator`` replaces the count (of items, or of sequences for ``"sequence-mean"``). Give the count of
-    the *whole* batch when it is cut into micro-batches: the pieces' results, and so their gradients, then add
-    up to those of the whole. Give it as a plain number: checking a tensor waits for the GPU.
+    ``denominator`` replaces the count (of items, or of sequences for
+    ``"sequence-mean"``). Give the count of the *whole* batch when it is cut into
+    micro-batches: the pieces' results, and so their gradients, then add up to those of
+    the whole. Give it as a plain number: checking a tensor waits for the GPU.
 
-    The group methods differ here: GRPO takes the ``"sequence-mean"``, DAPO the ``"mean"``, Dr. GRPO the ``"mean"`` with
-    a constant denominator (sequences × longest length allowed), and RLOO the ``"mean"`` with the number of sequences.
+    The group methods differ here: GRPO takes the ``"sequence-mean"``, DAPO the
+    ``"mean"``, Dr. GRPO the ``"mean"`` with a constant denominator (sequences × longest
+    length allowed), and RLOO the ``"mean"`` with the number of sequences.
 
     Parameters
     ----------
     values : Tensor
         Any shape; ``"sequence-mean"`` needs the sequence in the last dimension.
     mask : Tensor, optional
-        Boolean or 0/1, the shape of ``values``. Masked-out entries do not count, even if they are NaN.
+        Boolean or 0/1, the shape of ``values``. Masked-out entries do not count, even
+        if they are NaN.
 
     Raises
     ------
     ValueError
-        If nothing is selected and no denominator is given, or the denominator is not positive.
+        If nothing is selected and no denominator is given, or the denominator is not
+        positive.
 
     Examples
     --------
@@ -554,7 +626,8 @@ def aggregate(
     if reduction == "sum":
         if denominator is not None:
             raise ValueError(
-                f"denominator must be None with reduction='sum', got {denominator!r}; use reduction='mean'"
+                f"denominator must be None with reduction='sum', got {denominator!r}; "
+                "use reduction='mean'"
             )
         return values.sum()
     if reduction == "mean":
@@ -564,18 +637,97 @@ def aggregate(
         return values.sum() / _positive_count(count, denominator)
     if reduction == "sequence-mean":
         if values.ndim == 0:
-            raise ValueError("values must have the sequence in its last dimension, got a scalar")
+            raise ValueError(
+                "values must have the sequence in its last dimension, got a scalar"
+            )
         lengths = (torch.ones_like(values) if mask is None else keep).sum(dim=-1)
         means = values.sum(dim=-1) / lengths.clamp(min=1)
         return means.sum() / _positive_count((lengths > 0).sum(), denominator)
-    raise ValueError(f"reduction must be 'mean', 'sequence-mean' or 'sum', got {reduction!r}")
+    raise ValueError(
+        f"reduction must be 'mean', 'sequence-mean' or 'sum', got {reduction!r}"
+    )
 
 
-def _positive_count(count: float | Tensor, denominator: float | Tensor | None) -> float | Tensor:
+def _positive_count(
+    count: float | Tensor, denominator: float | Tensor | None
+) -> float | Tensor:
     if denominator is not None:
         return denominator
     if not bool(torch.as_tensor(count) > 0):
         raise ValueError(
-            "values holds no item to average: the mask is empty; give a denominator or skip the batch"
+            "values holds no item to average: the mask is empty; give a denominator or "
+            "skip the batch"
         )
     return count
+
+
+def check_loss(
+    loss: Callable[[Any], Any] | None, default: Callable[[Any], Any], batch: str
+) -> Callable[[Any], Any]:
+    """Return a trainer's ``loss``, or its default; refuse what cannot be one.
+
+    Parameters
+    ----------
+    loss : callable, optional
+        A function of one argument, the batch.
+    default : callable
+        What None stands for.
+    batch : str
+        Name of the batch's class, for the message.
+
+    Raises
+    ------
+    TypeError
+        If ``loss`` is not callable, or cannot be called with one argument.
+    """
+    if loss is None:
+        return default
+    try:
+        inspect.signature(loss).bind(None)
+    except TypeError as error:
+        raise TypeError(
+            f"loss must be a function of one argument, a {batch}, that returns one "
+            f"number per item, got {loss!r}: {error}"
+        ) from error
+    except ValueError:
+        pass  # a built-in function does not say what it takes
+    return loss
+
+
+class _OnlyLoss(NamedTuple):
+    loss: Tensor
+
+
+def item_losses(loss: Callable[[Any], Any], batch: Any, shape: torch.Size) -> Any:
+    """Call a trainer's ``loss`` and check what it returns.
+
+    Returns
+    -------
+    named tuple or dataclass
+        What the loss returned, or a tuple around the tensor that it returned. Its
+        ``loss`` has one number per item.
+
+    Raises
+    ------
+    ValueError
+        If the losses are not a tensor of this shape.
+    """
+    items = loss(batch)
+    items = _OnlyLoss(items) if isinstance(items, Tensor) else items
+    values = getattr(items, "loss", None)
+    if not isinstance(values, Tensor) or values.shape != shape:
+        got = (
+            tuple(values.shape) if isinstance(values, Tensor) else type(items).__name__
+        )
+        raise ValueError(
+            "loss must return one number per item, a tensor of the shape "
+            f"{tuple(shape)}, alone or as the field 'loss' of a named tuple, got {got}; "
+            "leave the mean to the trainer"
+        )
+    return items
+
+
+def statistic(items: Any, name: str) -> Tensor:
+    """Return a field of a loss's items, NaN where the loss does not report it."""
+    value = getattr(items, name, None)
+    return torch.full_like(items.loss, torch.nan) if value is None else value

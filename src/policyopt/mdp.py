@@ -1,8 +1,8 @@
 r"""Finite Markov decision processes, solved exactly.
 
-This module is the referee of the package. Whatever the floors above estimate from samples (values,
-advantages, policy gradients), a small MDP gives here by linear algebra, so an estimator can be checked
-against the truth.
+This module is the referee of the package. Whatever the floors above estimate from
+samples (values, advantages, policy gradients), a small MDP gives here by linear
+algebra, so an estimator can be checked against the truth.
 
 Conventions, for ``S`` states and ``A`` actions:
 
@@ -13,8 +13,9 @@ Conventions, for ``S`` states and ``A`` actions:
   therefore 0, which is all that the end of an episode means;
 * everything that is computed from a policy can be differentiated with respect to it by autograd.
 
-References: Puterman, *Markov Decision Processes*, 1994; Sutton and Barto, *Reinforcement Learning: An
-Introduction*, 2nd ed., 2018, chapters 3 and 4 (http://incompleteideas.net/book/the-book.html).
+References: Puterman, *Markov Decision Processes*, 1994; Sutton and Barto,
+*Reinforcement Learning: An Introduction*, 2nd ed., 2018, chapters 3 and 4
+(http://incompleteideas.net/book/the-book.html).
 """
 
 from __future__ import annotations
@@ -59,32 +60,37 @@ class FiniteMDP:
     Parameters
     ----------
     P : Tensor
-        ``[S, A, S]``, ``P[s, a, s']`` = P(s' | s, a); each ``P[s, a]`` sums to 1 (up to float32 rounding).
+        ``[S, A, S]``, ``P[s, a, s']`` = P(s' | s, a); each ``P[s, a]`` sums to 1 (up to
+        float32 rounding).
     R : Tensor
-        ``[S, A]``, the expected reward R(s, a) received for action ``a`` in state ``s``.
+        ``[S, A]``, the expected reward R(s, a) received for action ``a`` in state
+        ``s``.
     gamma : float
-        Discount γ in [0, 1]. γ = 1 is accepted only if *every* policy ends with probability 1 from every
-        state, because otherwise some return is an infinite sum.
+        Discount γ in [0, 1]. γ = 1 is accepted only if *every* policy ends with
+        probability 1 from every state, because otherwise some return is an infinite
+        sum.
     initial : Tensor
         ``[S]``, the distribution μ of the first state; sums to 1.
     allow_undiscounted : bool
-        Accept γ = 1 although some policies never end. Evaluating one of those then raises; those that end
-        are fine.
+        Accept γ = 1 although some policies never end. Evaluating one of those then
+        raises; those that end are fine.
 
     Attributes
     ----------
     terminal : Tensor
-        Boolean ``[S]``, derived: the states that no action leaves and in which every reward is 0.
+        Boolean ``[S]``, derived: the states that no action leaves and in which every
+        reward is 0.
 
     Raises
     ------
     ValueError
-        For a wrong shape, probabilities that are negative or do not sum to 1, numbers that are not finite,
-        γ outside [0, 1], or γ = 1 with a policy that never ends.
+        For a wrong shape, probabilities that are negative or do not sum to 1, numbers
+        that are not finite, γ outside [0, 1], or γ = 1 with a policy that never ends.
 
     Examples
     --------
-    Two states: the only action leads from state 0, with reward 1, to state 1, which is terminal.
+    Two states: the only action leads from state 0, with reward 1, to state 1, which is
+    terminal.
 
     >>> mdp = FiniteMDP(P=[[[0.0, 1.0]], [[0.0, 1.0]]], R=[[1.0], [0.0]], gamma=1.0, initial=[1.0, 0.0])
     >>> mdp.terminal.tolist(), policy_evaluation(mdp, uniform_policy(mdp)).tolist()
@@ -100,24 +106,36 @@ class FiniteMDP:
 
     def __post_init__(self) -> None:
         for name in ("P", "R", "initial"):
-            object.__setattr__(self, name, torch.as_tensor(getattr(self, name), dtype=torch.float64))
+            object.__setattr__(
+                self, name, torch.as_tensor(getattr(self, name), dtype=torch.float64)
+            )
         shape = tuple(self.P.shape)
         if len(shape) != 3 or shape[0] != shape[2] or 0 in shape:
             raise ValueError(f"P must have shape [S, A, S] with S, A >= 1, got {shape}")
         if self.R.shape != self.P.shape[:2]:
-            raise ValueError(f"R must have shape [S, A] = {shape[:2]} like P, got {tuple(self.R.shape)}")
+            raise ValueError(
+                f"R must have shape [S, A] = {shape[:2]} like P, got "
+                f"{tuple(self.R.shape)}"
+            )
         if self.initial.shape != self.P.shape[:1]:
             raise ValueError(
-                f"initial must have shape [S] = {shape[:1]} like P, got {tuple(self.initial.shape)}"
+                f"initial must have shape [S] = {shape[:1]} like P, got "
+                f"{tuple(self.initial.shape)}"
             )
         if not torch.isfinite(self.R).all():
             where = (~torch.isfinite(self.R)).nonzero()[0].tolist()
-            raise ValueError(f"R must be finite, got {self.R[tuple(where)].item()} at [s, a] = {where}")
+            raise ValueError(
+                f"R must be finite, got {self.R[tuple(where)].item()} at [s, a] = "
+                f"{where}"
+            )
         for name in ("P", "initial"):
             probabilities = getattr(self, name)
             _check_distributions(name, probabilities)
-            # float32 input misses a sum of 1 by its rounding, which would show up in every exact result.
-            object.__setattr__(self, name, probabilities / probabilities.sum(dim=-1, keepdim=True))
+            # float32 input misses a sum of 1 by its rounding, which would show up in
+            # every exact result.
+            object.__setattr__(
+                self, name, probabilities / probabilities.sum(dim=-1, keepdim=True)
+            )
         if not 0.0 <= self.gamma <= 1.0:
             raise ValueError(f"gamma must lie in [0, 1], got {self.gamma}")
         stays = torch.diagonal(self.P, dim1=0, dim2=2).T == 1.0  # [S, A]
@@ -126,8 +144,9 @@ class FiniteMDP:
             endless = _endless_states(self)
             if endless.any():
                 raise ValueError(
-                    f"gamma = 1 needs every policy to end, but one can stay in states {_few(endless)} "
-                    "for ever; use gamma < 1, or allow_undiscounted=True to evaluate only policies that do end"
+                    "gamma = 1 needs every policy to end, but one can stay in states "
+                    f"{_few(endless)} for ever; use gamma < 1, or "
+                    "allow_undiscounted=True to evaluate only policies that do end"
                 )
 
     @property
@@ -141,7 +160,7 @@ class FiniteMDP:
         return self.P.shape[1]
 
 
-# --- Policies ---------------------------------------------------------------------------------------
+# --- Policies ---
 
 
 def uniform_policy(mdp: FiniteMDP) -> Tensor:
@@ -150,16 +169,20 @@ def uniform_policy(mdp: FiniteMDP) -> Tensor:
 
 
 def softmax_policy(theta: Tensor) -> Tensor:
-    """Turn preferences into probabilities, π(a|s) = exp θ(s,a) / Σ_b exp θ(s,b); both ``[S, A]``."""
+    """Turn preferences into probabilities, π(a|s) = exp θ(s,a) / Σ_b exp θ(s,b); both
+    ``[S, A]``.
+    """
     return theta.softmax(dim=-1)
 
 
 def greedy_policy(q: Tensor) -> Tensor:
-    """Pick the first best action of ``q`` in every state; both ``[S, A]``, the result with one-hot rows."""
+    """Pick the first best action of ``q`` in every state; both ``[S, A]``, the result
+    with one-hot rows.
+    """
     return torch.nn.functional.one_hot(q.argmax(dim=-1), q.shape[-1]).to(q.dtype)
 
 
-# --- Bellman operators and evaluation ---------------------------------------------------------------
+# --- Bellman operators and evaluation ---
 
 
 def lookahead(mdp: FiniteMDP, values: Tensor) -> Tensor:
@@ -182,16 +205,18 @@ def lookahead(mdp: FiniteMDP, values: Tensor) -> Tensor:
 
 
 def bellman_expectation(mdp: FiniteMDP, values: Tensor, policy: Tensor) -> Tensor:
-    r"""Apply the Bellman expectation operator, (T^π V)(s) = Σ_a π(a|s) [R(s,a) + γ Σ_{s'} P(s'|s,a) V(s')].
+    r"""Apply the Bellman expectation operator, (T^π V)(s) = Σ_a π(a|s) [R(s,a) + γ
+    Σ_{s'} P(s'|s,a) V(s')].
 
-    V^π is its only fixed point when γ < 1. Shapes: ``values`` ``[S]``, ``policy`` ``[S, A]``, result
-    ``[S]``. Source: Sutton and Barto, 2018, eq. 4.4.
+    V^π is its only fixed point when γ < 1. Shapes: ``values`` ``[S]``, ``policy`` ``[S,
+    A]``, result ``[S]``. Source: Sutton and Barto, 2018, eq. 4.4.
     """
     return (_check_policy(mdp, policy) * lookahead(mdp, values)).sum(dim=-1)
 
 
 def bellman_optimality(mdp: FiniteMDP, values: Tensor) -> Tensor:
-    r"""Apply the Bellman optimality operator, (T* V)(s) = max_a [R(s,a) + γ Σ_{s'} P(s'|s,a) V(s')].
+    r"""Apply the Bellman optimality operator, (T* V)(s) = max_a [R(s,a) + γ Σ_{s'}
+    P(s'|s,a) V(s')].
 
     V* is its only fixed point when γ < 1. Shapes: ``values`` ``[S]``, result ``[S]``.
     Source: Sutton and Barto, 2018, eq. 4.10.
@@ -222,18 +247,24 @@ def policy_evaluation(mdp: FiniteMDP, policy: Tensor) -> Tensor:
         If γ = 1 and the policy may go on for ever.
     """
     policy = _check_policy(mdp, policy)
-    system = torch.eye(mdp.n_states, dtype=policy.dtype) - mdp.gamma * _live_transitions(mdp, policy)
+    system = torch.eye(
+        mdp.n_states, dtype=policy.dtype
+    ) - mdp.gamma * _live_transitions(mdp, policy)
     values: Tensor = torch.linalg.solve(system, (policy * mdp.R).sum(dim=-1))
     return values
 
 
 def action_values(mdp: FiniteMDP, policy: Tensor) -> Tensor:
-    """Q^π(s,a), ``[S, A]``: the expected return of action ``a`` in ``s`` if ``policy`` acts from then on."""
+    """Q^π(s,a), ``[S, A]``: the expected return of action ``a`` in ``s`` if ``policy``
+    acts from then on.
+    """
     return lookahead(mdp, policy_evaluation(mdp, policy))
 
 
 def advantages(mdp: FiniteMDP, policy: Tensor) -> Tensor:
-    """A^π(s,a) = Q^π(s,a) − V^π(s), ``[S, A]``; its mean under the policy itself is 0 in every state."""
+    """A^π(s,a) = Q^π(s,a) − V^π(s), ``[S, A]``; its mean under the policy itself is 0
+    in every state.
+    """
     values = policy_evaluation(mdp, policy)
     return lookahead(mdp, values) - values[:, None]
 
@@ -253,8 +284,9 @@ def occupancy(mdp: FiniteMDP, policy: Tensor) -> Tensor:
     Returns
     -------
     Tensor
-        ``[S]``. For γ < 1 it sums to 1 / (1 − γ). For γ = 1 the time spent in terminal states is endless;
-        they get 0, so that the sum is the expected length of an episode.
+        ``[S]``. For γ < 1 it sums to 1 / (1 − γ). For γ = 1 the time spent in terminal
+        states is endless; they get 0, so that the sum is the expected length of an
+        episode.
 
     Raises
     ------
@@ -262,22 +294,31 @@ def occupancy(mdp: FiniteMDP, policy: Tensor) -> Tensor:
         If γ = 1 and the policy may go on for ever.
     """
     policy = _check_policy(mdp, policy)
-    system = torch.eye(mdp.n_states, dtype=policy.dtype) - mdp.gamma * _live_transitions(mdp, policy).T
+    system = (
+        torch.eye(mdp.n_states, dtype=policy.dtype)
+        - mdp.gamma * _live_transitions(mdp, policy).T
+    )
     visits: Tensor = torch.linalg.solve(system, mdp.initial)
-    # The system counts only the arrival in a terminal state; the stay there is a geometric series.
-    in_terminal = visits / (1.0 - mdp.gamma) if mdp.gamma < 1.0 else torch.zeros_like(visits)
+    # The system counts only the arrival in a terminal state; the stay there is a
+    # geometric series.
+    in_terminal = (
+        visits / (1.0 - mdp.gamma) if mdp.gamma < 1.0 else torch.zeros_like(visits)
+    )
     return torch.where(mdp.terminal, in_terminal, visits)
 
 
 def expected_return(mdp: FiniteMDP, policy: Tensor) -> Tensor:
-    """J(π) = E[G_0] = Σ_s μ(s) V^π(s), a scalar tensor; autograd can differentiate it in ``policy``."""
+    """J(π) = E[G_0] = Σ_s μ(s) V^π(s), a scalar tensor; autograd can differentiate it
+    in ``policy``.
+    """
     return mdp.initial @ policy_evaluation(mdp, policy)
 
 
 def exact_policy_gradient(mdp: FiniteMDP, theta: Tensor) -> Tensor:
     r"""Differentiate J for the tabular softmax policy, by the policy-gradient theorem.
 
-    ∂J / ∂θ(s,a) = d^π(s) π(a|s) A^π(s,a), with the discounted, un-normalised occupancy d^π.
+    ∂J / ∂θ(s,a) = d^π(s) π(a|s) A^π(s,a), with the discounted, un-normalised occupancy
+    d^π.
 
     Parameters
     ----------
@@ -293,15 +334,17 @@ def exact_policy_gradient(mdp: FiniteMDP, theta: Tensor) -> Tensor:
 
     References
     ----------
-    Sutton, McAllester, Singh and Mansour, *Policy Gradient Methods for Reinforcement Learning with Function
-    Approximation*, NeurIPS 1999, theorem 1; Agarwal et al., 2019, arXiv:1908.00261, lemma C.1.
+    Sutton, McAllester, Singh and Mansour, *Policy Gradient Methods for Reinforcement
+    Learning with Function Approximation*, NeurIPS 1999, theorem 1; Agarwal et al.,
+    2019, arXiv:1908.00261, lemma C.1.
     """
     policy = softmax_policy(theta)
     return occupancy(mdp, policy)[:, None] * policy * advantages(mdp, policy)
 
 
 def performance_difference(mdp: FiniteMDP, new: Tensor, old: Tensor) -> Tensor:
-    r"""J(new) − J(old), from the advantages of the *old* policy in the states that the *new* one visits.
+    r"""J(new) − J(old), from the advantages of the *old* policy in the states that the
+    *new* one visits.
 
     J(π') − J(π) = Σ_s d^{π'}(s) Σ_a π'(a|s) A^π(s,a).
 
@@ -319,14 +362,15 @@ def performance_difference(mdp: FiniteMDP, new: Tensor, old: Tensor) -> Tensor:
 
     References
     ----------
-    Kakade and Langford, *Approximately Optimal Approximate Reinforcement Learning*, ICML 2002, lemma 6.1
-    (there with a normalised occupancy, hence a factor 1 / (1 − γ)).
+    Kakade and Langford, *Approximately Optimal Approximate Reinforcement Learning*,
+    ICML 2002, lemma 6.1 (there with a normalised occupancy, hence a factor 1 / (1 −
+    γ)).
     """
     gain_per_state = (_check_policy(mdp, new) * advantages(mdp, old)).sum(dim=-1)
     return occupancy(mdp, new) @ gain_per_state
 
 
-# --- Control ----------------------------------------------------------------------------------------
+# --- Control ---
 
 
 @dataclass(frozen=True, eq=False)
@@ -340,8 +384,8 @@ class Solution:
     policy : Tensor
         ``[S, A]``, a deterministic policy as one-hot rows.
     residuals : tuple of float
-        One entry per iteration: the largest change of a value (value iteration), or the largest gain that
-        a single change of action promised (policy iteration).
+        One entry per iteration: the largest change of a value (value iteration), or the
+        largest gain that a single change of action promised (policy iteration).
     """
 
     values: Tensor
@@ -354,19 +398,23 @@ class Solution:
         return len(self.residuals)
 
 
-def policy_iteration(mdp: FiniteMDP, policy: Tensor | None = None, *, max_iterations: int = 1000) -> Solution:
-    """Solve the MDP by evaluating a policy exactly, then making it greedy, until nothing improves.
+def policy_iteration(
+    mdp: FiniteMDP, policy: Tensor | None = None, *, max_iterations: int = 1000
+) -> Solution:
+    """Solve the MDP by evaluating a policy exactly, then making it greedy, until
+    nothing improves.
 
-    An action is changed only where that is a strict improvement. This makes the loop end, and for γ = 1 it
-    never turns a policy that ends into one that does not, unless that would gain reward for ever.
+    An action is changed only where that is a strict improvement. This makes the loop
+    end, and for γ = 1 it never turns a policy that ends into one that does not, unless
+    that would gain reward for ever.
 
     Parameters
     ----------
     mdp : FiniteMDP
         The process.
     policy : Tensor, optional
-        ``[S, A]``, where to start; by default, a policy that reaches a terminal state wherever that is
-        possible.
+        ``[S, A]``, where to start; by default, a policy that reaches a terminal state
+        wherever that is possible.
     max_iterations : int
         Bound on the number of improvements, at least 1.
 
@@ -384,8 +432,8 @@ def policy_iteration(mdp: FiniteMDP, policy: Tensor | None = None, *, max_iterat
 
     References
     ----------
-    Howard, *Dynamic Programming and Markov Processes*, 1960; for γ = 1, Bertsekas and Tsitsiklis, *An
-    Analysis of Stochastic Shortest Path Problems*, 1991.
+    Howard, *Dynamic Programming and Markov Processes*, 1960; for γ = 1, Bertsekas and
+    Tsitsiklis, *An Analysis of Stochastic Shortest Path Problems*, 1991.
     """
     policy = _ending_policy(mdp) if policy is None else _check_policy(mdp, policy)
     residuals: list[float] = []
@@ -394,19 +442,28 @@ def policy_iteration(mdp: FiniteMDP, policy: Tensor | None = None, *, max_iterat
         q = lookahead(mdp, values)
         gain = q.amax(dim=-1) - values
         residuals.append(float(gain.max().clamp(min=0.0)))
-        better = gain > 1e-11 * max(1.0, float(values.abs().max()))  # more than the rounding of the solve
+        better = gain > 1e-11 * max(
+            1.0, float(values.abs().max())
+        )  # more than the rounding of the solve
         if not better.any():
             return Solution(values, policy, tuple(residuals))
         policy = torch.where(better[:, None], greedy_policy(q), policy)
-    raise RuntimeError(f"policy iteration still improves after max_iterations = {max_iterations}; raise it")
+    raise RuntimeError(
+        f"policy iteration still improves after max_iterations = {max_iterations}; "
+        "raise it"
+    )
 
 
-def value_iteration(mdp: FiniteMDP, *, tolerance: float = 1e-8, max_iterations: int = 100_000) -> Solution:
-    """Solve the MDP by applying the Bellman optimality operator from V = 0 until V is provably close to V*.
+def value_iteration(
+    mdp: FiniteMDP, *, tolerance: float = 1e-8, max_iterations: int = 100_000
+) -> Solution:
+    """Solve the MDP by applying the Bellman optimality operator from V = 0 until V is
+    provably close to V*.
 
-    For γ < 1 the operator is a γ-contraction, so ‖V_k − V*‖∞ ≤ γ / (1 − γ) · ‖V_k − V_{k−1}‖∞; the loop
-    stops when the right side, not merely the last change, is below ``tolerance``. For γ = 1 the same is
-    done in the weighted norm of :func:`error_bound`.
+    For γ < 1 the operator is a γ-contraction, so ‖V_k − V*‖∞ ≤ γ / (1 − γ) · ‖V_k −
+    V_{k−1}‖∞; the loop stops when the right side, not merely the last change, is below
+    ``tolerance``. For γ = 1 the same is done in the weighted norm of
+    :func:`error_bound`.
 
     Parameters
     ----------
@@ -425,8 +482,8 @@ def value_iteration(mdp: FiniteMDP, *, tolerance: float = 1e-8, max_iterations: 
     Raises
     ------
     ValueError
-        For ``tolerance <= 0``; or if γ = 1 and some policy never ends, because then no bound of this kind
-        holds (use :func:`policy_iteration`).
+        For ``tolerance <= 0``; or if γ = 1 and some policy never ends, because then no
+        bound of this kind holds (use :func:`policy_iteration`).
     RuntimeError
         If ``max_iterations`` sweeps were not enough.
 
@@ -447,19 +504,21 @@ def value_iteration(mdp: FiniteMDP, *, tolerance: float = 1e-8, max_iterations: 
         residuals.append(float(change.max()))
         bound = factor * float((change / weights).max())
         if bound <= tolerance:
-            return Solution(values, greedy_policy(lookahead(mdp, values)), tuple(residuals))
+            return Solution(
+                values, greedy_policy(lookahead(mdp, values)), tuple(residuals)
+            )
     raise RuntimeError(
-        f"value iteration: after max_iterations = {max_iterations} sweeps the error may be {bound:.3g} > "
-        f"tolerance = {tolerance}; raise either"
+        f"value iteration: after max_iterations = {max_iterations} sweeps the error "
+        f"may be {bound:.3g} > tolerance = {tolerance}; raise either"
     )
 
 
 def error_bound(mdp: FiniteMDP, values: Tensor) -> float:
     r"""How far ``values`` can be from V*, at most: a bound on max_s |V(s) − V*(s)|.
 
-    It is ‖T*V − V‖∞ / (1 − γ) for γ < 1. For γ = 1, T* is a contraction with modulus 1 − 1 / max_s ξ(s) in
-    the norm max_s |V(s)| / ξ(s), where ξ(s) is the largest expected number of steps that any policy takes
-    from ``s``.
+    It is ‖T*V − V‖∞ / (1 − γ) for γ < 1. For γ = 1, T* is a contraction with modulus 1
+    − 1 / max_s ξ(s) in the norm max_s |V(s)| / ξ(s), where ξ(s) is the largest expected
+    number of steps that any policy takes from ``s``.
 
     Parameters
     ----------
@@ -487,12 +546,13 @@ def error_bound(mdp: FiniteMDP, values: Tensor) -> float:
     return float(weights.max() * residual) / (1.0 - modulus)
 
 
-# --- Sampling ---------------------------------------------------------------------------------------
+# --- Sampling ---
 
 
 @dataclass(frozen=True, eq=False)
 class Trajectories:
-    """``N`` episodes side by side, all tensors ``[T, N]``, as :mod:`policyopt.estimators` expects them.
+    """``N`` episodes side by side, all tensors ``[T, N]``, as
+    :mod:`policyopt.estimators` expects them.
 
     Attributes
     ----------
@@ -503,9 +563,11 @@ class Trajectories:
     terminated : Tensor
         Boolean; true at the one step that led into a terminal state.
     truncated : Tensor
-        Boolean; true at the last step of an episode that was cut at ``max_steps`` before it ended.
+        Boolean; true at the last step of an episode that was cut at ``max_steps``
+        before it ended.
     valid : Tensor
-        Boolean; false for the padding after an episode has ended. Leave padding out of every mean.
+        Boolean; false for the padding after an episode has ended. Leave padding out of
+        every mean.
     """
 
     states: Tensor
@@ -518,7 +580,12 @@ class Trajectories:
 
 
 def sample_trajectories(
-    mdp: FiniteMDP, policy: Tensor, n: int, *, max_steps: int, generator: torch.Generator | None = None
+    mdp: FiniteMDP,
+    policy: Tensor,
+    n: int,
+    *,
+    max_steps: int,
+    generator: torch.Generator | None = None,
 ) -> Trajectories:
     """Sample ``n`` independent episodes, all at once.
 
@@ -531,7 +598,8 @@ def sample_trajectories(
     n : int
         Number of episodes, at least 1.
     max_steps : int
-        Episodes that have not ended after so many steps are cut and marked ``truncated``; at least 1.
+        Episodes that have not ended after so many steps are cut and marked
+        ``truncated``; at least 1.
     generator : torch.Generator, optional
         Source of randomness; without it PyTorch's global one is used.
 
@@ -546,7 +614,10 @@ def sample_trajectories(
         For ``n < 1``, ``max_steps < 1`` or a bad policy.
     """
     if n < 1 or max_steps < 1:
-        raise ValueError(f"n and max_steps must be at least 1, got n = {n} and max_steps = {max_steps}")
+        raise ValueError(
+            f"n and max_steps must be at least 1, got n = {n} and max_steps = "
+            f"{max_steps}"
+        )
     policy = _check_policy(mdp, policy).detach()
 
     def draw(probabilities: Tensor) -> Tensor:
@@ -563,12 +634,22 @@ def sample_trajectories(
         ended = mdp.terminal[next_state]
         cut = torch.full_like(valid, t == max_steps - 1)
         reward = mdp.R[state, action]
-        steps.append((state, action, reward, next_state, valid & ended, valid & ~ended & cut, valid))
+        steps.append(
+            (
+                state,
+                action,
+                reward,
+                next_state,
+                valid & ended,
+                valid & ~ended & cut,
+                valid,
+            )
+        )
         state = next_state
     return Trajectories(*(torch.stack(column) for column in zip(*steps, strict=True)))
 
 
-# --- Construction -----------------------------------------------------------------------------------
+# --- Construction ---
 
 
 def from_gymnasium(
@@ -578,19 +659,22 @@ def from_gymnasium(
     initial: Sequence[float] | Tensor | None = None,
     allow_undiscounted: bool = False,
 ) -> FiniteMDP:
-    """Build the MDP of a Gymnasium toy-text environment (FrozenLake, CliffWalking, Taxi) from its table.
+    """Build the MDP of a Gymnasium toy-text environment (FrozenLake, CliffWalking,
+    Taxi) from its table.
 
-    A transition that the table marks as *done* ends the episode, whatever the table says about the state
-    it leads to. It keeps its next state if that state is terminal anyhow (FrozenLake's holes and goal),
-    and leads to one added terminal state, with index ``S``, otherwise (CliffWalking's goal, Taxi's
-    drop-off). So nothing is ever bootstrapped from beyond the end. A time limit is not part of the table,
-    nor of this MDP.
+    A transition that the table marks as *done* ends the episode, whatever the table
+    says about the state it leads to. It keeps its next state if that state is terminal
+    anyhow (FrozenLake's holes and goal), and leads to one added terminal state, with
+    index ``S``, otherwise (CliffWalking's goal, Taxi's drop-off). So nothing is ever
+    bootstrapped from beyond the end. A time limit is not part of the table, nor of this
+    MDP.
 
     Parameters
     ----------
     source : environment or mapping
-        An environment whose ``unwrapped`` has ``P`` and ``initial_state_distrib``; or the table itself,
-        ``table[s][a] = [(probability, next state, reward, done), ...]``.
+        An environment whose ``unwrapped`` has ``P`` and ``initial_state_distrib``; or
+        the table itself, ``table[s][a] = [(probability, next state, reward, done),
+        ...]``.
     gamma : float
         Discount in [0, 1].
     initial : sequence of float, optional
@@ -601,28 +685,36 @@ def from_gymnasium(
     Returns
     -------
     FiniteMDP
-        With the ``S`` states of the table, and one more if a terminal state had to be added.
+        With the ``S`` states of the table, and one more if a terminal state had to be
+        added.
 
     Raises
     ------
     ValueError
-        If ``source`` has no table, ``initial`` is missing, or the table is not a valid MDP.
+        If ``source`` has no table, ``initial`` is missing, or the table is not a valid
+        MDP.
     """
     environment = getattr(source, "unwrapped", source)
     table = source if isinstance(source, Mapping) else getattr(environment, "P", None)
     if not isinstance(table, Mapping) or not table:
         raise ValueError(
-            f"source must be a toy-text environment or its table P, got {type(environment).__name__}"
+            "source must be a toy-text environment or its table P, got "
+            f"{type(environment).__name__}"
         )
     if initial is None:
         initial = getattr(environment, "initial_state_distrib", None)
     if initial is None:
         raise ValueError(
-            "initial is required with a bare table: the probability of each state to be the first"
+            "initial is required with a bare table: the probability of each state to "
+            "be the first"
         )
     n_states, n_actions = len(table), len(table[0])
     absorbing = [
-        all(nxt == s and reward == 0 for outcomes in table[s].values() for _, nxt, reward, _ in outcomes)
+        all(
+            nxt == s and reward == 0
+            for outcomes in table[s].values()
+            for _, nxt, reward, _ in outcomes
+        )
         for s in range(n_states)
     ]
     P = torch.zeros(n_states + 1, n_actions, n_states + 1, dtype=torch.float64)
@@ -632,7 +724,9 @@ def from_gymnasium(
     for s in range(n_states):
         for a in range(n_actions):
             for probability, following, reward, done in table[s][a]:
-                P[s, a, end if done and not absorbing[following] else following] += probability
+                P[s, a, end if done and not absorbing[following] else following] += (
+                    probability
+                )
                 R[s, a] += probability * reward
     start = torch.zeros(n_states + 1, dtype=torch.float64)
     start[:end] = torch.as_tensor(initial, dtype=torch.float64)
@@ -652,10 +746,11 @@ def grid_world(
 ) -> FiniteMDP:
     """Build the MDP of a map such as ``["..G", ".#H", "S.."]``.
 
-    State ``row * columns + column`` is a cell; the actions are 0 left, 1 down, 2 right, 3 up, as in
-    FrozenLake. A move against a wall or off the map stays where it is. ``#`` is a wall (its state is never
-    visited), ``S`` a start (several: one is drawn uniformly; none: any free cell), a letter of
-    ``terminals`` ends the episode, ``.`` is free.
+    State ``row * columns + column`` is a cell; the actions are 0 left, 1 down, 2 right,
+    3 up, as in FrozenLake. A move against a wall or off the map stays where it is.
+    ``#`` is a wall (its state is never visited), ``S`` a start (several: one is drawn
+    uniformly; none: any free cell), a letter of ``terminals`` ends the episode, ``.``
+    is free.
 
     Parameters
     ----------
@@ -664,13 +759,13 @@ def grid_world(
     gamma : float
         Discount in [0, 1].
     slip : float
-        Probability, in [0, 1], of moving at a right angle to the action instead, half of it to each side.
-        FrozenLake's slippery ice is ``slip = 2 / 3``.
+        Probability, in [0, 1], of moving at a right angle to the action instead, half
+        of it to each side. FrozenLake's slippery ice is ``slip = 2 / 3``.
     step_reward : float
         Reward of every move.
     terminals : mapping from str to float, optional
-        Reward for entering a cell with that letter, in addition to ``step_reward``; by default ``{"G":
-        1.0, "H": -1.0}``.
+        Reward for entering a cell with that letter, in addition to ``step_reward``; by
+        default ``{"G": 1.0, "H": -1.0}``.
     allow_undiscounted : bool
         As in :class:`FiniteMDP`.
 
@@ -682,7 +777,8 @@ def grid_world(
     Raises
     ------
     ValueError
-        For an uneven map, an unknown letter, no cell to start in, or ``slip`` outside [0, 1].
+        For an uneven map, an unknown letter, no cell to start in, or ``slip`` outside
+        [0, 1].
 
     Examples
     --------
@@ -693,17 +789,23 @@ def grid_world(
     ends = {"G": 1.0, "H": -1.0} if terminals is None else dict(terminals)
     rows, columns = len(layout), len(layout[0]) if layout else 0
     if columns == 0 or any(len(line) != columns for line in layout):
-        raise ValueError(f"layout must be non-empty strings of equal length, got {list(layout)}")
+        raise ValueError(
+            f"layout must be non-empty strings of equal length, got {list(layout)}"
+        )
     cells = "".join(layout)
     unknown = set(cells) - set("#S.") - set(ends)
     if unknown:
-        raise ValueError(f"layout may hold '#', 'S', '.' and {sorted(ends)}, got {sorted(unknown)}")
+        raise ValueError(
+            f"layout may hold '#', 'S', '.' and {sorted(ends)}, got {sorted(unknown)}"
+        )
     if not 0.0 <= slip <= 1.0:
         raise ValueError(f"slip must lie in [0, 1], got {slip}")
     starts = [s for s, letter in enumerate(cells) if letter == "S"]
     starts = starts or [s for s, letter in enumerate(cells) if letter == "."]
     if not starts:
-        raise ValueError(f"layout must hold at least one 'S' or '.' to start in, got {list(layout)}")
+        raise ValueError(
+            f"layout must hold at least one 'S' or '.' to start in, got {list(layout)}"
+        )
 
     moves = ((0, -1), (1, 0), (0, 1), (-1, 0))
     P = torch.zeros(len(cells), 4, len(cells), dtype=torch.float64)
@@ -718,7 +820,11 @@ def grid_world(
                 down, right = moves[(action + turn) % 4]
                 row, column = s // columns + down, s % columns + right
                 inside = 0 <= row < rows and 0 <= column < columns
-                following = row * columns + column if inside and layout[row][column] != "#" else s
+                following = (
+                    row * columns + column
+                    if inside and layout[row][column] != "#"
+                    else s
+                )
                 P[s, action, following] += probability
                 R[s, action] += probability * ends.get(cells[following], 0.0)
     initial = torch.zeros(len(cells), dtype=torch.float64)
@@ -726,11 +832,15 @@ def grid_world(
     return FiniteMDP(P, R, gamma, initial, allow_undiscounted)
 
 
-# --- Checks and graph arguments ---------------------------------------------------------------------
+# --- Checks and graph arguments ---
 
 
-def _check_distributions(name: str, probabilities: Tensor, tolerance: float = 1e-6) -> None:
-    """Raise unless the last dimension holds probability distributions; says where the first bad one is."""
+def _check_distributions(
+    name: str, probabilities: Tensor, tolerance: float = 1e-6
+) -> None:
+    """Raise unless the last dimension holds probability distributions; says where the
+    first bad one is.
+    """
     smallest = probabilities.min()
     if not bool(smallest >= 0.0):  # also true for NaN
         raise ValueError(f"{name} must hold probabilities >= 0, got {smallest.item()}")
@@ -739,14 +849,18 @@ def _check_distributions(name: str, probabilities: Tensor, tolerance: float = 1e
     if wrong.any():
         index = wrong.nonzero()[0].tolist()
         raise ValueError(
-            f"{name}{index or ''} must sum to 1, got {total[tuple(index)].item():.10g}; normalise it"
+            f"{name}{index or ''} must sum to 1, got "
+            f"{total[tuple(index)].item():.10g}; normalise it"
         )
 
 
 def _check_policy(mdp: FiniteMDP, policy: Tensor) -> Tensor:
     """Return ``policy`` as float64 after checking it."""
     if policy.shape != mdp.R.shape:
-        raise ValueError(f"policy must have shape [S, A] = {tuple(mdp.R.shape)}, got {tuple(policy.shape)}")
+        raise ValueError(
+            f"policy must have shape [S, A] = {tuple(mdp.R.shape)}, got "
+            f"{tuple(policy.shape)}"
+        )
     _check_distributions("policy", policy.detach())
     return policy.to(torch.float64)
 
@@ -754,29 +868,37 @@ def _check_policy(mdp: FiniteMDP, policy: Tensor) -> Tensor:
 def _check_values(mdp: FiniteMDP, values: Tensor) -> None:
     if values.shape != mdp.initial.shape or values.dtype != torch.float64:
         raise ValueError(
-            f"values must be float64 of shape {(mdp.n_states,)}, got {values.dtype} {tuple(values.shape)}"
+            f"values must be float64 of shape {(mdp.n_states,)}, got {values.dtype} "
+            f"{tuple(values.shape)}"
         )
 
 
 def _few(mask: Tensor, limit: int = 8) -> str:
     indices = mask.nonzero().squeeze(-1).tolist()
-    return f"{indices[:limit]}" + (f" and {len(indices) - limit} more" if len(indices) > limit else "")
+    return f"{indices[:limit]}" + (
+        f" and {len(indices) - limit} more" if len(indices) > limit else ""
+    )
 
 
 def _live_transitions(mdp: FiniteMDP, policy: Tensor) -> Tensor:
-    """P_π ``[S, S]`` with the rows of terminal states set to 0, so that I − γ P_π is regular for γ = 1."""
+    """P_π ``[S, S]`` with the rows of terminal states set to 0, so that I − γ P_π is
+    regular for γ = 1.
+    """
     transitions = torch.einsum("sa,sat->st", policy, mdp.P)
     if mdp.gamma == 1.0 and mdp.allow_undiscounted:
         endless = ~_reach_terminal(mdp, transitions.detach() > 0)
         if endless.any():
             raise ValueError(
-                f"gamma = 1, but this policy may go on for ever from states {_few(endless)}; use gamma < 1"
+                "gamma = 1, but this policy may go on for ever from states "
+                f"{_few(endless)}; use gamma < 1"
             )
     return torch.where(mdp.terminal[:, None], 0.0, transitions)
 
 
 def _reach_terminal(mdp: FiniteMDP, edges: Tensor) -> Tensor:
-    """States ``[S]`` from which a terminal state can be reached along ``edges`` ``[S, S]``."""
+    """States ``[S]`` from which a terminal state can be reached along ``edges`` ``[S,
+    S]``.
+    """
     reached = mdp.terminal
     while True:
         more = reached | (edges & reached).any(dim=-1)
@@ -786,12 +908,14 @@ def _reach_terminal(mdp: FiniteMDP, edges: Tensor) -> Tensor:
 
 
 def _endless_states(mdp: FiniteMDP) -> Tensor:
-    """States ``[S]`` in which some policy can keep the process for ever, out of every terminal state.
+    """States ``[S]`` in which some policy can keep the process for ever, out of every
+    terminal state.
 
-    They are the largest set C of non-terminal states such that in each an action surely stays in C (the
-    union of the end components): start with all of them, and drop states without such an action until none
-    is dropped. Every policy ends with probability 1 exactly when C is empty, because the states that a
-    policy visits for ever form such a set.
+    They are the largest set C of non-terminal states such that in each an action surely
+    stays in C (the union of the end components): start with all of them, and drop
+    states without such an action until none is dropped. Every policy ends with
+    probability 1 exactly when C is empty, because the states that a policy visits for
+    ever form such a set.
     """
     possible = mdp.P > 0
     stay = ~mdp.terminal
@@ -804,12 +928,14 @@ def _endless_states(mdp: FiniteMDP) -> Tensor:
 
 
 def _ending_policy(mdp: FiniteMDP) -> Tensor:
-    """Find a deterministic policy ``[S, A]`` that surely ends wherever some policy does.
+    """Find a deterministic policy ``[S, A]`` that surely ends wherever some policy
+    does.
 
-    Built backwards: a state joins with an action that, with positive probability, leads to a state that
-    has joined before.
+    Built backwards: a state joins with an action that, with positive probability, leads
+    to a state that has joined before.
     """
-    # An action that may lead to where there is no way out is no use where a sure way out exists.
+    # An action that may lead to where there is no way out is no use where a sure way
+    # out exists.
     usable = torch.ones_like(mdp.terminal)
     while True:
         allowed = ~((mdp.P > 0) & ~usable).any(dim=-1)
@@ -819,7 +945,9 @@ def _ending_policy(mdp: FiniteMDP) -> Tensor:
             joining = closer.any(dim=-1) & ~reached
             if not joining.any():
                 break
-            choice = torch.where(joining[:, None], greedy_policy(closer.to(torch.float64)), choice)
+            choice = torch.where(
+                joining[:, None], greedy_policy(closer.to(torch.float64)), choice
+            )
             reached = reached | joining
         if torch.equal(reached, usable):
             choice[choice.sum(dim=-1) == 0, 0] = 1.0
@@ -828,15 +956,17 @@ def _ending_policy(mdp: FiniteMDP) -> Tensor:
 
 
 def _contraction(mdp: FiniteMDP) -> tuple[Tensor, float]:
-    """Weights ξ ``[S]`` and α < 1 such that T* is an α-contraction in the norm max_s |V(s)| / ξ(s)."""
+    """Weights ξ ``[S]`` and α < 1 such that T* is an α-contraction in the norm max_s
+    |V(s)| / ξ(s).
+    """
     ones = torch.ones(mdp.n_states, dtype=torch.float64)
     if mdp.gamma < 1.0:
         return ones, mdp.gamma
     endless = _endless_states(mdp)
     if endless.any():
         raise ValueError(
-            f"gamma = 1 and a policy can stay for ever in states {_few(endless)}: no error bound holds; "
-            "use gamma < 1, or policy_iteration"
+            f"gamma = 1 and a policy can stay for ever in states {_few(endless)}: no "
+            "error bound holds; use gamma < 1, or policy_iteration"
         )
     clock = replace(mdp, R=(~mdp.terminal).to(torch.float64)[:, None].expand_as(mdp.R))
     longest = torch.maximum(policy_iteration(clock).values, ones)

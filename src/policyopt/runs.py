@@ -1,22 +1,38 @@
-"""What every training run needs, whatever it trains: settings, a history, streams of seeds, many seeds at once."""
+"""What every training run needs, whatever it trains: settings, a history, streams of
+seeds, many seeds at once.
+"""
 
 from __future__ import annotations
 
 import copy
 import csv
 import dataclasses
+import difflib
 import math
 import multiprocessing
 import os
 import pickle
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, overload
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    overload,
+)
 
 import cloudpickle
 import numpy as np
@@ -27,49 +43,150 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["History", "Settings", "TrainingDivergedError", "derive_seed", "resolve_device", "train_seeds"]
+__all__ = [
+    "History",
+    "Settings",
+    "TrainingDivergedError",
+    "derive_seed",
+    "resolve_device",
+    "train_seeds",
+]
 
 RowT = TypeVar("RowT", bound="DataclassInstance")
 ResultT = TypeVar("ResultT")
 KeyT = TypeVar("KeyT")
 
 
+@dataclass(frozen=True)
+class Bound:
+    """A condition on a number, written in an annotation: ``Annotated[float, Bound(…)]``."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+Count = Annotated[int, Bound(">= 1", lambda x: x >= 1)]
+"""An integer ≥ 1."""
+Positive = Annotated[float, Bound("> 0", lambda x: x > 0)]
+"""A finite number > 0."""
+NonNegative = Annotated[float, Bound(">= 0", lambda x: x >= 0)]
+"""A finite number ≥ 0."""
+Share = Annotated[float, Bound("in [0, 1]", lambda x: 0 <= x <= 1)]
+"""A number in [0, 1]."""
+
+
+class _Fields(type):
+    """Makes a config: translates the names of the last version, and names a wrong one."""
+
+    def __call__(cls: Any, **values: Any) -> Any:
+        for old, new in cls.renamed.items():
+            if old in values:
+                _warn_renamed(cls.__name__, old, new)
+                values[new] = values.pop(old)
+        known = [f.name for f in dataclasses.fields(cls) if f.init]
+        for name in values.keys() - set(known):
+            near = cls.elsewhere.get(name) or difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near if isinstance(near, str) else near[0]}?"
+            raise TypeError(
+                f"{cls.__name__} has no field {name!r}{hint if near else ''}"
+            )
+        return super().__call__(**values)
+
+
+def _warn_renamed(owner: str, old: str, new: str) -> None:
+    message = f"{owner}: {old} is called {new} now; the old name goes in version 0.3"
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Base of every config: a frozen dataclass whose fields are checked against their annotations.
+class Settings(metaclass=_Fields):
+    """Base of every config: a frozen dataclass, checked against its annotations.
 
     Use ``dataclasses.replace`` to change a field.
     """
 
+    renamed: ClassVar[dict[str, str]] = {}
+    """Fields by their names in the last version, still understood."""
+    elsewhere: ClassVar[dict[str, str]] = {}
+    """Fields of other configs that one may look for here, and what to use instead."""
+
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            allowed = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
-            allowed = allowed.removeprefix("typing.").replace("float", "finite float")
-            self._check(name, _fits(getattr(self, name), hint), allowed)
+        hints = get_type_hints(type(self), include_extras=True)
+        for field in dataclasses.fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            self._check(field.name, _fits(value, hint), _describe(hint))
+            for bound in _bounds(hint) if value is not None else ():
+                suffix = " or None" if _fits(None, hint) else ""
+                self._check(field.name, bound.holds(value), bound.text + suffix)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in type(self).renamed:
+            new = type(self).renamed[name]
+            _warn_renamed(type(self).__name__, name, new)
+            return getattr(self, new)
+        raise AttributeError(f"{type(self).__name__} has no field {name!r}")
 
     def _check(self, name: str, ok: bool, allowed: str) -> None:
         if not ok:
             raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
 
 
+def _bounds(hint: Any) -> list[Bound]:
+    """Bounds of an annotation, or of the option of it that is not None."""
+    found = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Bound)]
+    if get_origin(hint) in (Union, UnionType):
+        found += [bound for option in get_args(hint) for bound in _bounds(option)]
+    return found
+
+
+def _describe(hint: Any) -> str:
+    """What an annotation allows, in words for an error message."""
+    if get_origin(hint) is Annotated:
+        return _describe(get_args(hint)[0])
+    if get_origin(hint) in (Union, UnionType):
+        return " | ".join(_describe(option) for option in get_args(hint))
+    text = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+    text = text.removeprefix("typing.").replace("NoneType", "None")
+    return text.replace("float", "finite float")
+
+
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is what a config's annotation says; an int will do for a float, NaN and infinity will not."""
+    """Whether a value has the type of a config's annotation.
+
+    An int will do for a float; NaN and infinity will not.
+    """
     origin, options = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _fits(value, options[0])
     if origin in (Union, UnionType):
         return any(_fits(value, option) for option in options)
     if origin is Literal:
         return value in options
     if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(item, options[0]) for item in value)
+        return isinstance(value, tuple) and all(_fits(x, options[0]) for x in value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return number and math.isfinite(value)
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
-def resolve_device(name: str) -> torch.device:
-    """Return the device for a config's ``device`` field; ``"auto"`` takes cuda, then mps, then cpu.
+def check_seed(seed: Any) -> int:
+    """Return a seed as an integer ≥ 0, or refuse it (Booleans too)."""
+    whole = isinstance(seed, (int, np.integer)) and not isinstance(seed, bool)
+    if not whole or seed < 0:
+        raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
+    return int(seed)
 
-    Under ``torchrun`` or ``accelerate launch``, "auto" gives each process a GPU of its own.
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device for a config's ``device`` field; ``"auto"`` takes cuda, then
+    mps, then cpu.
+
+    Under ``torchrun`` or ``accelerate launch``, "auto" gives each process a GPU of its
+    own.
 
     Raises
     ------
@@ -78,7 +195,8 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         if torch.cuda.is_available():
-            # One of several processes, started by torchrun or accelerate, takes the GPU of its number.
+            # One of several processes, started by torchrun or accelerate, takes the GPU
+            # of its number.
             return (
                 torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 if "LOCAL_RANK" in os.environ
@@ -90,8 +208,8 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
-            f"device must be 'auto' or a device that this machine has (such as 'cpu'), got {name!r}: "
-            f"{str(error).splitlines()[0]}"
+            "device must be 'auto' or a device that this machine has (such as 'cpu'), "
+            f"got {name!r}: {str(error).splitlines()[0]}"
         ) from error
     return device
 
@@ -99,8 +217,9 @@ def resolve_device(name: str) -> torch.device:
 def derive_seed(*path: int) -> int:
     """Hash integers ≥ 0, such as (seed, step, purpose), into a seed of 63 bits.
 
-    Streams that differ anywhere in the path are independent, and none has to be carried along: a run that is resumed
-    at step 1,000 draws what the uninterrupted run draws there.
+    Streams that differ anywhere in the path are independent, and none has to be carried
+    along: a run that is resumed at step 1,000 draws what the uninterrupted run draws
+    there.
 
     Examples
     --------
@@ -121,21 +240,25 @@ class History(list[RowT]):
         ValueError
             If the rows have no such field.
         """
-        if self and name not in (names := [f.name for f in dataclasses.fields(self[0])]):
+        if self and name not in (
+            names := [f.name for f in dataclasses.fields(self[0])]
+        ):
             raise ValueError(f"name must be one of {names}, got {name!r}")
         return np.array([getattr(row, name) for row in self])
 
     def table(self) -> dict[str, NDArray[Any]]:
         """Return all columns by name, ready for ``pandas.DataFrame``.
 
-        A field that holds a dictionary becomes one column per key, such as ``rewards.right``.
+        A field that holds a dictionary becomes one column per key, such as
+        ``rewards.right``.
         """
         columns: dict[str, NDArray[Any]] = {}
         for field in dataclasses.fields(self[0]) if self else ():
             values = self.column(field.name)
             if isinstance(values[0], dict):
                 columns |= {
-                    f"{field.name}.{key}": np.array([row[key] for row in values]) for key in values[0]
+                    f"{field.name}.{key}": np.array([row[key] for row in values])
+                    for key in values[0]
                 }
             else:
                 columns[field.name] = values
@@ -147,11 +270,15 @@ class History(list[RowT]):
         with Path(path).open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(table)
-            writer.writerows(zip(*(column.tolist() for column in table.values()), strict=True))
+            writer.writerows(
+                zip(*(column.tolist() for column in table.values()), strict=True)
+            )
 
 
 class TrainingDivergedError(FloatingPointError):
-    """A parameter or statistic became NaN or infinite; ``result`` holds the last good policy."""
+    """A parameter or statistic became NaN or infinite; ``result`` holds the last good
+    policy.
+    """
 
     def __init__(self, message: str, result: Any) -> None:
         super().__init__(message)
@@ -181,26 +308,29 @@ def train_seeds(
     workers: int | None = None,
     progress: bool = True,
 ) -> list[ResultT] | dict[KeyT, list[ResultT]]:
-    """Repeat one training run, or several variants of it, over seeds, in parallel processes.
+    """Repeat one training run, or several variants of it, over seeds, in parallel
+    processes.
 
     Parameters
     ----------
     runs : callable, or mapping of label to callable
-        Each is called as ``run(seed=seed, progress=False)``; make it with ``functools.partial``. Functions defined in
-        a notebook may be used.
+        Each is called as ``run(seed=seed, progress=False)``; make it with
+        ``functools.partial``. Functions defined in a notebook may be used.
     seeds : int or sequence of int
         A number ``n`` means 0 … n − 1.
     workers : int, optional
-        Processes; by default one per core that this process may use. Each computes with one thread. 1 runs in this
-        process. In a script the call must stand under ``if __name__ == "__main__":``.
+        Processes; by default one per core that this process may use. Each computes with
+        one thread. 1 runs in this process. In a script the call must stand under ``if
+        __name__ == "__main__":``.
     progress : bool
         Show a bar that counts finished runs.
 
     Returns
     -------
     list of results, or dict of label to list
-        What the callables return, in the order of ``seeds``; anything that can be pickled, moved by its method
-        ``cpu`` if it has one. A run that diverged is represented by its last good result, whose ``stop_reason`` tells.
+        What the callables return, in the order of ``seeds``; anything that can be
+        pickled, moved by its method ``cpu`` if it has one. A run that diverged is
+        represented by its last good result, whose ``stop_reason`` tells.
 
     Examples
     --------
@@ -214,9 +344,15 @@ def train_seeds(
     seed_list = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not seed_list:
         raise ValueError(f"seeds must name at least one seed, got {seeds!r}")
-    variants: Mapping[Any, Callable[..., ResultT]] = runs if isinstance(runs, Mapping) else {None: runs}
+    variants: Mapping[Any, Callable[..., ResultT]] = (
+        runs if isinstance(runs, Mapping) else {None: runs}
+    )
     jobs = [(label, seed) for label in variants for seed in seed_list]
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    available = (
+        len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1
+    )
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be >= 1 or None, got {workers!r}")
     processes = min(workers or available, len(jobs))
@@ -227,16 +363,23 @@ def train_seeds(
     with tqdm(total=len(jobs), desc="runs", **switch) as bar:
         if processes == 1:
             for label, seed in jobs:
-                # A copy, as the processes below have: what one run trains must not be where the next one starts.
-                result = results[label, seed] = _run(copy.deepcopy(variants[label]), seed)
+                # A copy, as the processes below have: what one run trains must not be
+                # where the next one starts.
+                result = results[label, seed] = _run(
+                    copy.deepcopy(variants[label]), seed
+                )
                 if getattr(result, "stop_reason", None) == "interrupted":
-                    raise KeyboardInterrupt  # Ctrl-C means all the runs, not just this one
+                    # Ctrl-C means all the runs, not just this one
+                    raise KeyboardInterrupt
                 bar.update()
         else:
             with ProcessPoolExecutor(processes, _context(), _start_worker) as pool:
-                # cloudpickle carries functions that were defined in a notebook or a script.
+                # cloudpickle carries functions that were defined in a notebook or a
+                # script.
                 futures: dict[Future[bytes], tuple[Any, int]] = {
-                    pool.submit(_run_pickled, cloudpickle.dumps((variants[label], seed))): (label, seed)
+                    pool.submit(
+                        _run_pickled, cloudpickle.dumps((variants[label], seed))
+                    ): (label, seed)
                     for label, seed in jobs
                 }
                 try:
@@ -248,7 +391,9 @@ def train_seeds(
                     if isinstance(error, Exception):
                         error.add_note(f"in the run {futures[future]} (label, seed)")
                     raise
-    grouped = {label: [results[label, seed] for seed in seed_list] for label in variants}
+    grouped = {
+        label: [results[label, seed] for seed in seed_list] for label in variants
+    }
     return grouped if isinstance(runs, Mapping) else grouped[None]
 
 
@@ -275,14 +420,21 @@ def _start_worker() -> None:
 def _context() -> multiprocessing.context.BaseContext:
     """Return a start method that is safe beside PyTorch's threads.
 
-    A fork of this process could inherit a locked thread pool. A fork server imports PyTorch once and forks from a
-    clean state, which makes a second pool start at once; Windows has only "spawn". The classes of language models
-    are imported ahead likewise: each worker would take seconds to do so when it unpickles one.
+    A fork of this process could inherit a locked thread pool. A fork server imports
+    PyTorch once and forks from a clean state, which makes a second pool start at once;
+    Windows has only "spawn". The classes of language models are imported ahead
+    likewise: each worker would take seconds to do so when it unpickles one.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     halves = ("policyopt.control", "policyopt.lm")
-    models = [name for name in sys.modules if re.fullmatch(r"transformers\.models\.\w+\.modeling_\w+", name)]
-    context.set_forkserver_preload([half for half in halves if half in sys.modules] + models)
+    models = [
+        name
+        for name in sys.modules
+        if re.fullmatch(r"transformers\.models\.\w+\.modeling_\w+", name)
+    ]
+    context.set_forkserver_preload(
+        [half for half in halves if half in sys.modules] + models
+    )
     return context

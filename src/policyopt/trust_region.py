@@ -1,15 +1,18 @@
-"""One step of trust-region policy optimisation: Fisher-vector product, conjugate gradient, line search.
+"""One step of trust-region policy optimisation: Fisher-vector product, conjugate
+gradient, line search.
 
 The problem of each step is
 
     minimise  L(θ)   subject to   KL(π_old ‖ π_θ) ≤ δ_KL   (mean over states)
 
-with L the surrogate loss. To first order in L and second order in the KL its solution is
-Δθ = −√(2 δ_KL / gᵀF⁻¹g) · F⁻¹g, with g = ∇L and F the Fisher matrix. F is never formed: conjugate gradient needs
-only F·v. The line search then restores what the expansion gave up: it shortens the step until the *measured* KL
-and the *measured* loss both agree, and refuses it otherwise.
+with L the surrogate loss. To first order in L and second order in the KL its solution
+is Δθ = −√(2 δ_KL / gᵀF⁻¹g) · F⁻¹g, with g = ∇L and F the Fisher matrix. F is never
+formed: conjugate gradient needs only F·v. The line search then restores what the
+expansion gave up: it shortens the step until the *measured* KL and the *measured* loss
+both agree, and refuses it otherwise.
 
-The functions know nothing about environments or networks; they see parameters, a scalar KL and a scalar loss.
+The functions know nothing about environments or networks; they see parameters, a scalar
+KL and a scalar loss.
 """
 
 from __future__ import annotations
@@ -73,7 +76,11 @@ class TrustRegionStep:
 
 
 def _flat_gradient(
-    output: Tensor, parameters: Sequence[Tensor], *, create_graph: bool = False, retain_graph: bool = False
+    output: Tensor,
+    parameters: Sequence[Tensor],
+    *,
+    create_graph: bool = False,
+    retain_graph: bool = False,
 ) -> Tensor:
     gradients = torch.autograd.grad(
         output,
@@ -96,20 +103,23 @@ def _assign(parameters: Sequence[Tensor], vector: Tensor) -> None:
 def fisher_vector_product(
     kl: Tensor, parameters: Iterable[Tensor], *, damping: float = 0.0
 ) -> Callable[[Tensor], Tensor]:
-    r"""Return the map v ↦ (F + damping·I) v, where F is the Hessian of ``kl`` in the parameters.
+    r"""Return the map v ↦ (F + damping·I) v, where F is the Hessian of ``kl`` in the
+    parameters.
 
-    At π_θ = π_old the gradient of mean KL(π_old ‖ π_θ) is 0 and its Hessian is the Fisher matrix
-    E[∇log π ∇log πᵀ]. Differentiating (∇kl)ᵀv once more gives F v at the price of two backward passes
-    (Pearlmutter 1994), without the P × P matrix.
+    At π_θ = π_old the gradient of mean KL(π_old ‖ π_θ) is 0 and its Hessian is the
+    Fisher matrix E[∇log π ∇log πᵀ]. Differentiating (∇kl)ᵀv once more gives F v at the
+    price of two backward passes (Pearlmutter 1994), without the P × P matrix.
 
     Parameters
     ----------
     kl : Tensor
-        Scalar mean KL(π_old ‖ π_θ), with its graph, evaluated at θ = θ_old; π_old detached.
+        Scalar mean KL(π_old ‖ π_θ), with its graph, evaluated at θ = θ_old; π_old
+        detached.
     parameters : iterable of Tensor
         The ``P`` numbers θ, as leaf tensors.
     damping : float
-        ≥ 0, added to the diagonal: it bounds the step along directions the data say nothing about.
+        ≥ 0, added to the diagonal: it bounds the step along directions the data say
+        nothing about.
 
     Returns
     -------
@@ -119,23 +129,34 @@ def fisher_vector_product(
     if damping < 0:
         raise ValueError(f"damping must be >= 0, got {damping!r}")
     if kl.ndim != 0:
-        raise ValueError(f"kl must be a scalar (mean over states), got shape {tuple(kl.shape)}")
+        raise ValueError(
+            f"kl must be a scalar (mean over states), got shape {tuple(kl.shape)}"
+        )
     theta = list(parameters)
     gradient = _flat_gradient(kl, theta, create_graph=True)
 
     def product(vector: Tensor) -> Tensor:
-        return _flat_gradient(gradient @ vector.detach(), theta, retain_graph=True) + damping * vector
+        return (
+            _flat_gradient(gradient @ vector.detach(), theta, retain_graph=True)
+            + damping * vector
+        )
 
     return product
 
 
 def conjugate_gradient(
-    matvec: Callable[[Tensor], Tensor], b: Tensor, *, iterations: int = 10, tolerance: float = 1e-5
+    matvec: Callable[[Tensor], Tensor],
+    b: Tensor,
+    *,
+    iterations: int = 10,
+    tolerance: float = 1e-5,
 ) -> ConjugateGradient:
-    r"""Solve A x = b for a symmetric positive-definite A that is known only as a product.
+    r"""Solve A x = b for a symmetric positive-definite A that is known only as a
+    product.
 
-    Starts at x = 0 and stops after ``iterations`` or when ‖b − A x‖ ≤ ``tolerance``·‖b‖. In exact arithmetic P
-    iterations solve a P × P system; the first few already find the directions with large eigenvalues.
+    Starts at x = 0 and stops after ``iterations`` or when ‖b − A x‖ ≤
+    ``tolerance``·‖b‖. In exact arithmetic P iterations solve a P × P system; the first
+    few already find the directions with large eigenvalues.
 
     Parameters
     ----------
@@ -151,7 +172,8 @@ def conjugate_gradient(
     Raises
     ------
     FloatingPointError
-        If A turns out not to be positive definite along a search direction (curvature ≤ 0, or NaN).
+        If A turns out not to be positive definite along a search direction (curvature ≤
+        0, or NaN).
 
     References
     ----------
@@ -180,8 +202,9 @@ def conjugate_gradient(
         curvature = direction @ product
         if not bool(curvature > 0):
             raise FloatingPointError(
-                f"matvec must be positive definite, but vᵀAv = {curvature.item():.3g} along a search direction: "
-                "raise the damping, or check for NaN in the data"
+                f"matvec must be positive definite, but vᵀAv = {curvature.item():.3g} "
+                "along a search direction: raise the damping, or check for NaN in the "
+                "data"
             )
         step = squared / curvature
         x = x + step * direction
@@ -202,17 +225,18 @@ def line_search(
     shrink: float = 0.8,
     accept_ratio: float = 0.1,
 ) -> LineSearch:
-    r"""Shorten a step until it keeps the KL limit and improves the loss; refuse it if no length does.
+    r"""Shorten a step until it keeps the KL limit and improves the loss; refuse it if
+    no length does.
 
-    Trial k has the length fraction f = ``shrink``\ :sup:`k`. It is accepted when its measured KL is at most
-    ``kl_limit`` and its measured improvement is positive and at least ``accept_ratio`` · f ·
-    ``expected_improvement``.
+    Trial k has the length fraction f = ``shrink``\ :sup:`k`. It is accepted when its
+    measured KL is at most ``kl_limit`` and its measured improvement is positive and at
+    least ``accept_ratio`` · f · ``expected_improvement``.
 
     Parameters
     ----------
     evaluate : callable
-        fraction ↦ (loss, kl) at θ_old + fraction · Δθ. Called last with the fraction that was accepted; the
-        caller restores θ_old when the step is refused.
+        fraction ↦ (loss, kl) at θ_old + fraction · Δθ. Called last with the fraction
+        that was accepted; the caller restores θ_old when the step is refused.
     old_loss : float
         L(θ_old).
     expected_improvement : float
@@ -244,7 +268,10 @@ def line_search(
         # Written so that NaN fails both comparisons.
         if not kl <= kl_limit:
             reason = f"KL {kl:.3g} above the limit {kl_limit:.3g}"
-        elif not (improvement > 0 and improvement >= accept_ratio * fraction * expected_improvement):
+        elif not (
+            improvement > 0
+            and improvement >= accept_ratio * fraction * expected_improvement
+        ):
             reason = f"improvement {improvement:.3g} below {accept_ratio:g} of the predicted one"
         else:
             return LineSearch(True, fraction, improvement, kl, tried, "accepted")
@@ -262,7 +289,8 @@ def trust_region_step(
     shrink: float = 0.8,
     accept_ratio: float = 0.1,
 ) -> TrustRegionStep:
-    r"""Take one natural-gradient step on ``parameters``, in place, inside the trust region.
+    r"""Take one natural-gradient step on ``parameters``, in place, inside the trust
+    region.
 
     1. g = ∇L, and x = (F + damping·I)⁻¹ g by :func:`conjugate_gradient`.
     2. Full step Δθ = −√(2 δ_KL / xᵀ(F + damping·I)x) · x: the longest one the quadratic model of the KL allows.
@@ -274,10 +302,11 @@ def trust_region_step(
     parameters : iterable of Tensor
         Leaf tensors θ, changed in place.
     loss_and_kl : callable
-        () ↦ (L(θ), mean KL(π_old ‖ π_θ)) as scalars with graph, at the current value of the parameters. π_old is
-        the policy at the time of the call of this function.
+        () ↦ (L(θ), mean KL(π_old ‖ π_θ)) as scalars with graph, at the current value of
+        the parameters. π_old is the policy at the time of the call of this function.
     kl_limit, damping, cg_iterations, backtracks, shrink, accept_ratio
-        See :func:`conjugate_gradient`, :func:`fisher_vector_product` and :func:`line_search`.
+        See :func:`conjugate_gradient`, :func:`fisher_vector_product` and
+        :func:`line_search`.
 
     References
     ----------
@@ -288,7 +317,9 @@ def trust_region_step(
     gradient = _flat_gradient(loss, theta, retain_graph=True)
     gradient_norm = float(gradient.norm())
     if not math.isfinite(gradient_norm):
-        raise FloatingPointError(f"the surrogate's gradient is not finite (norm {gradient_norm})")
+        raise FloatingPointError(
+            f"the surrogate's gradient is not finite (norm {gradient_norm})"
+        )
     if gradient_norm == 0.0:
         still = LineSearch(False, 0.0, 0.0, 0.0, [], "the gradient is zero")
         return TrustRegionStep(still, 0.0, 0.0, 0.0)
@@ -319,7 +350,8 @@ def trust_region_step(
             accept_ratio=accept_ratio,
         )
         accepted = search.accepted
-    finally:  # also when an exception (Ctrl-C) breaks the search off at an untested length
+    # also when an exception (Ctrl-C) breaks the search off at an untested length
+    finally:
         if not accepted:
             _assign(theta, start)
     return TrustRegionStep(

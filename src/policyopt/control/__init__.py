@@ -1,4 +1,6 @@
-"""Reinforcement learning on Gymnasium environments: REINFORCE, TRPO and PPO as plain functions."""
+"""Reinforcement learning on Gymnasium environments: REINFORCE, TRPO and PPO as plain
+functions.
+"""
 
 from policyopt.control.config import ActorCriticConfig, ControlConfig
 from policyopt.control.environments import EnvLike, make_vector_env

@@ -16,10 +16,14 @@ __all__ = ["ActorCriticConfig", "ControlConfig", "build_critic", "build_networks
 
 @dataclass(frozen=True, kw_only=True)
 class ControlConfig(Settings):
-    """Settings that every control algorithm has. Frozen: use ``dataclasses.replace`` to change one."""
+    """Settings that every control algorithm has. Frozen: use ``dataclasses.replace`` to
+    change one.
+    """
 
     total_steps: int = 100_000
-    """Environment steps to train for, over all copies. Training ends after the update that reaches it."""
+    """Environment steps to train for, over all copies. Training ends after the update
+    that reaches it.
+    """
     num_envs: int = 32
     """Copies of the environment, side by side."""
     gamma: float = 0.99
@@ -28,20 +32,31 @@ class ControlConfig(Settings):
     """Width of each hidden layer, policy and critic alike."""
     activation: Literal["tanh", "relu"] = "tanh"
     orthogonal_init: bool = True
-    """Orthogonal weights, output gain 0.01 (policy) and 1 (critic); False is PyTorch's default."""
+    """Orthogonal weights, output gain 0.01 (policy) and 1 (critic); False is PyTorch's
+    default.
+    """
     normalize_observations: bool | None = None
-    """Running normalisation of Box observations; None means: when the actions are continuous."""
+    """Running normalisation of Box observations; None means: when the actions are
+    continuous.
+    """
     normalize_rewards: bool = False
-    """Divide rewards by the running standard deviation of the discounted return, so that values are of order 1."""
+    """Divide rewards by the running standard deviation of the discounted return, so
+    that values are of order 1.
+    """
     initial_log_std: float = 0.0
-    """Initial log σ of a Gaussian policy, on the scale where the action bounds are ±1."""
+    """Initial log σ of a Gaussian policy, on the scale where the action bounds are
+    ±1.
+    """
     device: str = "auto"
     """"auto" takes cuda, then mps, then cpu; or any PyTorch device name."""
     cpu_threads: int = 1
-    """CPU threads that PyTorch may use while training. Networks this small are fastest with one: a second thread
-    waits more than it works, and the last digits of the results would depend on the number of cores."""
+    """CPU threads that PyTorch may use while training. Networks this small are fastest
+    with one: a second thread waits more than it works, and the last digits of the
+    results would depend on the number of cores."""
     compile: bool = False
-    """torch.compile the networks. It pays for large networks on a GPU, hardly for small ones on a CPU."""
+    """torch.compile the networks. It pays for large networks on a GPU, hardly for small
+    ones on a CPU.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,31 +64,44 @@ class ControlConfig(Settings):
         self._check("num_envs", self.num_envs >= 1, ">= 1")
         self._check("cpu_threads", self.cpu_threads >= 1, ">= 1")
         self._check("gamma", 0 <= self.gamma <= 1, "in [0, 1]")
-        self._check("hidden", all(width >= 1 for width in self.hidden), "a tuple of widths >= 1")
+        self._check(
+            "hidden", all(width >= 1 for width in self.hidden), "a tuple of widths >= 1"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActorCriticConfig(ControlConfig):
-    """Settings that TRPO and PPO have in common: how a batch is collected and its advantages estimated."""
+    """Settings that TRPO and PPO have in common: how a batch is collected and its
+    advantages estimated.
+    """
 
     rollout_steps: int | None = 64
     """Steps per copy and update; None runs one whole episode per copy instead."""
     gae_lambda: float = 0.95
     """λ of the advantage estimate, in [0, 1]."""
     use_critic: bool = True
-    """False takes V = 0, so that the advantage is a λ-discounted sum of rewards. It needs whole episodes
-    (``rollout_steps=None``): without V nothing stands for the rewards after a cut."""
+    """False takes V = 0, so that the advantage is a λ-discounted sum of rewards. It
+    needs whole episodes (``rollout_steps=None``): without V nothing stands for the
+    rewards after a cut."""
     normalize_advantages: bool = True
     """Shift and scale advantages to mean 0 and standard deviation 1 over the batch."""
     bootstrap_truncated: bool = True
-    """False treats a time limit as a terminal state: a common mistake, kept to be measured."""
+    """False treats a time limit as a terminal state: a common mistake, kept to be
+    measured.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("rollout_steps", self.rollout_steps is None or self.rollout_steps >= 1, ">= 1 or None")
+        self._check(
+            "rollout_steps",
+            self.rollout_steps is None or self.rollout_steps >= 1,
+            ">= 1 or None",
+        )
         self._check("gae_lambda", 0 <= self.gae_lambda <= 1, "in [0, 1]")
         self._check(
-            "use_critic", self.use_critic or self.rollout_steps is None, "True unless rollout_steps is None"
+            "use_critic",
+            self.use_critic or self.rollout_steps is None,
+            "True unless rollout_steps is None",
         )
 
 
@@ -85,7 +113,9 @@ def build_networks(
     critic: bool,
     generator: torch.Generator,
 ) -> tuple[Policy, Critic | None]:
-    """Build the policy and, on request, the critic that a config describes (on the CPU)."""
+    """Build the policy and, on request, the critic that a config describes (on the
+    CPU).
+    """
     continuous = isinstance(action_space, gym.spaces.Box)
     normalize = config.normalize_observations
     policy = make_policy(
@@ -98,11 +128,17 @@ def build_networks(
         log_std=config.initial_log_std,
         generator=generator,
     )
-    return policy, build_critic(policy.encoder, config, generator=generator) if critic else None
+    return policy, build_critic(
+        policy.encoder, config, generator=generator
+    ) if critic else None
 
 
-def build_critic(encoder: ObservationEncoder, config: ControlConfig, *, generator: torch.Generator) -> Critic:
-    """Build the critic that a config describes (on the CPU), on the encoder of its policy."""
+def build_critic(
+    encoder: ObservationEncoder, config: ControlConfig, *, generator: torch.Generator
+) -> Critic:
+    """Build the critic that a config describes (on the CPU), on the encoder of its
+    policy.
+    """
     return Critic(
         encoder,
         hidden=config.hidden,

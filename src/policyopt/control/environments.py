@@ -13,8 +13,12 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 __all__ = ["EnvLike", "environment_name", "environment_seed", "make_vector_env"]
 
-EnvLike: TypeAlias = "str | EnvSpec | Callable[[], gym.Env[Any, Any]] | VectorEnv[Any, Any, Any]"
-"""An environment id (``"CartPole-v1"``), a spec, a factory of single environments, or a vector environment."""
+EnvLike: TypeAlias = (
+    "str | EnvSpec | Callable[[], gym.Env[Any, Any]] | VectorEnv[Any, Any, Any]"
+)
+"""An environment id (``"CartPole-v1"``), a spec, a factory of single environments, or a
+vector environment.
+"""
 
 
 def environment_name(env: EnvLike) -> str:
@@ -24,7 +28,9 @@ def environment_name(env: EnvLike) -> str:
     if isinstance(env, EnvSpec):
         return env.id
     if isinstance(env, partial):
-        return environment_name(env.args[0] if env.func is gym.make and env.args else env.func)
+        return environment_name(
+            env.args[0] if env.func is gym.make and env.args else env.func
+        )
     spec = getattr(env, "spec", None)
     if spec is not None:
         return str(spec.id)
@@ -34,19 +40,25 @@ def environment_name(env: EnvLike) -> str:
 def environment_seed(seed: int, stream: int = 0) -> int:
     """Derive the environment's seed from a run's seed.
 
-    A vector environment seeds its copies with s, s + 1, s + 2, …; runs with the seeds 0, 1, 2 would share most of
-    their episodes. Hashing keeps runs (and the streams "training" 0 and "evaluation" 1 of one run) apart.
+    A vector environment seeds its copies with s, s + 1, s + 2, …; runs with the seeds
+    0, 1, 2 would share most of their episodes. Hashing keeps runs (and the streams
+    "training" 0 and "evaluation" 1 of one run) apart.
     """
-    # 31 bits: Gymnasium's copies add their index, and some environments refuse seeds beyond 2**32 - 1.
+    # 31 bits: Gymnasium's copies add their index, and some environments refuse seeds
+    # beyond 2**32 - 1.
     return int(np.random.SeedSequence([seed, stream]).generate_state(1)[0] >> 1)
 
 
-def make_vector_env(env: EnvLike, num_envs: int) -> tuple[VectorEnv[Any, Any, Any], bool]:
-    """Return a vector environment and whether it was made here (and should be closed here).
+def make_vector_env(
+    env: EnvLike, num_envs: int
+) -> tuple[VectorEnv[Any, Any, Any], bool]:
+    """Return a vector environment and whether it was made here (and should be closed
+    here).
 
-    An id whose environment has its own vector implementation (Gymnasium's ``vector_entry_point``, as CartPole
-    has) uses that: all copies then step in a few NumPy calls. Other ids and factories run ``num_envs`` copies
-    one after another in this process.
+    An id whose environment has its own vector implementation (Gymnasium's
+    ``vector_entry_point``, as CartPole has) uses that: all copies then step in a few
+    NumPy calls. Other ids and factories run ``num_envs`` copies one after another in
+    this process.
 
     Parameters
     ----------
@@ -58,16 +70,17 @@ def make_vector_env(env: EnvLike, num_envs: int) -> tuple[VectorEnv[Any, Any, An
     Raises
     ------
     ValueError
-        If ``env`` is none of these things, ``num_envs`` < 1, or a vector environment does not reset itself in
-        one of Gymnasium's two modes.
+        If ``env`` is none of these things, ``num_envs`` < 1, or a vector environment
+        does not reset itself in one of Gymnasium's two modes.
     """
     if isinstance(env, VectorEnv):
         _check_autoreset(env)
         return env, False
     if isinstance(env, gym.Env):
         raise ValueError(
-            f"env must be an id, a factory or a vector environment, got one {type(env).__name__} instance; copies "
-            f"are needed, so pass a function that makes one, e.g. `lambda: {type(env.unwrapped).__name__}()`"
+            "env must be an id, a factory or a vector environment, got one "
+            f"{type(env).__name__} instance; copies are needed, so pass a function "
+            f"that makes one, e.g. `lambda: {type(env.unwrapped).__name__}()`"
         )
     if num_envs < 1:
         raise ValueError(f"num_envs must be >= 1, got {num_envs!r}")
@@ -77,19 +90,27 @@ def make_vector_env(env: EnvLike, num_envs: int) -> tuple[VectorEnv[Any, Any, An
             made = gym.make_vec(spec, num_envs, vectorization_mode="vector_entry_point")
             _check_autoreset(made)
             return made, True
-        # The passive checker costs more than many environments do; rollouts check what matters.
-        factory: Callable[[], gym.Env[Any, Any]] = partial(gym.make, spec, disable_env_checker=True)
+        # The passive checker costs more than many environments do; rollouts check what
+        # matters.
+        factory: Callable[[], gym.Env[Any, Any]] = partial(
+            gym.make, spec, disable_env_checker=True
+        )
     elif callable(env):
         factory = env
     else:
-        raise ValueError(f"env must be an id, a factory or a vector environment, got {env!r}")
-    return SyncVectorEnv([factory] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP), True
+        raise ValueError(
+            f"env must be an id, a factory or a vector environment, got {env!r}"
+        )
+    return SyncVectorEnv(
+        [factory] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP
+    ), True
 
 
 def _check_autoreset(env: VectorEnv[Any, Any, Any]) -> None:
     mode = env.metadata.get("autoreset_mode")
     if mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
         raise ValueError(
-            f"env must reset its copies itself, but {type(env).__name__} has metadata['autoreset_mode'] = {mode!r}; "
-            "use AutoresetMode.NEXT_STEP or AutoresetMode.SAME_STEP"
+            f"env must reset its copies itself, but {type(env).__name__} has "
+            f"metadata['autoreset_mode'] = {mode!r}; use AutoresetMode.NEXT_STEP or "
+            "AutoresetMode.SAME_STEP"
         )

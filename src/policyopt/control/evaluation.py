@@ -48,11 +48,14 @@ def evaluate(
     policy : Policy
         Not changed.
     env : EnvLike
-        An id, a factory, or a vector environment (which then decides the number of episodes: one per copy).
+        An id, a factory, or a vector environment (which then decides the number of
+        episodes: one per copy).
     deterministic : bool
-        True takes the most probable action (the mean, for a Gaussian); False samples, as in training.
+        True takes the most probable action (the mean, for a Gaussian); False samples,
+        as in training.
     seed : int
-        Seeds a stream of its own: evaluation episodes are not training episodes, even with equal seeds.
+        Seeds a stream of its own: evaluation episodes are not training episodes, even
+        with equal seeds.
 
     Raises
     ------
@@ -60,6 +63,11 @@ def evaluate(
         If an episode is not over after ``max_steps``.
     """
     rollout = sample_episodes(
-        policy, env, episodes=episodes, seed=seed, deterministic=deterministic, max_steps=max_steps
+        policy,
+        env,
+        episodes=episodes,
+        seed=seed,
+        deterministic=deterministic,
+        max_steps=max_steps,
     )
     return Evaluation(rollout.episodes.returns, rollout.episodes.lengths)

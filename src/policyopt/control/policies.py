@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from policyopt.distributions import Categorical, DiagonalGaussian, Distribution
 
-__all__ = ["CategoricalPolicy", "Critic", "GaussianPolicy", "ObservationEncoder", "Policy", "make_policy"]
+__all__ = [
+    "CategoricalPolicy",
+    "Critic",
+    "GaussianPolicy",
+    "ObservationEncoder",
+    "Policy",
+    "make_policy",
+]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
@@ -24,10 +31,12 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 class ObservationEncoder(nn.Module):
     """Turn raw observations into a feature vector per item.
 
-    ``Discrete(n)`` becomes a one-hot vector ``[..., n]``. ``Box`` is flattened to ``[..., D]`` in float32 and, on
-    request, normalised with a running mean and standard deviation (then clipped to ±10) that :meth:`update`
-    maintains. The statistics are buffers: they are saved with the policy, and they move only between updates, so
-    the policy that collected a batch and the one that starts learning from it are the same function.
+    ``Discrete(n)`` becomes a one-hot vector ``[..., n]``. ``Box`` is flattened to
+    ``[..., D]`` in float32 and, on request, normalised with a running mean and standard
+    deviation (then clipped to ±10) that :meth:`update` maintains. The statistics are
+    buffers: they are saved with the policy, and they move only between updates, so the
+    policy that collected a batch and the one that starts learning from it are the same
+    function.
 
     Parameters
     ----------
@@ -53,8 +62,8 @@ class ObservationEncoder(nn.Module):
             self.features, self.start = math.prod(self.shape), 0
         else:
             raise ValueError(
-                f"observation space must be Discrete or Box, got {space}; wrap the environment, for instance with "
-                "gymnasium.wrappers.FlattenObservation"
+                f"observation space must be Discrete or Box, got {space}; wrap the "
+                "environment, for instance with gymnasium.wrappers.FlattenObservation"
             )
         self.normalize = normalize and self.kind == "flat"
         if self.normalize:
@@ -65,14 +74,26 @@ class ObservationEncoder(nn.Module):
     def fits(self, space: gym.Space[Any]) -> bool:
         """Whether observations of this space can be encoded."""
         if isinstance(space, spaces.Discrete):
-            return (self.kind, self.features, self.start) == ("one-hot", int(space.n), int(space.start))
+            return (self.kind, self.features, self.start) == (
+                "one-hot",
+                int(space.n),
+                int(space.start),
+            )
         return self.kind == "flat" and self.shape == space.shape
 
     def forward(self, observations: Tensor) -> Tensor:
-        """Map raw observations ``[..., *space.shape]`` to features ``[..., features]`` (float32)."""
+        """Map raw observations ``[..., *space.shape]`` to features ``[..., features]``
+        (float32).
+        """
         if self.kind == "one-hot":
-            return nn.functional.one_hot(observations.long() - self.start, self.features).float()
-        x = observations if observations.dtype == torch.float32 else observations.float()
+            return nn.functional.one_hot(
+                observations.long() - self.start, self.features
+            ).float()
+        x = (
+            observations
+            if observations.dtype == torch.float32
+            else observations.float()
+        )
         if len(self.shape) != 1:
             x = x.reshape(*x.shape[: x.ndim - len(self.shape)], self.features)
         if not self.normalize:
@@ -81,14 +102,20 @@ class ObservationEncoder(nn.Module):
 
     @torch.no_grad()
     def update(self, observations: Tensor) -> None:
-        """Take the raw observations ``[B, *space.shape]`` into the running statistics (Chan et al. 1979)."""
+        """Take the raw observations ``[B, *space.shape]`` into the running statistics
+        (Chan et al. 1979).
+        """
         if not self.normalize or observations.numel() == 0:
             return
         x = observations.reshape(-1, self.features).double()
         count, mean, variance = len(x), x.mean(0), x.var(0, correction=0)
         total = self.count + count
         delta = mean - self.mean
-        spread = self.variance * self.count + variance * count + delta.square() * self.count * count / total
+        spread = (
+            self.variance * self.count
+            + variance * count
+            + delta.square() * self.count * count / total
+        )
         self.mean.add_(delta * (count / total))
         self.variance.copy_(spread / total)
         self.count.copy_(total)
@@ -102,7 +129,9 @@ def _mlp(
     orthogonal: bool,
 ) -> nn.Sequential:
     if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation must be one of {sorted(_ACTIVATIONS)}, got {activation!r}")
+        raise ValueError(
+            f"activation must be one of {sorted(_ACTIVATIONS)}, got {activation!r}"
+        )
     layers: list[nn.Module] = []
     last = len(sizes) - 2
     for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
@@ -114,16 +143,22 @@ def _mlp(
             nn.init.zeros_(linear.bias)
         else:
             nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5), generator=generator)
-            nn.init.uniform_(linear.bias, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), generator=generator)
+            nn.init.uniform_(
+                linear.bias,
+                -1 / math.sqrt(fan_in),
+                1 / math.sqrt(fan_in),
+                generator=generator,
+            )
         layers += [linear] if i == last else [linear, _ACTIVATIONS[activation]()]
     return nn.Sequential(*layers)
 
 
 class Policy(nn.Module):
-    """A stochastic policy π_θ(a|s): call it on observations to get a :class:`~policyopt.distributions.Distribution`.
+    """A stochastic policy π_θ(a|s): call it on observations to get a
+    :class:`~policyopt.distributions.Distribution`.
 
-    Subclasses define :meth:`forward` and :meth:`to_env`. Your own policy needs no more than that, plus an
-    ``encoder`` that handles raw observations.
+    Subclasses define :meth:`forward` and :meth:`to_env`. Your own policy needs no more
+    than that, plus an ``encoder`` that handles raw observations.
     """
 
     encoder: ObservationEncoder
@@ -133,22 +168,37 @@ class Policy(nn.Module):
         raise NotImplementedError
 
     def to_env(self, actions: Tensor) -> NDArray[Any]:
-        """Translate actions ``[N, ...]`` of the distribution to what the environment's ``step`` takes."""
+        """Translate actions ``[N, ...]`` of the distribution to what the environment's
+        ``step`` takes.
+        """
         raise NotImplementedError
 
     @torch.inference_mode()
     def act(
-        self, observations: Tensor, generator: torch.Generator | None = None, *, deterministic: bool = False
+        self,
+        observations: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        deterministic: bool = False,
     ) -> Tensor:
-        """Sample actions for raw observations ``[N, ...]``, or take the mode when ``deterministic``."""
+        """Sample actions for raw observations ``[N, ...]``, or take the mode when
+        ``deterministic``.
+        """
         distribution: Distribution = self(observations)
         return distribution.mode() if deterministic else distribution.sample(generator)
 
 
 class CategoricalPolicy(Policy):
-    """Softmax policy over ``Discrete`` actions: an MLP gives the logits ``[..., n]``."""
+    """Softmax policy over ``Discrete`` actions: an MLP gives the logits ``[...,
+    n]``.
+    """
 
-    def __init__(self, encoder: ObservationEncoder, space: spaces.Discrete, network: nn.Sequential) -> None:
+    def __init__(
+        self,
+        encoder: ObservationEncoder,
+        space: spaces.Discrete,
+        network: nn.Sequential,
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.network = network
@@ -165,10 +215,12 @@ class CategoricalPolicy(Policy):
 
 
 class GaussianPolicy(Policy):
-    """Diagonal Gaussian policy over ``Box`` actions ``[D]``: an MLP gives the mean, log σ is a free parameter.
+    """Diagonal Gaussian policy over ``Box`` actions ``[D]``: an MLP gives the mean, log
+    σ is a free parameter.
 
-    The distribution lives on a standard scale. :meth:`to_env` maps −1…1 to the bounds of each bounded dimension
-    and clips there; unbounded dimensions pass through. The log-probability is that of the unclipped action.
+    The distribution lives on a standard scale. :meth:`to_env` maps −1…1 to the bounds
+    of each bounded dimension and clips there; unbounded dimensions pass through. The
+    log-probability is that of the unclipped action.
     """
 
     low: Tensor
@@ -177,13 +229,20 @@ class GaussianPolicy(Policy):
     half_range: Tensor
 
     def __init__(
-        self, encoder: ObservationEncoder, space: spaces.Box, network: nn.Sequential, log_std: float = 0.0
+        self,
+        encoder: ObservationEncoder,
+        space: spaces.Box,
+        network: nn.Sequential,
+        log_std: float = 0.0,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.network = network
         self.action_shape, self.action_dtype = space.shape, space.dtype
-        low, high = (torch.as_tensor(bound.astype(np.float32)).flatten() for bound in (space.low, space.high))
+        low, high = (
+            torch.as_tensor(bound.astype(np.float32)).flatten()
+            for bound in (space.low, space.high)
+        )
         bounded = torch.isfinite(low) & torch.isfinite(high)
         self.log_std = nn.Parameter(torch.full((low.numel(),), float(log_std)))
         for name, value in {
@@ -200,14 +259,20 @@ class GaussianPolicy(Policy):
         return DiagonalGaussian(mean, self.log_std)
 
     def to_env(self, actions: Tensor) -> NDArray[Any]:
-        """Return the actions in the environment's units, clipped to its bounds, ``[N, *space.shape]``."""
-        scaled = torch.clamp(self.centre + self.half_range * actions, self.low, self.high)
+        """Return the actions in the environment's units, clipped to its bounds, ``[N,
+        *space.shape]``.
+        """
+        scaled = torch.clamp(
+            self.centre + self.half_range * actions, self.low, self.high
+        )
         array: NDArray[Any] = scaled.cpu().numpy().astype(self.action_dtype, copy=False)
         return array.reshape(-1, *self.action_shape)
 
 
 class Critic(nn.Module):
-    """State-value function V_φ(s): an MLP of its own that shares only the observation encoder with the policy."""
+    """State-value function V_φ(s): an MLP of its own that shares only the observation
+    encoder with the policy.
+    """
 
     def __init__(
         self,
@@ -220,10 +285,14 @@ class Critic(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.network = _mlp([encoder.features, *hidden, 1], activation, 1.0, generator, orthogonal)
+        self.network = _mlp(
+            [encoder.features, *hidden, 1], activation, 1.0, generator, orthogonal
+        )
 
     def forward(self, observations: Tensor) -> Tensor:
-        """Return V(s) for raw observations ``[..., *observation shape]``, shape ``[...]``."""
+        """Return V(s) for raw observations ``[..., *observation shape]``, shape
+        ``[...]``.
+        """
         values: Tensor = self.network(self.encoder(observations)).squeeze(-1)
         return values
 
@@ -251,8 +320,9 @@ def make_policy(
     normalize_observations : bool
         See :class:`ObservationEncoder`.
     orthogonal : bool
-        Orthogonal weights with gain 0.01 at the output, so that the first policy is nearly uniform (or nearly
-        centred) whatever the observation; ``False`` is PyTorch's default initialisation.
+        Orthogonal weights with gain 0.01 at the output, so that the first policy is
+        nearly uniform (or nearly centred) whatever the observation; ``False`` is
+        PyTorch's default initialisation.
     log_std : float
         Initial log σ of a Gaussian policy, on the scale where the action bounds are ±1.
     generator : torch.Generator
@@ -266,13 +336,23 @@ def make_policy(
     encoder = ObservationEncoder(observation_space, normalize=normalize_observations)
 
     def network(outputs: int) -> nn.Sequential:
-        return _mlp([encoder.features, *hidden, outputs], activation, 0.01, generator, orthogonal)
+        return _mlp(
+            [encoder.features, *hidden, outputs],
+            activation,
+            0.01,
+            generator,
+            orthogonal,
+        )
 
     if isinstance(action_space, spaces.Discrete):
         return CategoricalPolicy(encoder, action_space, network(int(action_space.n)))
-    if isinstance(action_space, spaces.Box) and np.issubdtype(action_space.dtype, np.floating):
-        return GaussianPolicy(encoder, action_space, network(math.prod(action_space.shape)), log_std)
+    if isinstance(action_space, spaces.Box) and np.issubdtype(
+        action_space.dtype, np.floating
+    ):
+        return GaussianPolicy(
+            encoder, action_space, network(math.prod(action_space.shape)), log_std
+        )
     raise ValueError(
-        f"action space must be Discrete or a floating-point Box, got {action_space}; wrap the environment or give a "
-        "policy of your own"
+        f"action space must be Discrete or a floating-point Box, got {action_space}; "
+        "wrap the environment or give a policy of your own"
     )

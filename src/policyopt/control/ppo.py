@@ -1,4 +1,6 @@
-"""PPO: several epochs of minibatch steps on a surrogate that stops paying once the policy has moved enough."""
+"""PPO: several epochs of minibatch steps on a surrogate that stops paying once the
+policy has moved enough.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ from policyopt.control.environments import EnvLike
 from policyopt.control.policies import Policy
 from policyopt.control.results import TrainResult, Update
 from policyopt.control.training import Callback, Run, estimate_advantages, minibatches
-from policyopt.losses import ClippedSurrogate, aggregate, clipped_surrogate_loss, entropy_loss, value_loss
+from policyopt.losses import (
+    ClippedSurrogate,
+    aggregate,
+    clipped_surrogate_loss,
+    entropy_loss,
+    value_loss,
+)
 
 __all__ = ["PPOConfig", "PPOUpdate", "train_ppo"]
 
@@ -28,7 +36,9 @@ class PPOConfig(ActorCriticConfig):
     epochs: int = 4
     """Passes over each batch."""
     minibatch: int = 512
-    """Items per gradient step; batches are cut into near-equal pieces of at most this size."""
+    """Items per gradient step; batches are cut into near-equal pieces of at most this
+    size.
+    """
     learning_rate: float = 3e-3
     """Adam's step size."""
     anneal_learning_rate: bool = True
@@ -42,9 +52,13 @@ class PPOConfig(ActorCriticConfig):
     entropy_coef: float = 0.0
     """Weight of the entropy bonus, ≥ 0."""
     max_gradient_norm: float | None = 0.5
-    """Largest norm of the gradient of a step, policy and critic together; None does not limit it."""
+    """Largest norm of the gradient of a step, policy and critic together; None does not
+    limit it.
+    """
     target_kl: float | None = None
-    """Skip the rest of the epochs once the mean KL(π_old ‖ π) of a pass exceeds 1.5 times this, in nats."""
+    """Skip the rest of the epochs once the mean KL(π_old ‖ π) of a pass exceeds 1.5
+    times this, in nats.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,21 +66,31 @@ class PPOConfig(ActorCriticConfig):
         self._check("minibatch", self.minibatch >= 1, ">= 1")
         self._check("learning_rate", self.learning_rate > 0, "> 0")
         self._check("clip_ratio", self.clip_ratio > 0, "> 0")
-        self._check("value_clip", self.value_clip is None or self.value_clip > 0, "> 0 or None")
+        self._check(
+            "value_clip", self.value_clip is None or self.value_clip > 0, "> 0 or None"
+        )
         self._check("value_coef", self.value_coef >= 0, ">= 0")
         self._check("entropy_coef", self.entropy_coef >= 0, ">= 0")
         self._check(
-            "max_gradient_norm", self.max_gradient_norm is None or self.max_gradient_norm > 0, "> 0 or None"
+            "max_gradient_norm",
+            self.max_gradient_norm is None or self.max_gradient_norm > 0,
+            "> 0 or None",
         )
-        self._check("target_kl", self.target_kl is None or self.target_kl > 0, "> 0 or None")
+        self._check(
+            "target_kl", self.target_kl is None or self.target_kl > 0, "> 0 or None"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PPOUpdate(Update):
-    """One row of :func:`train_ppo`'s history. Means are over the items of the update's last pass."""
+    """One row of :func:`train_ppo`'s history. Means are over the items of the update's
+    last pass.
+    """
 
     policy_loss: float
-    """Mean clipped surrogate loss. Near 0 by construction (advantages have mean 0): its gradient is what counts."""
+    """Mean clipped surrogate loss. Near 0 by construction (advantages have mean 0): its
+    gradient is what counts.
+    """
     value_loss: float
     """Mean ½ (V − target)²; 0 without a critic."""
     entropy: float
@@ -104,29 +128,40 @@ def train_ppo(
     env, config, seed, policy, resume, callback, progress
         As in :func:`~policyopt.control.reinforce.train_reinforce`.
     policy_loss : callable, optional
-        (log_prob, old_log_prob, advantages) ↦ :class:`~policyopt.losses.ClippedSurrogate`; by default
+        (log_prob, old_log_prob, advantages) ↦
+        :class:`~policyopt.losses.ClippedSurrogate`; by default
         :func:`~policyopt.losses.clipped_surrogate_loss` with ``config.clip_ratio``.
 
     References
     ----------
-    Schulman et al. (2017), Proximal policy optimization algorithms, arXiv:1707.06347. Implementation details: Huang
-    et al. (2022), The 37 implementation details of proximal policy optimization, ICLR blog track.
+    Schulman et al. (2017), Proximal policy optimization algorithms, arXiv:1707.06347.
+    Implementation details: Huang et al. (2022), The 37 implementation details of
+    proximal policy optimization, ICLR blog track.
     """
     run: Run[PPOConfig, PPOUpdate] = Run(
         "ppo", env, config, seed=seed, critic=config.use_critic, policy=policy, resume=resume, callback=callback,
         progress=progress,
     )  # fmt: skip
     policy, critic = run.policy, run.critic
-    surrogate = policy_loss or partial(clipped_surrogate_loss, clip_ratio=config.clip_ratio)
+    surrogate = policy_loss or partial(
+        clipped_surrogate_loss, clip_ratio=config.clip_ratio
+    )
     optimizer = run.adam(run.trainable(), config.learning_rate)
 
     with run:
         while run.unfinished:
             if config.anneal_learning_rate:
-                optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - run.progress)
+                optimizer.param_groups[0]["lr"] = config.learning_rate * (
+                    1 - run.progress
+                )
             rollout = run.collect(config.rollout_steps)
-            advantages, targets, old_values, explained = estimate_advantages(rollout, critic, config)
-            observations, actions = rollout.flat(rollout.observations), rollout.flat(rollout.actions)
+            advantages, targets, old_values, explained = estimate_advantages(
+                rollout, critic, config
+            )
+            observations, actions = (
+                rollout.flat(rollout.observations),
+                rollout.flat(rollout.actions),
+            )
             with torch.no_grad():
                 old_log_prob = policy(observations).log_prob(actions)
 
@@ -135,7 +170,9 @@ def train_ppo(
                 for index in minibatches(len(actions), config.minibatch, run.generator):
                     distribution = policy(observations[index])
                     items = surrogate(
-                        distribution.log_prob(actions[index]), old_log_prob[index], advantages[index]
+                        distribution.log_prob(actions[index]),
+                        old_log_prob[index],
+                        advantages[index],
                     )
                     policy_term = aggregate(items.loss)
                     entropy_term = aggregate(entropy_loss(distribution.entropy()).loss)
@@ -153,7 +190,9 @@ def train_ppo(
                         total = total + config.value_coef * value_term
                     optimizer.zero_grad()
                     total.backward()
-                    norm = nn.utils.clip_grad_norm_(run.trainable(), config.max_gradient_norm or torch.inf)
+                    norm = nn.utils.clip_grad_norm_(
+                        run.trainable(), config.max_gradient_norm or torch.inf
+                    )
                     optimizer.step()
                     passes.append(
                         torch.stack(
@@ -162,7 +201,10 @@ def train_ppo(
                         ).detach()
                     )  # fmt: skip
                 statistics = torch.stack(passes)
-                if config.target_kl is not None and statistics[:, 3].mean().item() > 1.5 * config.target_kl:
+                if (
+                    config.target_kl is not None
+                    and statistics[:, 3].mean().item() > 1.5 * config.target_kl
+                ):
                     break
 
             mean = statistics.mean(0).tolist()

@@ -29,9 +29,13 @@ class ReinforceConfig(ControlConfig):
     learning_rate: float = 1e-2
     """Adam's step size."""
     reward_to_go: bool = True
-    """w_t from rewards after t only; False weighs every step with the whole episode's return."""
+    """w_t from rewards after t only; False weighs every step with the whole episode's
+    return.
+    """
     baseline: Literal["none", "mean", "learned"] = "mean"
-    """b in w_t = G_t − b: nothing; the mean of G_t over all steps of the batch; or V_φ(s_t)."""
+    """b in w_t = G_t − b: nothing; the mean of G_t over all steps of the batch; or
+    V_φ(s_t).
+    """
     normalize_weights: bool = True
     """Shift and scale w_t to mean 0 and standard deviation 1 over the batch."""
     entropy_coef: float = 0.0
@@ -39,8 +43,9 @@ class ReinforceConfig(ControlConfig):
     critic_epochs: int = 10
     """Gradient steps on V_φ per update, with baseline "learned"."""
     bootstrap_truncated: bool = True
-    """With a learned baseline, add V of the final observation where an episode was cut by a limit. Without one there
-    is nothing to bootstrap with, and the future after the cut counts as 0."""
+    """With a learned baseline, add V of the final observation where an episode was cut
+    by a limit. Without one there is nothing to bootstrap with, and the future after the
+    cut counts as 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,7 +59,9 @@ class ReinforceUpdate(Update):
     """One row of :func:`train_reinforce`'s history."""
 
     policy_loss: float
-    """−mean w_t log π over the batch's steps. Its value says nothing about progress; its gradient does."""
+    """−mean w_t log π over the batch's steps. Its value says nothing about progress;
+    its gradient does.
+    """
     entropy: float
     """Mean entropy of the policy over the batch's states, nats."""
     gradient_norm: float
@@ -71,19 +78,21 @@ def reinforce_weights(
     values: Tensor | None = None,
     next_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Weights w_t of the policy gradient, and the return-to-go G_t that they come from.
+    r"""Weights w_t of the policy gradient, and the return-to-go G_t that they come
+    from.
 
-    The textbook's factor γ^t in front of ∇ log π(a_t|s_t) is left out, as nearly everybody does. The result estimates
-    Σ_s η(s) Σ_a Q(s,a) ∇π(a|s) with the undiscounted visits η in place of the discounted ones: not ∇J, and in
-    general the gradient of no function at all (Nota and Thomas 2020, arXiv:1906.07073).
+    The textbook's factor γ^t in front of ∇ log π(a_t|s_t) is left out, as nearly
+    everybody does. The result estimates Σ_s η(s) Σ_a Q(s,a) ∇π(a|s) with the
+    undiscounted visits η in place of the discounted ones: not ∇J, and in general the
+    gradient of no function at all (Nota and Thomas 2020, arXiv:1906.07073).
 
     Parameters
     ----------
     rollout : Rollout
         Whole episodes, one per column, ``[T, N]`` (:meth:`Collector.collect_episodes`).
     values, next_values : Tensor, optional
-        V(s_t) and V(s_{t+1}), ``[T, N]``; ``values`` is the baseline "learned", and ``next_values`` is bootstrapped
-        where an episode was truncated.
+        V(s_t) and V(s_{t+1}), ``[T, N]``; ``values`` is the baseline "learned", and
+        ``next_values`` is bootstrapped where an episode was truncated.
 
     Returns
     -------
@@ -91,7 +100,9 @@ def reinforce_weights(
         Both ``[T, N]``, 0 in invalid rows.
     """
     rewards = torch.where(rollout.valid, rollout.rewards, 0.0)
-    returns = discounted_returns(rewards, rollout.terminated, rollout.truncated, next_values, gamma=gamma)
+    returns = discounted_returns(
+        rewards, rollout.terminated, rollout.truncated, next_values, gamma=gamma
+    )
     returns = torch.where(rollout.valid, returns, 0.0)
     weights = returns if reward_to_go else returns[0].expand_as(returns)
     if baseline == "mean":
@@ -113,20 +124,22 @@ def train_reinforce(
     callback: Callback | None = None,
     progress: bool = True,
 ) -> TrainResult[ReinforceConfig, ReinforceUpdate]:
-    """Train a policy by REINFORCE: run whole episodes, push up log π of each action by its weight.
+    """Train a policy by REINFORCE: run whole episodes, push up log π of each action by
+    its weight.
 
     Parameters
     ----------
     env : EnvLike
-        An id, a factory, or a vector environment (its number of copies then overrides ``config.num_envs``). Episodes
-        must end by themselves or by a time limit.
+        An id, a factory, or a vector environment (its number of copies then overrides
+        ``config.num_envs``). Episodes must end by themselves or by a time limit.
     config : ReinforceConfig
     seed : int
         ≥ 0; decides everything random. Two runs with one seed are equal on the CPU.
     policy : Policy, optional
         Start from this policy (trained in place) instead of a new one.
     resume : TrainResult, optional
-        Go on from an earlier result until ``config.total_steps`` in all. Environments start afresh.
+        Go on from an earlier result until ``config.total_steps`` in all. Environments
+        start afresh.
     callback : callable, optional
         Gets every :class:`ReinforceUpdate`; a true return value stops.
     progress : bool
@@ -140,7 +153,8 @@ def train_reinforce(
     Raises
     ------
     TrainingDivergedError
-        When a parameter or statistic is no longer finite; it carries the last good result.
+        When a parameter or statistic is no longer finite; it carries the last good
+        result.
 
     References
     ----------
@@ -157,7 +171,9 @@ def train_reinforce(
     with run:
         while run.unfinished:
             rollout = run.collect(None)
-            values, next_values = (None, None) if critic is None else rollout.evaluate(critic)
+            values, next_values = (
+                (None, None) if critic is None else rollout.evaluate(critic)
+            )
             weights, returns = reinforce_weights(
                 rollout,
                 gamma=config.gamma,
@@ -173,13 +189,16 @@ def train_reinforce(
             distribution = policy(observations)
             policy_term = aggregate(
                 policy_gradient_loss(
-                    distribution.log_prob(rollout.flat(rollout.actions)), rollout.flat(weights)
+                    distribution.log_prob(rollout.flat(rollout.actions)),
+                    rollout.flat(weights),
                 ).loss
             )
             entropy_term = aggregate(entropy_loss(distribution.entropy()).loss)
             optimizer.zero_grad()
             (policy_term + config.entropy_coef * entropy_term).backward()
-            norm = torch.nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])
+            norm = torch.nn.utils.get_total_norm(
+                [p.grad for p in policy.parameters() if p.grad is not None]
+            )
             optimizer.step()
 
             explained = torch.nan

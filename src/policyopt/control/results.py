@@ -1,4 +1,6 @@
-"""What a training run leaves behind: its history, its networks, and how they are saved and loaded."""
+"""What a training run leaves behind: its history, its networks, and how they are saved
+and loaded.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class Update:
     episodes: int
     """Episodes finished so far."""
     return_mean: float
-    """Mean undiscounted return of the last 20 finished episodes (NaN before the first)."""
+    """Mean undiscounted return of the last 20 finished episodes (NaN before the
+    first).
+    """
 
 
 RowT = TypeVar("RowT", bound=Update)
@@ -65,7 +69,9 @@ class TrainResult(Generic[ConfigT, RowT]):
     spaces: tuple[Any, Any] = field(repr=False)
     """Observation and action space of one environment."""
     reward_statistics: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Running (mean, variance, count) of the discounted return, when rewards are normalised."""
+    """Running (mean, variance, count) of the discounted return, when rewards are
+    normalised.
+    """
 
     def cpu(self) -> None:
         """Move the networks to the CPU, in place."""
@@ -74,26 +80,32 @@ class TrainResult(Generic[ConfigT, RowT]):
                 network.cpu()
 
     def save(self, folder: str | Path) -> Path:
-        """Write weights and optimiser state (safetensors) and all the rest (JSON), atomically; return the folder.
+        """Write weights and optimiser state (safetensors) and all the rest (JSON),
+        atomically; return the folder.
 
         Raises
         ------
         ValueError
-            If the policy is of your own making: only its ``state_dict`` could be saved, not how to rebuild it.
+            If the policy is of your own making: only its ``state_dict`` could be saved,
+            not how to rebuild it.
         """
-        rebuilt, _ = build_networks(*self.spaces, self.config, critic=False, generator=torch.Generator())
+        rebuilt, _ = build_networks(
+            *self.spaces, self.config, critic=False, generator=torch.Generator()
+        )
         if _structure(self.policy) != _structure(rebuilt):
             raise ValueError(
-                "policy must be the one that the config describes to be saved whole, got a "
-                f"{type(self.policy).__name__} of another structure; save its state_dict() with "
-                "safetensors.torch.save_file instead"
+                "policy must be the one that the config describes to be saved whole, "
+                f"got a {type(self.policy).__name__} of another structure; save its "
+                "state_dict() with safetensors.torch.save_file instead"
             )
         tensors = {f"policy.{k}": v for k, v in self.policy.state_dict().items()}
         if self.critic is not None:
             tensors |= {f"critic.{k}": v for k, v in self.critic.state_dict().items()}
         state = self.optimizer_state
         for index, slot in state.get("state", {}).items():
-            tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in slot.items()}
+            tensors |= {
+                f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in slot.items()
+            }
         for name, column in self.episodes.table().items():
             tensors[f"episodes.{name}"] = torch.from_numpy(column)
         metadata = {
@@ -115,10 +127,15 @@ class TrainResult(Generic[ConfigT, RowT]):
 
     @staticmethod
     def load(folder: str | Path) -> TrainResult[Any, Any]:
-        """Read what :meth:`save` wrote. The policy is on the CPU; move it with ``.to(device)``."""
+        """Read what :meth:`save` wrote. The policy is on the CPU; move it with
+        ``.to(device)``.
+        """
         tensors, meta = load_checkpoint(folder)
         if meta.get("format") != 1:
-            raise ValueError(f"{folder} has format {meta.get('format')!r}, this version reads format 1")
+            raise ValueError(
+                f"{folder} has format {meta.get('format')!r}, this version reads "
+                "format 1"
+            )
         config_type, row_type = _algorithm_types(meta["algorithm"])
         fields: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()
@@ -126,7 +143,11 @@ class TrainResult(Generic[ConfigT, RowT]):
         config = config_type(**fields)
         observation_space, action_space = (_space_from_json(s) for s in meta["spaces"])
         policy, critic = build_networks(
-            observation_space, action_space, config, critic=meta["has_critic"], generator=torch.Generator()
+            observation_space,
+            action_space,
+            config,
+            critic=meta["has_critic"],
+            generator=torch.Generator(),
         )
         policy.load_state_dict(_strip(tensors, "policy."))
         if critic is not None:
@@ -143,9 +164,13 @@ class TrainResult(Generic[ConfigT, RowT]):
             config=config,
             policy=policy,
             critic=critic,
-            optimizer_state={"state": slots, "param_groups": meta["optimizer_groups"]} if slots else {},
+            optimizer_state={"state": slots, "param_groups": meta["optimizer_groups"]}
+            if slots
+            else {},
             history=History(row_type(**_with_nan(row)) for row in meta["history"]),
-            episodes=Episodes(*(episodes[k].numpy() for k in ("steps", "return", "length"))),
+            episodes=Episodes(
+                *(episodes[k].numpy() for k in ("steps", "return", "length"))
+            ),
             stop_reason=meta["stop_reason"],
             seconds=meta["seconds"],
             steps=meta["steps"],
@@ -155,12 +180,18 @@ class TrainResult(Generic[ConfigT, RowT]):
 
 
 def _structure(module: nn.Module) -> tuple[Any, ...]:
-    return type(module), str(module), {name: tensor.shape for name, tensor in module.state_dict().items()}
+    return (
+        type(module),
+        str(module),
+        {name: tensor.shape for name, tensor in module.state_dict().items()},
+    )
 
 
 def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
     # JSON has no NaN, and readers in other languages stop at Python's.
-    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+    return {
+        k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()
+    }
 
 
 def _with_nan(row: dict[str, Any]) -> dict[str, Any]:
@@ -168,7 +199,11 @@ def _with_nan(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _strip(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    return {
+        key.removeprefix(prefix): value
+        for key, value in tensors.items()
+        if key.startswith(prefix)
+    }
 
 
 def _algorithm_types(algorithm: str) -> tuple[type[ControlConfig], type[Update]]:
@@ -204,6 +239,7 @@ def _space_from_json(data: Mapping[str, Any]) -> gym.Space[Any]:
         return gym.spaces.Discrete(data["n"], start=data["start"])
     dtype = np.dtype(data["dtype"])
     low, high = (
-        np.array([float(v) for v in data[k]]).astype(dtype).reshape(data["shape"]) for k in ("low", "high")
+        np.array([float(v) for v in data[k]]).astype(dtype).reshape(data["shape"])
+        for k in ("low", "high")
     )
     return gym.spaces.Box(low, high, dtype=dtype.type)

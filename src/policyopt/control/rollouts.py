@@ -1,14 +1,16 @@
 """Collect experience from a vector environment into preallocated ``[T, N]`` buffers.
 
-Gymnasium's vector environments reset a copy by themselves when its episode ends, in one of two ways, and both are
-handled so that the *final* observation of an episode is what gets bootstrapped and no junk is learned from:
+Gymnasium's vector environments reset a copy by themselves when its episode ends, in one
+of two ways, and both are handled so that the *final* observation of an episode is what
+gets bootstrapped and no junk is learned from:
 
 next-step
-    the final observation comes back as usual; the following ``step`` ignores the action and returns the first
-    observation of the next episode. That following row is junk: it is marked ``valid = False``.
+    the final observation comes back as usual; the following ``step`` ignores the action
+    and returns the first observation of the next episode. That following row is junk:
+    it is marked ``valid = False``.
 same-step
-    ``step`` returns the first observation of the next episode at once and hides the final one in
-    ``info["final_obs"]``. It is picked out and kept beside the buffer.
+    ``step`` returns the first observation of the next episode at once and hides the
+    final one in ``info["final_obs"]``. It is picked out and kept beside the buffer.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ class Episodes:
     """Every finished episode of a run, in the order in which they ended."""
 
     steps: NDArray[np.int64]
-    """Environment steps taken by all copies together when the episode ended, ``[n]``."""
+    """Environment steps taken by all copies together when the episode ended,
+    ``[n]``.
+    """
     returns: NDArray[np.float64]
     """Undiscounted return, ``[n]``, in units of reward."""
     lengths: NDArray[np.int64]
@@ -66,7 +70,8 @@ class Episodes:
 class Rollout:
     """``T`` steps of ``N`` copies of an environment, on the policy's device.
 
-    Rows where ``valid`` is False (the reset rows of next-step autoreset, the padding after an episode's end in
+    Rows where ``valid`` is False (the reset rows of next-step autoreset, the padding
+    after an episode's end in
     :meth:`Collector.collect_episodes`) hold no experience: mask them out of every loss.
     """
 
@@ -85,7 +90,9 @@ class Rollout:
     last_observations: Tensor
     """Observations after the last row, ``[N, *observation shape]``."""
     final_index: tuple[Tensor, Tensor]
-    """Rows (t, n) whose successor is not the next row's observation (same-step autoreset), two ``[M]``."""
+    """Rows (t, n) whose successor is not the next row's observation (same-step
+    autoreset), two ``[M]``.
+    """
     final_observations: Tensor
     """Their true successors, ``[M, *observation shape]``."""
     episodes: Episodes
@@ -97,13 +104,19 @@ class Rollout:
         return int(self.valid.sum())
 
     def flat(self, x: Tensor) -> Tensor:
-        """Pick the valid rows of ``x`` ``[T, N, ...]``: ``[B, ...]`` with ``B`` = :attr:`steps`."""
+        """Pick the valid rows of ``x`` ``[T, N, ...]``: ``[B, ...]`` with ``B`` =
+        :attr:`steps`.
+        """
         return x.flatten(0, 1) if bool(self.valid.all()) else x[self.valid]
 
     @torch.no_grad()
     def evaluate(self, critic: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Return V(s_t) and V(s_{t+1}), both ``[T, N]``; the successor of a cut row is its final observation."""
-        values = critic(torch.cat([self.observations, self.last_observations.unsqueeze(0)]))
+        """Return V(s_t) and V(s_{t+1}), both ``[T, N]``; the successor of a cut row is
+        its final observation.
+        """
+        values = critic(
+            torch.cat([self.observations, self.last_observations.unsqueeze(0)])
+        )
         next_values = values[1:].clone()
         if len(self.final_observations):
             next_values[self.final_index] = critic(self.final_observations)
@@ -139,7 +152,8 @@ class Collector:
         encoder, space = policy.encoder, env.single_observation_space
         if type(encoder) is ObservationEncoder and not encoder.fits(space):
             raise ValueError(
-                f"policy was made for other observations than those of {name}, {space}: make one for its spaces"
+                f"policy was made for other observations than those of {name}, "
+                f"{space}: make one for its spaces"
             )
         self.env = env
         self.policy = policy
@@ -165,14 +179,19 @@ class Collector:
             If ``steps`` < 1, or an observation or reward is NaN or infinite.
         """
         if steps < 1:
-            raise ValueError(f"steps must be >= 1, got {steps!r}: an empty rollout teaches nothing")
+            raise ValueError(
+                f"steps must be >= 1, got {steps!r}: an empty rollout teaches nothing"
+            )
         return self._run(steps, deterministic=deterministic, one_episode=False)
 
-    def collect_episodes(self, *, max_steps: int = 100_000, deterministic: bool = False) -> Rollout:
+    def collect_episodes(
+        self, *, max_steps: int = 100_000, deterministic: bool = False
+    ) -> Rollout:
         """Run every copy through exactly one whole episode, from a fresh reset.
 
-        Copies that finish early are padded with invalid rows. One episode per copy, however long, is an unbiased
-        sample of episodes; "the first n to finish" would favour short ones.
+        Copies that finish early are padded with invalid rows. One episode per copy,
+        however long, is an unbiased sample of episodes; "the first n to finish" would
+        favour short ones.
 
         Raises
         ------
@@ -184,7 +203,8 @@ class Collector:
 
     def _run(self, steps: int, *, deterministic: bool, one_episode: bool) -> Rollout:
         n, first = self.env.num_envs, self._observation
-        # Whole episodes have no known length: grow by doubling instead of reserving for the limit.
+        # Whole episodes have no known length: grow by doubling instead of reserving for
+        # the limit.
         capacity = min(steps, 512) if one_episode else steps
         observations = np.empty((capacity, *first.shape), first.dtype)
         rewards = np.empty((capacity, n), np.float32)
@@ -202,15 +222,20 @@ class Collector:
             if t == capacity:
                 capacity = min(steps, 2 * capacity)
                 observations, rewards, terminated, truncated, valid = (
-                    _grown(a, capacity) for a in (observations, rewards, terminated, truncated, valid)
+                    _grown(a, capacity)
+                    for a in (observations, rewards, terminated, truncated, valid)
                 )
                 actions = None if actions is None else _grown_tensor(actions, capacity)
             observations[t] = self._observation
             action = act(
-                torch.from_numpy(observations[t]).to(device), self.generator, deterministic=deterministic
+                torch.from_numpy(observations[t]).to(device),
+                self.generator,
+                deterministic=deterministic,
             )
             if actions is None:
-                actions = torch.empty((capacity, *action.shape), dtype=action.dtype, device=action.device)
+                actions = torch.empty(
+                    (capacity, *action.shape), dtype=action.dtype, device=action.device
+                )
             actions[t] = action
             result = env.step(to_env(action))
             self._observation, rewards[t], terminated[t], truncated[t] = result[:4]
@@ -219,7 +244,8 @@ class Collector:
             if self._same_step:
                 if done.any():
                     finals += [
-                        (t, int(i), np.asarray(result[4]["final_obs"][i])) for i in np.flatnonzero(done)
+                        (t, int(i), np.asarray(result[4]["final_obs"][i]))
+                        for i in np.flatnonzero(done)
                     ]
             else:
                 self._pending_reset = done
@@ -231,22 +257,28 @@ class Collector:
         else:
             if one_episode:
                 raise ValueError(
-                    f"max_steps: an episode of {self.name} is not over after {steps} steps; raise max_steps or give "
-                    "the environment a time limit (gymnasium.wrappers.TimeLimit)"
+                    f"max_steps: an episode of {self.name} is not over after {steps} "
+                    "steps; raise max_steps or give the environment a time limit "
+                    "(gymnasium.wrappers.TimeLimit)"
                 )
         if actions is None:  # unreachable: steps >= 1
             raise AssertionError
         observations, rewards, valid = observations[:t], rewards[:t], valid[:t]
         terminated, truncated = terminated[:t], truncated[:t]
         last = np.array(self._observation)
-        final = np.stack([f[2] for f in finals]) if finals else np.empty((0, *first.shape[1:]), first.dtype)
+        final = (
+            np.stack([f[2] for f in finals])
+            if finals
+            else np.empty((0, *first.shape[1:]), first.dtype)
+        )
         self._check_finite(observations, rewards)
         # Neither is a row of the buffer, but both are bootstrapped from.
         for array in (last, final):
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise ValueError(
-                    f"{self.name} returned a NaN or infinite last or final observation; mend the environment or "
-                    "wrap it so that every observation is finite"
+                    f"{self.name} returned a NaN or infinite last or final "
+                    "observation; mend the environment or wrap it so that every "
+                    "observation is finite"
                 )
         episodes = self._close_episodes(rewards, terminated | truncated, valid)
 
@@ -269,7 +301,9 @@ class Collector:
             episodes=episodes,
         )
 
-    def _check_finite(self, observations: NDArray[Any], rewards: NDArray[np.float32]) -> None:
+    def _check_finite(
+        self, observations: NDArray[Any], rewards: NDArray[np.float32]
+    ) -> None:
         for what, array in (("observation", observations), ("reward", rewards)):
             # One sum is cheaper than a mask; look closer only when it fails.
             if array.dtype.kind == "f" and not np.isfinite(array.sum(dtype=np.float64)):
@@ -277,28 +311,48 @@ class Collector:
                 if len(bad):
                     t, i = bad[0][:2]
                     raise ValueError(
-                        f"{self.name} returned a NaN or infinite {what} ({array[t, i]}) at step {t} of the rollout "
-                        f"in copy {i}; mend the environment or wrap it so that every {what} is finite"
+                        f"{self.name} returned a NaN or infinite {what} "
+                        f"({array[t, i]}) at step {t} of the rollout in copy {i}; mend "
+                        f"the environment or wrap it so that every {what} is finite"
                     )
 
     def _close_episodes(
-        self, rewards: NDArray[np.float32], done: NDArray[np.bool_], valid: NDArray[np.bool_]
+        self,
+        rewards: NDArray[np.float32],
+        done: NDArray[np.bool_],
+        valid: NDArray[np.bool_],
     ) -> Episodes:
-        """Account for the rows just collected, and return the episodes that ended in them."""
+        """Account for the rows just collected, and return the episodes that ended in
+        them.
+        """
         returns = np.cumsum(rewards * valid, axis=0, dtype=np.float64) + self._returns
         lengths = np.cumsum(valid, axis=0) + self._lengths
         steps = self.steps + np.cumsum(valid.sum(axis=1))
         ends = np.argwhere(done & valid)
-        base_return, base_length = np.zeros(len(self._returns)), np.zeros_like(self._lengths)
+        base_return, base_length = (
+            np.zeros(len(self._returns)),
+            np.zeros_like(self._lengths),
+        )
         record: list[tuple[int, float, int]] = []
         for t, i in ends:
-            record.append((steps[t], returns[t, i] - base_return[i], lengths[t, i] - base_length[i]))
+            record.append(
+                (
+                    steps[t],
+                    returns[t, i] - base_return[i],
+                    lengths[t, i] - base_length[i],
+                )
+            )
             base_return[i], base_length[i] = returns[t, i], lengths[t, i]
-        self._returns, self._lengths = returns[-1] - base_return, lengths[-1] - base_length
+        self._returns, self._lengths = (
+            returns[-1] - base_return,
+            lengths[-1] - base_length,
+        )
         self.steps = int(steps[-1])
         ended, totals, durations = zip(*record, strict=True) if record else ((), (), ())
         return Episodes(
-            np.array(ended, np.int64), np.array(totals, np.float64), np.array(durations, np.int64)
+            np.array(ended, np.int64),
+            np.array(totals, np.float64),
+            np.array(durations, np.int64),
         )
 
 
@@ -323,7 +377,8 @@ def sample_episodes(
     deterministic: bool = False,
     max_steps: int = 100_000,
 ) -> Rollout:
-    """Run ``episodes`` whole episodes side by side and return them, padded, as a :class:`Rollout`.
+    """Run ``episodes`` whole episodes side by side and return them, padded, as a
+    :class:`Rollout`.
 
     Parameters
     ----------
@@ -332,7 +387,8 @@ def sample_episodes(
     env : EnvLike
         A vector environment decides the number of episodes itself: one per copy.
     seed : int
-        Seeds the environment and the action samples; a stream apart from the training's.
+        Seeds the environment and the action samples; a stream apart from the
+        training's.
 
     Examples
     --------
@@ -353,7 +409,11 @@ def sample_episodes(
         device = next((p.device for p in policy.parameters()), torch.device("cpu"))
         generator = torch.Generator(device).manual_seed(environment_seed(seed, 2))
         collector = Collector(
-            vector, policy, generator, seed=environment_seed(seed, 1), name=environment_name(env)
+            vector,
+            policy,
+            generator,
+            seed=environment_seed(seed, 1),
+            name=environment_name(env),
         )
         return collector._run(max_steps, deterministic=deterministic, one_episode=True)
     finally:

@@ -1,4 +1,6 @@
-"""What the three training loops share: set-up, bookkeeping, interruption. No learning happens here."""
+"""What the three training loops share: set-up, bookkeeping, interruption. No learning
+happens here.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ Callback = Callable[[Any], bool | None]
 
 
 class Advantages(NamedTuple):
-    """Result of :func:`estimate_advantages`; the tensors hold the ``B`` valid rows of the rollout."""
+    """Result of :func:`estimate_advantages`; the tensors hold the ``B`` valid rows of
+    the rollout.
+    """
 
     advantages: Tensor
     targets: Tensor
@@ -49,14 +53,20 @@ class Advantages(NamedTuple):
 
 
 def estimate_advantages(
-    rollout: Rollout, critic: Callable[[Tensor], Tensor] | None, config: ActorCriticConfig
+    rollout: Rollout,
+    critic: Callable[[Tensor], Tensor] | None,
+    config: ActorCriticConfig,
 ) -> Advantages:
     """Turn a rollout into advantages by GAE; without a critic V = 0."""
     if critic is None:
         values = next_values = torch.zeros_like(rollout.rewards)
     else:
         values, next_values = rollout.evaluate(critic)
-    ended = rollout.terminated if config.bootstrap_truncated else rollout.terminated | rollout.truncated
+    ended = (
+        rollout.terminated
+        if config.bootstrap_truncated
+        else rollout.terminated | rollout.truncated
+    )
     advantages = gae(
         rollout.rewards,
         values,
@@ -67,28 +77,42 @@ def estimate_advantages(
         gae_lambda=config.gae_lambda,
     )
     flat, targets = rollout.flat(advantages), rollout.flat(advantages + values)
-    explained = math.nan if critic is None else explained_variance(rollout.flat(values), targets).item()
+    explained = (
+        math.nan
+        if critic is None
+        else explained_variance(rollout.flat(values), targets).item()
+    )
     return Advantages(
-        normalize(flat) if config.normalize_advantages else flat, targets, rollout.flat(values), explained
+        normalize(flat) if config.normalize_advantages else flat,
+        targets,
+        rollout.flat(values),
+        explained,
     )
 
 
-def minibatches(size: int, minibatch: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield index tensors that cut 0 … ``size`` − 1, shuffled, into near-equal pieces of at most ``minibatch``.
+def minibatches(
+    size: int, minibatch: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Yield index tensors that cut 0 … ``size`` − 1, shuffled, into near-equal pieces
+    of at most ``minibatch``.
 
-    Near-equal, because a small leftover batch would count as much as a full one in the mean that is descended.
+    Near-equal, because a small leftover batch would count as much as a full one in the
+    mean that is descended.
     """
     order = torch.randperm(size, generator=generator, device=generator.device)
     yield from order.tensor_split(math.ceil(size / minibatch))
 
 
 class _RewardScaler:
-    """Divide rewards by the running standard deviation of the discounted return (never shift them).
+    """Divide rewards by the running standard deviation of the discounted return (never
+    shift them).
 
     While that return has not varied yet, rewards stay as they are.
     """
 
-    def __init__(self, gamma: float, copies: int, statistics: tuple[float, float, float]) -> None:
+    def __init__(
+        self, gamma: float, copies: int, statistics: tuple[float, float, float]
+    ) -> None:
         self.gamma = gamma
         self.mean, self.variance, self.count = statistics
         self._running = np.zeros(copies)
@@ -121,9 +145,10 @@ class _RewardScaler:
 class Run(Generic[ConfigT, RowT]):
     """The frame of a training loop.
 
-    A trainer makes one, loops inside ``with run:`` while :attr:`unfinished`, calls :meth:`collect` and :meth:`log`
-    once per update, and returns :meth:`result`. The frame owns the environment's life, the random streams, the
-    record, and the ways in which a run can end early.
+    A trainer makes one, loops inside ``with run:`` while :attr:`unfinished`, calls
+    :meth:`collect` and :meth:`log` once per update, and returns :meth:`result`. The
+    frame owns the environment's life, the random streams, the record, and the ways in
+    which a run can end early.
     """
 
     def __init__(
@@ -142,7 +167,12 @@ class Run(Generic[ConfigT, RowT]):
         if not isinstance(seed, (int, np.integer)) or seed < 0:
             raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
         seed = int(seed)
-        self.algorithm, self.config, self.seed, self.callback = algorithm, config, seed, callback
+        self.algorithm, self.config, self.seed, self.callback = (
+            algorithm,
+            config,
+            seed,
+            callback,
+        )
         self.device = resolve_device(config.device)
         self.name = environment_name(env)
         self.env: VectorEnv[Any, Any, Any]
@@ -173,7 +203,11 @@ class Run(Generic[ConfigT, RowT]):
             )
         else:
             self.policy = policy
-            self.critic = build_critic(policy.encoder, config, generator=start_weights) if critic else None
+            self.critic = (
+                build_critic(policy.encoder, config, generator=start_weights)
+                if critic
+                else None
+            )
         self.history: History[RowT] = History()
         self._episodes: list[Episodes] = []
         self.stop_reason = "budget"
@@ -192,20 +226,30 @@ class Run(Generic[ConfigT, RowT]):
         for module in self._networks():
             module.to(self.device)
             if config.compile:
-                # The inner network, where there is one: the distribution around it is plain Python.
+                # The inner network, where there is one: the distribution around it is
+                # plain Python.
                 getattr(module, "network", module).compile()
-        # A resumed run continues with fresh random streams, not with those it has already used.
+        # A resumed run continues with fresh random streams, not with those it has
+        # already used.
         fresh = environment_seed(seed, 3 + start) if start else seed
         self.generator = torch.Generator(self.device).manual_seed(fresh)
         self._collector = Collector(
-            self.env, self.policy, self.generator, seed=environment_seed(fresh), name=self.name
+            self.env,
+            self.policy,
+            self.generator,
+            seed=environment_seed(fresh),
+            name=self.name,
         )
         self._collector.steps = start
         self._first_step = start
         self._scaler = (
-            _RewardScaler(config.gamma, self.env.num_envs, statistics) if config.normalize_rewards else None
+            _RewardScaler(config.gamma, self.env.num_envs, statistics)
+            if config.normalize_rewards
+            else None
         )
-        self._last_returns: list[float] = [] if resume is None else list(resume.episodes.returns[-20:])
+        self._last_returns: list[float] = (
+            [] if resume is None else list(resume.episodes.returns[-20:])
+        )
         self._episode_count = 0 if resume is None else len(resume.episodes)
         self._rollout: Rollout | None = None
         self._good = self._snapshot()
@@ -216,10 +260,13 @@ class Run(Generic[ConfigT, RowT]):
 
     def _check_resumable(self, resume: TrainResult[ConfigT, RowT]) -> None:
         if resume.algorithm != self.algorithm:
-            raise ValueError(f"resume must be a {self.algorithm} run, got a {resume.algorithm} run")
+            raise ValueError(
+                f"resume must be a {self.algorithm} run, got a {resume.algorithm} run"
+            )
         if resume.spaces != self.spaces:
             raise ValueError(
-                f"resume was trained on spaces {resume.spaces}, but {self.name} has {self.spaces}"
+                f"resume was trained on spaces {resume.spaces}, but {self.name} has "
+                f"{self.spaces}"
             )
         for name in ("hidden", "activation"):
             theirs, ours = getattr(resume.config, name), getattr(self.config, name)
@@ -228,17 +275,24 @@ class Run(Generic[ConfigT, RowT]):
         if resume.policy.encoder.normalize != self.policy.encoder.normalize:
             raise ValueError("resume and the config differ in normalize_observations")
         if (resume.critic is None) != (self.critic is None):
-            raise ValueError("resume must have a critic exactly when the config asks for one")
+            raise ValueError(
+                "resume must have a critic exactly when the config asks for one"
+            )
 
-    # --- the loop's interface -------------------------------------------------------------------------------
+    # --- the loop's interface
+    # -------------------------------------------------------------------------------
 
     def trainable(self) -> list[nn.Parameter]:
         """Return the parameters of the policy, then those of the critic."""
         return [p for module in self._networks() for p in module.parameters()]
 
-    def adam(self, parameters: Sequence[nn.Parameter], learning_rate: float) -> torch.optim.Adam:
+    def adam(
+        self, parameters: Sequence[nn.Parameter], learning_rate: float
+    ) -> torch.optim.Adam:
         """Make the optimiser, with the resumed state if there is one to restore."""
-        optimizer = torch.optim.Adam(parameters, lr=learning_rate, eps=1e-5, fused=self.device.type != "mps")
+        optimizer = torch.optim.Adam(
+            parameters, lr=learning_rate, eps=1e-5, fused=self.device.type != "mps"
+        )
         if self._resumed_optimizer:
             # The moments only, and a copy of them; the step size is this config's.
             moments = copy.deepcopy(self._resumed_optimizer["state"])
@@ -262,12 +316,20 @@ class Run(Generic[ConfigT, RowT]):
         return min(1.0, self.steps / self.config.total_steps)
 
     def collect(self, steps: int | None) -> Rollout:
-        """Collect ``steps`` rows of ``[T, N]``, or one whole episode per copy when ``steps`` is None."""
-        rollout = self._collector.collect_episodes() if steps is None else self._collector.collect(steps)
+        """Collect ``steps`` rows of ``[T, N]``, or one whole episode per copy when
+        ``steps`` is None.
+        """
+        rollout = (
+            self._collector.collect_episodes()
+            if steps is None
+            else self._collector.collect(steps)
+        )
         self._rollout = rollout
         self._episodes.append(rollout.episodes)
         self._episode_count += len(rollout.episodes)
-        self._last_returns = (self._last_returns + rollout.episodes.returns.tolist())[-20:]
+        self._last_returns = (self._last_returns + rollout.episodes.returns.tolist())[
+            -20:
+        ]
         return rollout if self._scaler is None else self._scaler(rollout)
 
     def next_row(self) -> dict[str, Any]:
@@ -276,7 +338,9 @@ class Run(Generic[ConfigT, RowT]):
             "update": len(self.history) + 1,
             "steps": self.steps,
             "episodes": self._episode_count,
-            "return_mean": float(np.mean(self._last_returns)) if self._last_returns else math.nan,
+            "return_mean": float(np.mean(self._last_returns))
+            if self._last_returns
+            else math.nan,
         }
 
     def log(self, row: RowT) -> None:
@@ -284,7 +348,8 @@ class Run(Generic[ConfigT, RowT]):
         bad = [
             f.name
             for f in dataclasses.fields(row)
-            # Undefined before the first episode, and for targets that do not vary: no sign of divergence.
+            # Undefined before the first episode, and for targets that do not vary: no
+            # sign of divergence.
             if f.name not in ("return_mean", "explained_variance")
             and isinstance(value := getattr(row, f.name), float)
             and not math.isfinite(value)
@@ -292,7 +357,9 @@ class Run(Generic[ConfigT, RowT]):
         if not bool(torch.isfinite(torch.nn.utils.get_total_norm(self.trainable()))):
             bad.append("parameters")
         if bad:
-            raise FloatingPointError(f"{', '.join(bad)} not finite in update {row.update}")
+            raise FloatingPointError(
+                f"{', '.join(bad)} not finite in update {row.update}"
+            )
         self._good = self._snapshot()
         if self._rollout is not None:
             self.policy.encoder.update(self._rollout.flat(self._rollout.observations))
@@ -320,10 +387,13 @@ class Run(Generic[ConfigT, RowT]):
             seconds=time.perf_counter() - self._started,
             steps=self.steps,
             spaces=self.spaces,
-            reward_statistics=(0.0, 0.0, 0.0) if self._scaler is None else self._scaler.statistics,
+            reward_statistics=(0.0, 0.0, 0.0)
+            if self._scaler is None
+            else self._scaler.statistics,
         )
 
-    # --- how it ends ----------------------------------------------------------------------------------------
+    # --- how it ends ---
+    # ----------------------
 
     _bar: tqdm[Any] | None = None
 
@@ -341,7 +411,10 @@ class Run(Generic[ConfigT, RowT]):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> bool:
         torch.set_num_threads(self._threads)
         self._close()
@@ -352,8 +425,8 @@ class Run(Generic[ConfigT, RowT]):
         if isinstance(error, KeyboardInterrupt):
             self.stop_reason = "interrupted"
             warnings.warn(
-                f"{self.algorithm} interrupted after {self.steps} of {self.config.total_steps} steps; returning what "
-                "was learned so far",
+                f"{self.algorithm} interrupted after {self.steps} of "
+                f"{self.config.total_steps} steps; returning what was learned so far",
                 stacklevel=3,
             )
             return True
@@ -361,11 +434,13 @@ class Run(Generic[ConfigT, RowT]):
         if isinstance(error, FloatingPointError):
             self._optimizer = None  # its moments are no longer finite either
             raise TrainingDivergedError(
-                f"{error} (seed {self.seed}, {self.steps} steps). The exception's .result holds the policy of update "
-                f"{len(self.history)}, the last good one. Try a lower learning rate or normalize_rewards=True.",
+                f"{error} (seed {self.seed}, {self.steps} steps). The exception's "
+                f".result holds the policy of update {len(self.history)}, the last "
+                "good one. Try a lower learning rate or normalize_rewards=True.",
                 self.result(),
             ) from error
-        # Whatever else broke (usually the environment), what was learned must not be lost with it.
+        # Whatever else broke (usually the environment), what was learned must not be
+        # lost with it.
         error.__dict__["result"] = self.result()
         error.add_note("The policy trained so far is in this exception's .result")
         return False

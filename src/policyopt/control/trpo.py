@@ -1,4 +1,6 @@
-"""TRPO: natural-gradient steps inside a KL trust region, with a line search that keeps them honest."""
+"""TRPO: natural-gradient steps inside a KL trust region, with a line search that keeps
+them honest.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,8 @@ class TRPOConfig(ActorCriticConfig):
         self._check("critic_learning_rate", self.critic_learning_rate > 0, "> 0")
         self._check("critic_epochs", self.critic_epochs >= 1, ">= 1")
         self._check("critic_minibatch", self.critic_minibatch >= 1, ">= 1")
-        # Double backward does not go through compiled graphs, and the Fisher-vector product needs it.
+        # Double backward does not go through compiled graphs, and the Fisher-vector
+        # product needs it.
         self._check("compile", not self.compile, "False with TRPO")
 
 
@@ -63,7 +66,9 @@ class TRPOUpdate(Update):
     """One row of :func:`train_trpo`'s history."""
 
     kl: float
-    """Measured mean KL(π_old ‖ π_new) over the batch's states, nats; 0 when the step was refused."""
+    """Measured mean KL(π_old ‖ π_new) over the batch's states, nats; 0 when the step
+    was refused.
+    """
     improvement: float
     """Measured decrease of the surrogate loss."""
     expected_improvement: float
@@ -94,14 +99,16 @@ def train_trpo(
     callback: Callback | None = None,
     progress: bool = True,
 ) -> TrainResult[TRPOConfig, TRPOUpdate]:
-    """Train a policy by trust region policy optimisation, with GAE and a separate critic.
+    """Train a policy by trust region policy optimisation, with GAE and a separate
+    critic.
 
     Parameters
     ----------
     env, config, seed, policy, resume, callback, progress
         As in :func:`~policyopt.control.reinforce.train_reinforce`.
     surrogate : callable
-        (log_prob, old_log_prob, advantages) ↦ a named tuple with ``loss``; replace it to study another objective.
+        (log_prob, old_log_prob, advantages) ↦ a named tuple with ``loss``; replace it
+        to study another objective.
 
     References
     ----------
@@ -113,15 +120,25 @@ def train_trpo(
     )  # fmt: skip
     policy, critic = run.policy, run.critic
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = None if critic is None else run.adam(list(critic.parameters()), config.critic_learning_rate)
+    optimizer = (
+        None
+        if critic is None
+        else run.adam(list(critic.parameters()), config.critic_learning_rate)
+    )
 
     with run:
         while run.unfinished:
             rollout = run.collect(config.rollout_steps)
-            advantages, targets, _, explained = estimate_advantages(rollout, critic, config)
-            observations, actions = rollout.flat(rollout.observations), rollout.flat(rollout.actions)
+            advantages, targets, _, explained = estimate_advantages(
+                rollout, critic, config
+            )
+            observations, actions = (
+                rollout.flat(rollout.observations),
+                rollout.flat(rollout.actions),
+            )
             with torch.no_grad():
-                # A copy: a Gaussian's log σ is itself a parameter, and the step moves parameters in place.
+                # A copy: a Gaussian's log σ is itself a parameter, and the step moves
+                # parameters in place.
                 old = policy(observations).detach()
                 old_log_prob = old.log_prob(actions)
 
@@ -144,8 +161,12 @@ def train_trpo(
             critic_loss = torch.zeros(())
             if critic is not None and optimizer is not None:
                 for _ in range(config.critic_epochs):
-                    for index in minibatches(len(targets), config.critic_minibatch, run.generator):
-                        critic_loss = aggregate(value_loss(critic(observations[index]), targets[index]).loss)
+                    for index in minibatches(
+                        len(targets), config.critic_minibatch, run.generator
+                    ):
+                        critic_loss = aggregate(
+                            value_loss(critic(observations[index]), targets[index]).loss
+                        )
                         optimizer.zero_grad()
                         critic_loss.backward()
                         optimizer.step()

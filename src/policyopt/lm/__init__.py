@@ -1,4 +1,6 @@
-"""Language models as policies: SFT, reward models, PPO, DPO and GRPO on any Hugging Face causal language model."""
+"""Language models as policies: SFT, reward models, PPO, DPO and GRPO on any Hugging
+Face causal language model.
+"""
 
 import policyopt.lm._requirements  # noqa: F401 - says what is missing, before anything else fails
 from policyopt.lm.config import LMConfig
@@ -6,10 +8,21 @@ from policyopt.lm.data import Prompt, read_records
 from policyopt.lm.dpo import DPOConfig, DPOUpdate, ImplicitReward, train_dpo
 from policyopt.lm.grpo import GRPOConfig, GRPOUpdate, train_grpo
 from policyopt.lm.log_probs import TokenLogProbs, completion_log_probs
-from policyopt.lm.models import LanguageModel, LoRA, RewardModel, add_lora, embedded_models, load
-from policyopt.lm.ppo import PPOLMConfig, PPOLMUpdate, train_ppo_lm
-from policyopt.lm.ranking import RankingConfig, RankingUpdate, train_ranking
-from policyopt.lm.reward import RewardConfig, RewardUpdate, pair_accuracy, train_reward_model
+from policyopt.lm.models import LanguageModel, LoRA, RewardModel, add_lora, load
+from policyopt.lm.ppo import PPOConfig, PPOUpdate, train_ppo
+from policyopt.lm.ranking import (
+    OnlineRankingConfig,
+    RankingConfig,
+    RankingUpdate,
+    train_ranking,
+)
+from policyopt.lm.results import LMResult, LMUpdate, LoggedSample
+from policyopt.lm.reward_model import (
+    RewardConfig,
+    RewardUpdate,
+    pair_accuracy,
+    train_reward_model,
+)
 from policyopt.lm.rewards import compute_rewards
 from policyopt.lm.sampling import (
     Sampler,
@@ -22,7 +35,6 @@ from policyopt.lm.sampling import (
 )
 from policyopt.lm.sequences import Sequences, hidden_states
 from policyopt.lm.sft import SFTConfig, SFTUpdate, train_sft
-from policyopt.lm.training import LMResult, LMUpdate, LoggedSample
 from policyopt.runs import History, TrainingDivergedError, train_seeds
 
 __all__ = [
@@ -38,8 +50,9 @@ __all__ = [
     "LanguageModel",
     "LoRA",
     "LoggedSample",
-    "PPOLMConfig",
-    "PPOLMUpdate",
+    "OnlineRankingConfig",
+    "PPOConfig",
+    "PPOUpdate",
     "Prompt",
     "RankingConfig",
     "RankingUpdate",
@@ -60,7 +73,6 @@ __all__ = [
     "add_lora",
     "completion_log_probs",
     "compute_rewards",
-    "embedded_models",
     "generate",
     "hidden_states",
     "load",
@@ -68,7 +80,7 @@ __all__ = [
     "read_records",
     "train_dpo",
     "train_grpo",
-    "train_ppo_lm",
+    "train_ppo",
     "train_ranking",
     "train_reward_model",
     "train_seeds",

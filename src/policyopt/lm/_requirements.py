@@ -4,4 +4,6 @@ from importlib.util import find_spec
 
 for _package in ("transformers", "tokenizers"):
     if find_spec(_package) is None:
-        raise ImportError(f"policyopt.lm needs the package {_package}: pip install 'policyopt[lm]'")
+        raise ImportError(
+            f"policyopt.lm needs the package {_package}: pip install 'policyopt[lm]'"
+        )

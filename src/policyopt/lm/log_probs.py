@@ -1,8 +1,9 @@
 """Log-probabilities of completions without the matrix of all log-probabilities.
 
-A dense log-softmax stores ``[tokens, vocabulary]`` several times over. Here the tokens pass through the
-language-model head a chunk at a time: the forward pass keeps the log-probability of each token and forgets its
-logits, the backward pass computes them again.
+A dense log-softmax stores ``[tokens, vocabulary]`` several times over. Here the tokens
+pass through the language-model head a chunk at a time: the forward pass keeps the
+log-probability of each token and forgets its logits, the backward pass computes them
+again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from policyopt.lm.heads import backbone_and_head
 from policyopt.lm.sequences import Sequences, hidden_states
 
-__all__ = ["TokenLogProbs", "chunked_log_probs", "completion_log_probs", "filter_logits"]
+__all__ = [
+    "TokenLogProbs",
+    "chunked_log_probs",
+    "completion_log_probs",
+    "filter_logits",
+]
 
 
 class TokenLogProbs(NamedTuple):
@@ -25,7 +31,9 @@ class TokenLogProbs(NamedTuple):
     log_probs: Tensor
     """log π(a_t | s_t), float32 ``[B, T]``, 0 at padding."""
     entropy: Tensor | None
-    """Entropy of π(· | s_t) in nats, float32 ``[B, T]``, 0 at padding; None unless asked for."""
+    """Entropy of π(· | s_t) in nats, float32 ``[B, T]``, 0 at padding; None unless
+    asked for.
+    """
 
 
 class _Transform(NamedTuple):
@@ -43,12 +51,17 @@ class _Transform(NamedTuple):
 
 
 def filter_logits(
-    logits: Tensor, *, top_k: int | None = None, top_p: float = 1.0, keep: Tensor | None = None
+    logits: Tensor,
+    *,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    keep: Tensor | None = None,
 ) -> Tensor:
-    """Set the logits of unlikely tokens to −∞: top-k first, then top-p among what is left, as in transformers.
+    """Set the logits of unlikely tokens to −∞: top-k first, then top-p among what is
+    left, as in transformers.
 
-    Which tokens go depends on the values alone: tokens tied with the last one kept are kept as well, so sampler
-    and scorer decide alike.
+    Which tokens go depends on the values alone: tokens tied with the last one kept are
+    kept as well, so sampler and scorer decide alike.
 
     Parameters
     ----------
@@ -57,17 +70,21 @@ def filter_logits(
     top_k : int, optional
         Keep the ``top_k`` largest.
     top_p : float
-        Keep the smallest set of largest logits whose probability reaches ``top_p``; 1 keeps all.
+        Keep the smallest set of largest logits whose probability reaches ``top_p``; 1
+        keeps all.
     keep : Tensor, optional
-        Long ``[...]``: a token that stays whatever its logit. The scorer passes the token that was sampled, which
-        rounding could otherwise push over the edge.
+        Long ``[...]``: a token that stays whatever its logit. The scorer passes the
+        token that was sampled, which rounding could otherwise push over the edge.
 
     References
     ----------
-    Fan, Lewis & Dauphin (2018), arXiv:1805.04833 (top-k); Holtzman et al. (2020), arXiv:1904.09751 (top-p).
+    Fan, Lewis & Dauphin (2018), arXiv:1805.04833 (top-k); Holtzman et al. (2020),
+    arXiv:1904.09751 (top-p).
     """
     if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, or None for no limit, got {top_k!r}")
+        raise ValueError(
+            f"top_k must be at least 1, or None for no limit, got {top_k!r}"
+        )
     if not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p must lie in (0, 1], got {top_p!r}")
     limited = top_k is not None and top_k < logits.shape[-1]
@@ -83,10 +100,13 @@ def filter_logits(
         if top_p < 1.0:
             values = values.sort(dim=-1, descending=True).values
             probabilities = values.float().softmax(-1)
-            # A token stays if those before it do not reach top_p; the first always stays.
+            # A token stays if those before it do not reach top_p; the first always
+            # stays.
             kept = probabilities.cumsum(-1) - probabilities < top_p
             kept[..., 0] = True
-            dropped |= logits < values.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
+            dropped |= logits < values.masked_fill(~kept, torch.inf).amin(
+                -1, keepdim=True
+            )
         if keep is not None:
             dropped.scatter_(-1, keep[..., None], False)
     return logits.masked_fill(dropped, -torch.inf)
@@ -106,15 +126,18 @@ def chunked_log_probs(
     entropy: bool = False,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    r"""Log-probabilities of ``targets`` under softmax(z / temperature), z = hidden · weightᵀ + bias.
+    r"""Log-probabilities of ``targets`` under softmax(z / temperature), z = hidden ·
+    weightᵀ + bias.
 
-    Equal to the dense log-softmax in values and gradients. With p the probabilities, H their entropy, g and
-    g_H the gradients that arrive at log p_target and H, the gradient at the logits is in closed form
+    Equal to the dense log-softmax in values and gradients. With p the probabilities, H
+    their entropy, g and g_H the gradients that arrive at log p_target and H, the
+    gradient at the logits is in closed form
 
     .. math:: g\,(\mathrm{onehot}(target) − p) − g_H\, p\,(\log p + H).
 
-    Softmax and sums over chunks are in float32 (float64 for float64 input) whatever the dtype of ``hidden`` and
-    ``weight``; products of matrices are in their dtype. The gradient is not differentiable a second time.
+    Softmax and sums over chunks are in float32 (float64 for float64 input) whatever the
+    dtype of ``hidden`` and ``weight``; products of matrices are in their dtype. The
+    gradient is not differentiable a second time.
 
     Parameters
     ----------
@@ -137,8 +160,8 @@ def chunked_log_probs(
     entropy : bool
         Return the entropy too, with gradient.
     chunk_size : int, optional
-        Tokens at a time; by default about as many as fit into the processor's cache, or on a GPU as make 2²⁶
-        logits, and no fewer than 128.
+        Tokens at a time; by default about as many as fit into the processor's cache, or
+        on a GPU as make 2²⁶ logits, and no fewer than 128.
 
     Returns
     -------
@@ -148,7 +171,10 @@ def chunked_log_probs(
     transform = _Transform(scale, softcap, temperature, top_k, top_p)
     _check(hidden, targets, transform)
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
-        raise ValueError(f"weight must be [V, {hidden.shape[1]}] to fit hidden, got {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight must be [V, {hidden.shape[1]}] to fit hidden, got "
+            f"{tuple(weight.shape)}"
+        )
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -169,11 +195,13 @@ def chunked_log_probs(
 def _check(hidden: Tensor, targets: Tensor, transform: _Transform) -> None:
     if hidden.ndim != 2 or targets.shape != hidden.shape[:1]:
         raise ValueError(
-            f"hidden must be [N, H] and targets [N], got {tuple(hidden.shape)} and {tuple(targets.shape)}"
+            f"hidden must be [N, H] and targets [N], got {tuple(hidden.shape)} and "
+            f"{tuple(targets.shape)}"
         )
     if not transform.temperature > 0:
         raise ValueError(
-            f"temperature must be positive, got {transform.temperature!r}; a greedy policy has no log-probabilities"
+            f"temperature must be positive, got {transform.temperature!r}; a greedy "
+            "policy has no log-probabilities"
         )
     if transform.softcap is not None and not transform.softcap > 0:
         raise ValueError(f"softcap must be positive or None, got {transform.softcap!r}")
@@ -181,8 +209,8 @@ def _check(hidden: Tensor, targets: Tensor, transform: _Transform) -> None:
 
 def _chunk_size(chunk_size: int | None, vocabulary: int, device: torch.device) -> int:
     if chunk_size is None:
-        # Few enough logits to stay in the cache of a CPU, many enough to fill a GPU. Below 128 tokens reading the
-        # weight would take longer than multiplying by it.
+        # Few enough logits to stay in the cache of a CPU, many enough to fill a GPU.
+        # Below 128 tokens reading the weight would take longer than multiplying by it.
         return max(128, (2**19 if device.type == "cpu" else 2**26) // vocabulary)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size!r}")
@@ -222,7 +250,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_log_probs: Tensor, grad_entropies: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_log_probs: Tensor, grad_entropies: Tensor
+    ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, entropies = ctx.saved_tensors
         transform: _Transform = ctx.transform
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -239,7 +269,11 @@ class _ChunkedLogProbs(torch.autograd.Function):
             if ctx.entropy:
                 # −p (g + g_H (log p + H)), built in place
                 p = log_p.exp()
-                grad = _finite(log_p, transform).add_(entropies[rows, None]).mul_(grad_entropies[rows, None])
+                grad = (
+                    _finite(log_p, transform)
+                    .add_(entropies[rows, None])
+                    .mul_(grad_entropies[rows, None])
+                )
                 grad = grad.add_(g).mul_(p).neg_()
                 del p
             else:
@@ -275,7 +309,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
 def _log_softmax(
     logits: Tensor, targets: Tensor, transform: _Transform, *, slope: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of one chunk and the derivative of the soft cap; overwrites ``logits``."""
+    """Log-probabilities of one chunk and the derivative of the soft cap; overwrites
+    ``logits``.
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     derivative = None
     if transform.scale != 1.0:
@@ -287,7 +323,9 @@ def _log_softmax(
     if transform.temperature != 1.0:
         logits.div_(transform.temperature)
     if transform.filters:
-        logits = filter_logits(logits, top_k=transform.top_k, top_p=transform.top_p, keep=targets)
+        logits = filter_logits(
+            logits, top_k=transform.top_k, top_p=transform.top_p, keep=targets
+        )
     return torch.log_softmax(logits, -1), derivative
 
 
@@ -297,19 +335,29 @@ def _finite(log_p: Tensor, transform: _Transform) -> Tensor:
 
 
 def _through_module(
-    head: nn.Module, hidden: Tensor, targets: Tensor, transform: _Transform, entropy: bool
+    head: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    transform: _Transform,
+    entropy: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Chunked log-probabilities for a head that is more than one matrix: LoRA on the head, quantised weights."""
+    """Chunked log-probabilities for a head that is more than one matrix: LoRA on the
+    head, quantised weights.
+    """
 
     def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         log_p, _ = _log_softmax(head(hidden).clone(), targets, transform)
         chosen = log_p.gather(1, targets[:, None])[:, 0]
-        return chosen, -(log_p.exp() * _finite(log_p, transform)).sum(-1) if entropy else chosen.new_empty(0)
+        return chosen, -(log_p.exp() * _finite(log_p, transform)).sum(
+            -1
+        ) if entropy else chosen.new_empty(0)
 
     vocabulary = int(getattr(head, "out_features", 2**17))
     size = _chunk_size(None, vocabulary, hidden.device)
     pieces = [
-        checkpoint(score, hidden[i : i + size], targets[i : i + size], use_reentrant=False)
+        checkpoint(
+            score, hidden[i : i + size], targets[i : i + size], use_reentrant=False
+        )
         for i in range(0, max(1, len(hidden)), size)
     ]
     log_probs = torch.cat([piece[0] for piece in pieces])
@@ -327,7 +375,8 @@ def completion_log_probs(
     share_prompts: bool = True,
     hidden: Tensor | None = None,
 ) -> TokenLogProbs:
-    """Log-probabilities of all completion tokens under the policy that samples with these settings.
+    """Log-probabilities of all completion tokens under the policy that samples with
+    these settings.
 
     Padding is taken out before the head, so it costs nothing there.
 
@@ -344,18 +393,25 @@ def completion_log_probs(
     share_prompts : bool
         See :func:`policyopt.lm.sequences.hidden_states`.
     hidden : Tensor, optional
-        ``[B, T + 1, H]`` from :func:`policyopt.lm.sequences.hidden_states`, if it is at hand; else it is computed.
+        ``[B, T + 1, H]`` from :func:`policyopt.lm.sequences.hidden_states`, if it is at
+        hand; else it is computed.
     """
     parts = backbone_and_head(model)
     ids, mask = sequences.completion_ids, sequences.completion_mask
     if hidden is None:
         # The state after the last token chooses no action.
         shorter = Sequences(
-            sequences.prompt_ids, sequences.prompt_mask, ids[:, :-1], mask[:, :-1], sequences.prompt_index
+            sequences.prompt_ids,
+            sequences.prompt_mask,
+            ids[:, :-1],
+            mask[:, :-1],
+            sequences.prompt_index,
         )
         hidden = hidden_states(model, shorter, share_prompts=share_prompts)
     places = mask.flatten().nonzero()[:, 0]
-    states = hidden[:, : ids.shape[1]].reshape(-1, hidden.shape[-1]).index_select(0, places)
+    states = (
+        hidden[:, : ids.shape[1]].reshape(-1, hidden.shape[-1]).index_select(0, places)
+    )
     targets = ids.flatten()[places]
     head = parts.head
     if type(head) is nn.Linear and "forward" not in vars(head):
@@ -377,6 +433,10 @@ def completion_log_probs(
         scores, entropies = _through_module(head, states, targets, transform, entropy)
 
     def place(values: Tensor) -> Tensor:
-        return values.new_zeros(mask.numel()).index_copy(0, places, values).view(mask.shape)
+        return (
+            values.new_zeros(mask.numel())
+            .index_copy(0, places, values)
+            .view(mask.shape)
+        )
 
     return TokenLogProbs(place(scores), None if entropies is None else place(entropies))

@@ -1,7 +1,9 @@
-"""Language models: loading, saving, adapters, and the reward model that is built on one.
+"""Language models: loading, saving, adapters, and the reward model that is built on
+one.
 
-Everything here wraps a standard ``transformers`` causal language model; nothing replaces it. Weights are read and
-written as safetensors (or GGUF, read only), and code from a model repository is never run.
+Everything here wraps a standard ``transformers`` causal language model; nothing
+replaces it. Weights are read and written as safetensors (or GGUF, read only), and code
+from a model repository is never run.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,26 +36,31 @@ __all__ = [
     "RewardModel",
     "ScoreNetwork",
     "add_lora",
-    "embedded_models",
+    "freeze_output_head_",
     "is_adapted",
     "load",
     "scalar_head",
     "text_batches",
-    "without_head",
 ]
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 def _config_value(model: Any, name: str) -> Any:
     """Read a field of the model's config, or of the text part of a multimodal one."""
-    config = model.config
-    return getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, name, None)
+    return getattr(model.config.get_text_config(), name, None)
 
 
 @dataclass
 class LanguageModel:
-    """A causal language model and its tokenizer: what every function of this half works on."""
+    """A causal language model and its tokenizer: what every function of this half works
+    on.
+    """
 
     model: Any
     """A ``transformers`` causal language model, or a ``peft`` model around one."""
@@ -69,31 +75,38 @@ class LanguageModel:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The tokens that end a completion: the generation config's, and the tokenizer's.
+        """The tokens that end a completion: the generation config's, and the
+        tokenizer's.
 
         Raises
         ------
         ValueError
-            If there is none: sampling would never stop, and no completion would ever be finished.
+            If there is none: sampling would never stop, and no completion would ever be
+            finished.
         """
         generation = getattr(self.model, "generation_config", None)
         ids = getattr(generation, "eos_token_id", None)
         listed = ids if isinstance(ids, (list, tuple)) else [ids]
-        found = {int(i) for i in (*listed, self.tokenizer.eos_token_id) if i is not None}
+        found = {*listed, self.tokenizer.eos_token_id} - {None}
         if not found:
             raise ValueError(
-                f"{self.name} has no end-of-sequence token; set one of its vocabulary: tokenizer.eos_token = '…'"
+                f"{self.name} has no end-of-sequence token; set one of its vocabulary: "
+                "tokenizer.eos_token = '…'"
             )
-        return tuple(sorted(found))
+        return tuple(sorted(map(int, found)))
 
     @property
     def pad_id(self) -> int:
-        """A token to fill batches with. It may equal EOS: masks come from lengths, never from this id."""
+        """A token to fill batches with. It may equal EOS: masks come from lengths,
+        never from this id.
+        """
         return pad_id(self.tokenizer)
 
     @property
     def context_length(self) -> int | None:
-        """The most tokens, prompt and completion together, that the model was built for; None if it does not say."""
+        """The most tokens, prompt and completion together, that the model was built
+        for; None if it does not say.
+        """
         length = _config_value(self.model, "max_position_embeddings")
         return None if length is None else int(length)
 
@@ -122,25 +135,32 @@ class LanguageModel:
         prompts : sequence of str or chat messages
         completions : sequence of str
         prompt_index : sequence of int, optional
-            Which prompt each completion belongs to; by default they come prompt by prompt, the same number to each.
+            Which prompt each completion belongs to; by default they come prompt by
+            prompt, the same number to each.
         finished : sequence of bool, optional
             Whether each completion ends with EOS; by default all do.
+
+        Raises
+        ------
+        ValueError
+            If a text is unusable, or the lengths of the arguments do not fit.
         """
         if prompt_index is None:
             if not prompts or len(completions) % len(prompts):
                 raise ValueError(
-                    f"completions must be the same number to each prompt, got {len(completions)} for {len(prompts)} "
-                    "prompts; give prompt_index"
+                    "completions must be the same number to each prompt, got "
+                    f"{len(completions)} for {len(prompts)} prompts; give prompt_index"
                 )
             each = len(completions) // len(prompts)
             prompt_index = [i // each for i in range(len(completions))]
         ends = [True] * len(completions) if finished is None else finished
+        encoded = [
+            encode_completion(self.tokenizer, text, prompts[i], eos=bool(end))
+            for text, i, end in zip(completions, prompt_index, ends, strict=True)
+        ]
         return Sequences.pad(
             [encode_prompt(self.tokenizer, prompt) for prompt in prompts],
-            [
-                encode_completion(self.tokenizer, completion, prompts[i], eos=bool(end))
-                for completion, i, end in zip(completions, prompt_index, ends, strict=True)
-            ],
+            encoded,
             prompt_index,
             pad_id=self.pad_id,
             device=self.device,
@@ -160,15 +180,19 @@ class LanguageModel:
         return self
 
     def merged(self) -> LanguageModel:
-        """Return a plain model with the adapters added into its weights; this one is used up."""
+        """Return a plain model with the adapters added into its weights; invalidates
+        self.
+        """
         if not is_adapted(self.model):
             return self
         return LanguageModel(self.model.merge_and_unload(), self.tokenizer, self.name)
 
     def save(self, folder: str | Path) -> Path:
-        """Write a folder that :func:`load` and every ``from_pretrained`` can read (adapters alone for LoRA).
+        """Write a folder that :func:`load` and every ``from_pretrained`` can read
+        (adapters alone for LoRA).
 
-        The folder appears in one step: a crash or a full disk on the way leaves what was there before.
+        The folder appears in one step: a crash or a full disk on the way leaves what
+        was there before.
         """
         with _new_folder(Path(folder)) as scratch:
             self._write(scratch)
@@ -206,7 +230,8 @@ def is_adapted(model: nn.Module) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
-    """Low-rank adapters: train W + (α/r) B A with B, A of rank r, and leave W alone (Hu et al. 2021, arXiv:2106.09685).
+    """Low-rank adapters: train W + (α/r) B A with B, A of rank r, and leave W alone (Hu
+    et al. 2021, arXiv:2106.09685).
 
     The unadapted model stays available, so that the reference policy costs no memory.
     """
@@ -215,10 +240,14 @@ class LoRA:
     alpha: float = 32.0
     dropout: float = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Names of the linear layers to adapt; "all-linear" takes all but the output head."""
+    """Names of the linear layers to adapt; "all-linear" takes all but the output
+    head.
+    """
 
 
-def add_lora(language_model: LanguageModel, lora: LoRA, *, seed: int = 0) -> LanguageModel:
+def add_lora(
+    language_model: LanguageModel, lora: LoRA, *, seed: int = 0
+) -> LanguageModel:
     """Put adapters on a model, in place of training all its weights. Needs ``peft``.
 
     B starts at 0, so the adapted model starts equal to the model; ``seed`` draws A.
@@ -226,12 +255,12 @@ def add_lora(language_model: LanguageModel, lora: LoRA, *, seed: int = 0) -> Lan
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ImportError("LoRA needs the package peft: pip install 'policyopt[lora]'") from error
+        raise ImportError("LoRA needs peft: pip install 'policyopt[lora]'") from error
     targets = lora.target_modules
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft divides it by r: any number will do
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # need not be an integer
         lora_dropout=lora.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
@@ -243,16 +272,14 @@ def add_lora(language_model: LanguageModel, lora: LoRA, *, seed: int = 0) -> Lan
 
 @contextmanager
 def _old_names() -> Iterator[None]:
-    """Hold back the warning that peft asks transformers for an attribute by its old name."""
+    """Hold back the warning that peft asks transformers for an attribute by its old
+    name.
+    """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
+        )
         yield
-
-
-def embedded_models() -> dict[str, Path]:
-    """Names and folders of the tiny models that come with the package."""
-    root = Path(str(resources.files("policyopt.lm"))) / "embedded"
-    return {folder.name: folder for folder in sorted(root.glob("*")) if (folder / "config.json").exists()}
 
 
 def load(
@@ -270,17 +297,19 @@ def load(
     Parameters
     ----------
     name_or_path : str or Path
-        One of :func:`embedded_models`, a local folder (of a model, or of adapters, which are put on their base model),
-        a local ``.gguf`` file (unpacked, so that it can be trained), or the id of a model on the Hugging Face hub
-        (``"HuggingFaceTB/SmolLM2-135M-Instruct"``).
+        A local folder (of a model, or of adapters, which are put on their base model),
+        a local ``.gguf`` file (unpacked, so that it can be trained), or the id of a
+        model on the Hugging Face hub (``"HuggingFaceTB/SmolLM2-135M-Instruct"``).
     dtype : str
-        Type of the weights; "auto" takes the stored one. The default is float32, because in bfloat16 an optimiser step
-        smaller than 1/256 of a weight is lost. To save time and memory on a GPU, set ``autocast="bfloat16"`` in the
-        trainer's config, or train adapters on bfloat16 weights.
+        Type of the weights; "auto" takes the stored one. The default is float32,
+        because in bfloat16 an optimiser step smaller than 1/256 of a weight is lost. To
+        save time and memory on a GPU, set ``autocast="bfloat16"`` in the trainer's
+        config, or train adapters on bfloat16 weights.
     device : str
         "auto" takes cuda, then mps, then cpu; or any PyTorch device name.
     attention : str, optional
-        ``transformers``' attention implementation: "sdpa", "eager", "flash_attention_2", …
+        ``transformers``' attention implementation: "sdpa", "eager",
+        "flash_attention_2", …
     lora : LoRA, optional
         Train adapters instead of all weights.
     revision : str, optional
@@ -291,58 +320,68 @@ def load(
     Raises
     ------
     ValueError
-        If there is no such model (or no base model for the adapters), or nothing stops its completions.
+        If there is no such model (or no base model for the adapters), or nothing stops
+        its completions.
     """
     folder = Path(name_or_path)
     if (folder / "adapter_config.json").exists():
         if lora is not None:
-            raise ValueError(f"{folder} holds adapters; they are trained on as they are: leave lora out")
-        return _load_adapters(folder, dtype=dtype, device=device, attention=attention, revision=revision)
+            raise ValueError(f"{folder} holds adapters to train on: leave lora out")
+        return _load_adapters(
+            folder, dtype=dtype, device=device, attention=attention, revision=revision
+        )
     place = resolve_device(device)
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise ValueError(f"dtype must be 'auto' or one of {sorted(_DTYPES)}, got {dtype!r}")
-    source = embedded_models().get(str(name_or_path), name_or_path)
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, got {dtype!r}")
+    gguf = folder.suffix == ".gguf"
+    source = str(folder.parent if gguf else name_or_path)
+    local = Path(source).exists()
     options: dict[str, Any] = {"trust_remote_code": False}
+    weights: dict[str, Any] = {"dtype": _DTYPES[dtype]}
     if revision is not None:
         options["revision"] = revision
-    if str(source).endswith(".gguf"):
-        source, options["gguf_file"] = Path(source).parent, Path(source).name
-    weights: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else _DTYPES[dtype]}
     if attention is not None:
         weights["attn_implementation"] = attention
-    if "gguf_file" not in options:
-        weights["use_safetensors"] = True
-    elif hasattr(transformers, "GgufConfig"):
-        # Packed weights could be neither trained nor saved. Versions without this always unpack.
-        weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
-        with _quiet(Path(source).exists()):
-            tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
-            model = AutoModelForCausalLM.from_pretrained(str(source), **options, **weights)
-    except (OSError, ImportError, ValueError) as error:
-        if "trust_remote_code" in str(error):
-            raise ValueError(
-                f"{str(name_or_path)!r} needs code from its own repository, which is never run; choose a model whose "
-                "architecture transformers knows"
-            ) from error
-        raise ValueError(
-            f"name_or_path must be one of {sorted(embedded_models())}, a local folder, a .gguf file or the id of a "
-            f"model on the Hugging Face hub (reachable, with safetensors weights), got {str(name_or_path)!r}: {error}"
-        ) from error
-    network: Any = model
-    if getattr(network, "_hf_peft_config_loaded", False):
-        raise ValueError(
-            f"{name_or_path} holds adapters; download it (huggingface_hub.snapshot_download) and load the folder"
-        )
-    name = str(name_or_path)
-    if Path(source).exists() and name not in embedded_models():
-        file = folder.resolve()
-        name, network.name_or_path = file.stem if file.suffix == ".gguf" else file.name, str(file)
+    if gguf:
+        options["gguf_file"] = folder.name
+        if hasattr(transformers, "GgufConfig"):  # versions without it always unpack
+            # Packed weights could be neither trained nor saved.
+            weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
-        network.name_or_path = name  # what adapters will look for
-    loaded = LanguageModel(network.to(place).eval(), tokenizer, name)
+        weights["use_safetensors"] = True
+    try:
+        with _quiet(local):
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            options |= weights
+            model: Any = AutoModelForCausalLM.from_pretrained(source, **options)
+    except (OSError, ImportError, ValueError) as error:
+        raise ValueError(_why_not(str(name_or_path), error)) from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"{name_or_path} holds adapters; download it "
+            "(huggingface_hub.snapshot_download) and load the folder"
+        )
+    name = model.name_or_path = str(name_or_path)  # what adapters will look for
+    if local:
+        file = folder.resolve()
+        name, model.name_or_path = file.stem if gguf else file.name, str(file)
+    loaded = LanguageModel(model.to(place).eval(), tokenizer, name)
     loaded.eos_ids  # noqa: B018 - says at once when nothing would stop a completion
     return loaded if lora is None else add_lora(loaded, lora, seed=seed)
+
+
+def _why_not(name: str, error: Exception) -> str:
+    """Say why a model could not be loaded."""
+    if "trust_remote_code" in str(error):
+        return (
+            f"{name!r} needs code from its own repository, which is never run; choose "
+            "a model whose architecture transformers knows"
+        )
+    return (
+        "name_or_path must be a local folder, a .gguf file or the id of a model on the "
+        "Hugging Face hub (reachable, with safetensors weights), got "
+        f"{name!r}: {error}"
+    )
 
 
 def _load_adapters(folder: Path, **options: Any) -> LanguageModel:
@@ -357,17 +396,21 @@ def _load_adapters(folder: Path, **options: Any) -> LanguageModel:
         base = load(base_name, **options)
     except ValueError as error:
         raise ValueError(
-            f"{folder} holds adapters for {base_name!r}, which cannot be loaded (base_model_name_or_path in "
-            f"adapter_config.json says where it is): {error}"
+            f"{folder} holds adapters for {base_name!r}, which cannot be loaded "
+            "(base_model_name_or_path in adapter_config.json says where it is): "
+            f"{error}"
         ) from error
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
     with _old_names():
-        model: Any = PeftModel.from_pretrained(base.model, str(folder), is_trainable=True)
-    return LanguageModel(model.eval(), AutoTokenizer.from_pretrained(str(folder)), folder.resolve().name)
+        model = PeftModel.from_pretrained(base.model, str(folder), is_trainable=True)
+    return LanguageModel(model.eval(), tokenizer, folder.resolve().name)
 
 
 @contextmanager
 def _quiet(active: bool) -> Iterator[None]:
-    """Hold back transformers' bar over a file that is read or written in a moment; a download keeps its bar."""
+    """Hold back transformers' bar over a file that is read or written in a moment; a
+    download keeps its bar.
+    """
     showing = logging.is_progress_bar_enabled()
     if active:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -379,34 +422,42 @@ def _quiet(active: bool) -> Iterator[None]:
 
 
 class ScoreNetwork(nn.Module):
-    """A language model with one number in place of its head, read at the last token of the completion."""
+    """A language model with one number in place of its head, read at the last token of
+    the completion.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = without_head(model)
-        # Zero: before training every text scores the same, and the first gradient goes to the head alone.
+        freeze_output_head_(model)
+        self.model = model
+        # Zero: before training every text scores the same, and the first gradient goes
+        # to the head alone.
         self.score = scalar_head(model)
 
     def forward(self, sequences: Sequences) -> Tensor:
         """Scores ``[B]``, float32, of completions given their prompts."""
         hidden = hidden_states(self.model, sequences)
-        last = hidden[torch.arange(len(sequences), device=hidden.device), sequences.lengths]
-        scores: Tensor = self.score(last.to(self.score.weight.dtype)).squeeze(-1)
+        rows = torch.arange(len(sequences), device=hidden.device)
+        last = hidden[rows, sequences.lengths].to(self.score.weight.dtype)
+        scores: Tensor = self.score(last).squeeze(-1)
         return scores.float()
 
 
-def without_head(model: nn.Module) -> nn.Module:
-    """Freeze the output head, unless its weights are the input's too: who reads hidden states has no use for it."""
-    causal: Any = model
-    head, inputs = causal.get_output_embeddings(), causal.get_input_embeddings()
+def freeze_output_head_(model: Any) -> None:
+    """Exclude the output head from training, in place: a network that reads hidden
+    states has no gradient for it. Does nothing if it shares its weights with the input.
+    """
+    head, inputs = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and head.weight is not inputs.weight:
         head.requires_grad_(False)
-    return model
 
 
 def scalar_head(model: nn.Module) -> nn.Linear:
-    """Return a linear map from the model's hidden states to one number, on its device, starting at 0."""
-    head = nn.Linear(int(_config_value(model, "hidden_size")), 1, device=next(model.parameters()).device)
+    """Return a linear map from the model's hidden states to one number, on its device,
+    starting at 0.
+    """
+    device = next(model.parameters()).device
+    head = nn.Linear(int(_config_value(model, "hidden_size")), 1, device=device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head
@@ -419,7 +470,9 @@ def text_batches(
     finished: Sequence[bool] | None,
     batch_size: int,
 ) -> Iterator[Sequences]:
-    """Yield encoded batches of completions with one prompt to each, as reward functions get them."""
+    """Yield encoded batches of completions with one prompt to each, as reward functions
+    get them.
+    """
     ends = [True] * len(completions) if finished is None else list(finished)
     for start in range(0, len(completions), batch_size):
         part = slice(start, start + batch_size)
@@ -430,7 +483,9 @@ def text_batches(
             if not unique or prompt != unique[-1]:
                 unique.append(prompt)
             index.append(len(unique) - 1)
-        yield language_model.encode(unique, completions[part], prompt_index=index, finished=ends[part])
+        yield language_model.encode(
+            unique, completions[part], prompt_index=index, finished=ends[part]
+        )
 
 
 class RewardModel:
@@ -441,13 +496,15 @@ class RewardModel:
     Parameters
     ----------
     language_model : LanguageModel
-        Its weights become the reward model's (no copy is made); its own head is not used.
+        Its weights become the reward model's (no copy is made); its own head is not
+        used.
     batch_size : int
         Completions scored at a time when texts are scored.
 
     References
     ----------
-    Ouyang et al. (2022), Training language models to follow instructions with human feedback, arXiv:2203.02155, §3.5.
+    Ouyang et al. (2022), Training language models to follow instructions with human
+    feedback, arXiv:2203.02155, §3.5.
     """
 
     __name__ = "reward_model"
@@ -470,21 +527,21 @@ class RewardModel:
         **columns: Any,
     ) -> list[float]:
         """Score texts, one prompt to each: the interface of a reward function."""
-        batches = text_batches(self.language_model, completions, prompts, finished, self.batch_size)
+        batches = text_batches(
+            self.language_model, completions, prompts, finished, self.batch_size
+        )
         with evaluating(self.network):
-            return [score for sequences in batches for score in self.scores(sequences).tolist()]
+            return [x for batch in batches for x in self.scores(batch).tolist()]
 
     def save(self, folder: str | Path) -> Path:
-        """Write the backbone, the tokenizer and the head, all as safetensors, in one step."""
+        """Write the backbone, the tokenizer and the head, all as safetensors, in one
+        step.
+        """
         with _new_folder(Path(folder)) as scratch:
             self.language_model._write(scratch)
-            save_file(
-                {
-                    name: tensor.detach().cpu().contiguous()
-                    for name, tensor in self.network.score.state_dict().items()
-                },
-                scratch / "reward_head.safetensors",
-            )
+            head = self.network.score.state_dict()
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in head.items()}
+            save_file(tensors, scratch / "reward_head.safetensors")
             (scratch / "reward_model.json").write_text(json.dumps({"format": 1}))
         return Path(folder)
 
@@ -493,7 +550,7 @@ class RewardModel:
         """Read what :meth:`save` wrote."""
         head = Path(folder) / "reward_head.safetensors"
         if not head.exists():
-            raise FileNotFoundError(f"{folder} holds no reward model: {head.name} is missing")
+            raise FileNotFoundError(f"{folder} holds no reward model: no {head.name}")
         reward_model = RewardModel(load(folder, device=device))
         reward_model.network.score.load_state_dict(load_file(head))
         return reward_model

@@ -1,22 +1,27 @@
-"""Prompts and completions as padded tensors, and the states of a language model along them.
+"""Prompts and completions as padded tensors, and the states of a language model along
+them.
 
-A language model is a policy: the state s_t is the prompt with the first t tokens of the completion, the action
-a_t is token t of the completion. :func:`hidden_states` represents every s_t by a vector.
+A language model is a policy: the state s_t is the prompt with the first t tokens of the
+completion, the action a_t is token t of the completion. :func:`hidden_states`
+represents every s_t by a vector.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
-from policyopt.lm.heads import backbone_and_head
+from policyopt.lm.heads import backbone_and_head, evaluating
 
 __all__ = ["Sequences", "evaluating", "hidden_states", "read_prompts", "widen"]
 
@@ -25,8 +30,9 @@ __all__ = ["Sequences", "evaluating", "hidden_states", "read_prompts", "widen"]
 class Sequences:
     """``P`` prompts and ``B`` completions; several completions may continue one prompt.
 
-    The masks come from lengths. No token is padding because of its id: an end-of-sequence token belongs to the
-    completion even where the tokenizer pads with the same id.
+    The masks come from lengths. No token is padding because of its id: an
+    end-of-sequence token belongs to the completion even where the tokenizer pads with
+    the same id.
     """
 
     prompt_ids: Tensor
@@ -34,7 +40,9 @@ class Sequences:
     prompt_mask: Tensor
     """Boolean ``[P, L]``, true at tokens."""
     completion_ids: Tensor
-    """Long ``[B, T]``, padded on the right. A completion may be empty, and ``T`` may be 0."""
+    """Long ``[B, T]``, padded on the right. A completion may be empty, and ``T`` may be
+    0.
+    """
     completion_mask: Tensor
     """Boolean ``[B, T]``, true at tokens."""
     prompt_index: Tensor
@@ -44,16 +52,20 @@ class Sequences:
         for name in ("prompt", "completion"):
             ids, mask = getattr(self, f"{name}_ids"), getattr(self, f"{name}_mask")
             if ids.ndim != 2 or ids.dtype != torch.long:
-                raise ValueError(f"{name}_ids must be a long matrix, got {ids.dtype} {tuple(ids.shape)}")
+                raise ValueError(
+                    f"{name}_ids must be a long matrix, got {ids.dtype} "
+                    f"{tuple(ids.shape)}"
+                )
             if mask.shape != ids.shape or mask.dtype != torch.bool:
                 raise ValueError(
-                    f"{name}_mask must be Boolean with the shape of {name}_ids, {tuple(ids.shape)}, "
-                    f"got {mask.dtype} {tuple(mask.shape)}"
+                    f"{name}_mask must be Boolean with the shape of {name}_ids, "
+                    f"{tuple(ids.shape)}, got {mask.dtype} {tuple(mask.shape)}"
                 )
-        if self.prompt_index.shape != self.completion_ids.shape[:1] or self.prompt_index.dtype != torch.long:
+        index = self.prompt_index
+        if index.shape != self.completion_ids.shape[:1] or index.dtype != torch.long:
             raise ValueError(
-                f"prompt_index must hold one row number per completion, long [{len(self)}], "
-                f"got {self.prompt_index.dtype} {tuple(self.prompt_index.shape)}"
+                "prompt_index must hold one row number per completion, long "
+                f"[{len(self)}], got {index.dtype} {tuple(index.shape)}"
             )
 
     @staticmethod
@@ -72,36 +84,41 @@ class Sequences:
         prompts, completions : sequences of sequences of int
             Token ids. Completions include their end-of-sequence token if they have one.
         prompt_index : sequence of int, optional
-            For each completion the number of its prompt; by default completion ``i`` continues prompt ``i``.
+            For each completion the number of its prompt; by default completion ``i``
+            continues prompt ``i``.
         pad_id : int
             Fills the gaps. Which id it is makes no difference.
 
         Raises
         ------
         ValueError
-            If a prompt is empty (there would be no state to act in) or ``prompt_index`` does not fit.
+            If a prompt is empty (there would be no state to act in) or ``prompt_index``
+            does not fit.
         """
-        for i, prompt in enumerate(prompts):
-            if len(prompt) == 0:
-                raise ValueError(f"prompt {i} is empty; begin it with at least one token, such as BOS or EOS")
+        refuse_empty(prompts)
+        P, B = len(prompts), len(completions)
         if prompt_index is None:
-            if len(prompts) != len(completions):
+            if P != B:
                 raise ValueError(
-                    f"{len(prompts)} prompts and {len(completions)} completions: say with prompt_index "
-                    "which prompt each completion continues"
+                    f"{P} prompts and {B} completions: say with prompt_index which "
+                    "prompt each completion continues"
                 )
-            prompt_index = range(len(prompts))
-        elif len(prompt_index) != len(completions):
-            raise ValueError(f"{len(prompt_index)} entries in prompt_index, {len(completions)} completions")
+            prompt_index = range(P)
+        if len(prompt_index) != B:
+            raise ValueError(
+                f"{len(prompt_index)} entries in prompt_index, {B} completions"
+            )
         for i, row in enumerate(prompt_index):
-            if not 0 <= row < len(prompts):
+            if not 0 <= row < P:
                 raise ValueError(
-                    f"completion {i} continues prompt {row}, but there are {len(prompts)} prompts"
+                    f"completion {i} continues prompt {row}, but there are {P} prompts"
                 )
         prompt_ids, prompt_mask = _pad(prompts, pad_id, left=True)
         completion_ids, completion_mask = _pad(completions, pad_id, left=False)
         index = torch.tensor(list(prompt_index), dtype=torch.long)
-        sequences = Sequences(prompt_ids, prompt_mask, completion_ids, completion_mask, index)
+        sequences = Sequences(
+            prompt_ids, prompt_mask, completion_ids, completion_mask, index
+        )
         return sequences if device is None else sequences.to(device)
 
     def __len__(self) -> int:
@@ -115,21 +132,19 @@ class Sequences:
 
     def to(self, device: torch.device | str) -> Sequences:
         """Move all tensors to ``device``."""
-        return Sequences(
-            self.prompt_ids.to(device),
-            self.prompt_mask.to(device),
-            self.completion_ids.to(device),
-            self.completion_mask.to(device),
-            self.prompt_index.to(device),
-        )
+        return Sequences(*(tensor.to(device) for tensor in vars(self).values()))
 
     def select(self, rows: Tensor) -> Sequences:
         """Keep the completions ``rows`` (numbers or a Boolean mask), in that order.
 
-        Prompts that no completion continues any more are dropped, and so is padding that no row needs.
+        Prompts that no completion continues any more are dropped, and so is padding
+        that no row needs.
         """
         used, index = torch.unique(self.prompt_index[rows], return_inverse=True)
-        prompt_mask, completion_mask = self.prompt_mask[used], self.completion_mask[rows]
+        prompt_mask, completion_mask = (
+            self.prompt_mask[used],
+            self.completion_mask[rows],
+        )
         L, T = _longest(prompt_mask), _longest(completion_mask)
         first = prompt_mask.shape[1] - L
         return Sequences(
@@ -140,52 +155,33 @@ class Sequences:
             index,
         )
 
-    def truncate_prompts(self, context_length: int) -> Sequences:
-        """Shorten prompts from the left until each completion fits; completions are never cut.
 
-        Parameters
-        ----------
-        context_length : int
-            Largest number of tokens of prompt and completion together.
-
-        Raises
-        ------
-        ValueError
-            If a completion leaves no room for one token of its prompt.
-        """
-        longest = self.lengths.new_zeros(len(self.prompt_ids))
-        longest = longest.scatter_reduce(0, self.prompt_index, self.lengths, "amax")
-        room = context_length - longest
-        if bool((room < 1).any()):
-            row = int((self.lengths >= context_length).nonzero()[0])
+def refuse_empty(prompts: Sequence[Sequence[int]]) -> None:
+    """Raise a ValueError for the first prompt without a token."""
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
             raise ValueError(
-                f"completion {row} has {int(self.lengths[row])} tokens, which leaves no room for its prompt in a "
-                f"context of {context_length}; shorten the completion or use a model with a longer context"
+                f"prompt {i} is empty; begin it with at least one token: BOS or EOS"
             )
-        L = self.prompt_ids.shape[1]
-        from_the_end = torch.arange(L, 0, -1, device=room.device)
-        mask = self.prompt_mask & (from_the_end <= room[:, None])
-        first = L - _longest(mask)
-        return replace(self, prompt_ids=self.prompt_ids[:, first:], prompt_mask=mask[:, first:])
 
 
-def _pad(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
-    width = max((len(row) for row in rows), default=0)
-    ids, mask = [], []
-    for row in rows:
-        gap = width - len(row)
-        if left:
-            ids.append([pad_id] * gap + list(row))
-            mask.append([False] * gap + [True] * len(row))
-        else:
-            ids.append(list(row) + [pad_id] * gap)
-            mask.append([True] * len(row) + [False] * gap)
-    shape = (len(rows), width)
-    return torch.tensor(ids, dtype=torch.long).view(shape), torch.tensor(mask, dtype=torch.bool).view(shape)
+def _pad(
+    rows: Sequence[Sequence[int]], pad_id: int, *, left: bool
+) -> tuple[Tensor, Tensor]:
+    """Token ids and mask ``[len(rows), length of the longest]``."""
+    width = max(map(len, rows), default=0)
+    ids = torch.full((len(rows), width), pad_id)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(len(row))
+        ids[i, place], mask[i, place] = torch.as_tensor(row), True
+    return ids, mask
 
 
 def widen(values: Tensor, like: Tensor) -> Tensor:
-    """Pad numbers per token, ``[B, t]``, with zeros on the right to the width of ``like``, ``[B, T]``."""
+    """Pad numbers per token, ``[B, t]``, with zeros on the right to the width of
+    ``like``, ``[B, T]``.
+    """
     return torch.nn.functional.pad(values, (0, like.shape[1] - values.shape[1]))
 
 
@@ -193,19 +189,9 @@ def _longest(mask: Tensor) -> int:
     return int(mask.sum(1).max()) if mask.numel() else 0
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and its like off, and leave every module's mode as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def hidden_states(model: nn.Module, sequences: Sequences, *, share_prompts: bool = True) -> Tensor:
+def hidden_states(
+    model: nn.Module, sequences: Sequences, *, share_prompts: bool = True
+) -> Tensor:
     """Last hidden states of every state along the completions, with gradient.
 
     Parameters
@@ -215,31 +201,42 @@ def hidden_states(model: nn.Module, sequences: Sequences, *, share_prompts: bool
     sequences : Sequences
         On the model's device.
     share_prompts : bool
-        Run each prompt once and let all its completions read its keys and values. The result is the same up to
-        rounding, for less work. With dropout, completions of one prompt then share the prompt's noise. Models
-        without a cache of keys and values, and gradient checkpointing, run the prompt again for each completion.
+        Run each prompt once and let all its completions read its keys and values. The
+        result is the same up to rounding, for less work. With dropout, completions of
+        one prompt then share the prompt's noise. Models without a cache of keys and
+        values, and gradient checkpointing, run the prompt again for each completion.
 
     Returns
     -------
     Tensor
-        ``[B, T + 1, H]``; entry ``t`` is the state after reading the prompt and ``t`` tokens of the completion.
-        Entries behind the end of a completion are finite and mean nothing.
+        ``[B, T + 1, H]``; entry ``t`` is the state after reading the prompt and ``t``
+        tokens of the completion. Entries after the end of a completion are finite and
+        mean nothing.
+
+    Raises
+    ------
+    ValueError
+        If there are no completions, or :func:`backbone_and_head` refuses the model.
     """
     backbone = backbone_and_head(model).backbone
     if len(sequences) == 0:
         raise ValueError("there are no completions in this batch")
-    if share_prompts and len(sequences) > len(sequences.prompt_ids) and _can_share(backbone):
+    shared = len(sequences) > len(sequences.prompt_ids)
+    if share_prompts and shared and _can_share(backbone):
         return _shared(backbone, sequences)
     return _concatenated(backbone, sequences)
 
 
 def _can_share(backbone: nn.Module) -> bool:
-    if backbone.training and any(getattr(m, "gradient_checkpointing", False) for m in backbone.modules()):
+    if backbone.training and any(
+        getattr(m, "gradient_checkpointing", False) for m in backbone.modules()
+    ):
         return False  # transformers switches the cache off then
     accepted = inspect.signature(backbone.forward).parameters
     if not {"attention_mask", "position_ids", "past_key_values"} <= accepted.keys():
         return False
-    # State-space and hybrid models keep states of another kind, which cannot be masked afterwards.
+    # State-space and hybrid models keep states of another kind, which cannot be masked
+    # afterwards.
     config: Any = backbone.config
     return all(
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
@@ -248,7 +245,9 @@ def _can_share(backbone: nn.Module) -> bool:
 
 
 def read_prompts(backbone: Any, sequences: Sequences) -> tuple[Tensor, DynamicCache]:
-    """Run the prompts alone: their last hidden states ``[P, L, H]``, and the cache of keys and values they leave."""
+    """Run the prompts alone: their last hidden states ``[P, L, H]``, and the cache of
+    keys and values they leave.
+    """
     mask = sequences.prompt_mask
     cache = DynamicCache(config=backbone.config)
     hidden: Tensor = backbone(
@@ -262,16 +261,19 @@ def read_prompts(backbone: Any, sequences: Sequences) -> tuple[Tensor, DynamicCa
 
 
 def _shared(backbone: nn.Module, sequences: Sequences) -> Tensor:
-    """Two passes: the prompts, then the completions on top of the prompts' keys and values."""
+    """Two passes: the prompts, then the completions on top of the prompts' keys and
+    values.
+    """
     mask, index = sequences.prompt_mask, sequences.prompt_index
     hidden, cache = read_prompts(backbone, sequences)
     first = hidden[:, -1:].index_select(0, index)
     if sequences.completion_ids.shape[1] == 0:
         return first
-    for layer in cache.layers:
-        # A layer that reads another layer's cache has none of its own.
-        if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
-            layer.keys, layer.values = _rows(layer.keys, index), _rows(layer.values, index)
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        if layer.is_initialized:  # one that reads another layer's cache has none itself
+            layer.keys = _rows(layer.keys, index)
+            layer.values = _rows(layer.values, index)
     steps = torch.arange(sequences.completion_ids.shape[1], device=mask.device)
     completions: Tensor = backbone(
         input_ids=sequences.completion_ids,
@@ -291,8 +293,8 @@ def _rows(tensor: Tensor, index: Tensor) -> Tensor:
 def _concatenated(backbone: nn.Module, sequences: Sequences) -> Tensor:
     """One pass over prompt and completion, moved together and to the left.
 
-    All padding is then behind the tokens, where causal attention never looks: no mask is needed, positions are
-    0, 1, 2, …, and attention may take its fastest route.
+    All padding then comes after the tokens, where causal attention never looks: no mask
+    is needed, positions are 0, 1, 2, …, and attention may take its fastest route.
     """
     index = sequences.prompt_index
     prompt_lengths = sequences.prompt_mask.sum(1)[index]
@@ -300,7 +302,9 @@ def _concatenated(backbone: nn.Module, sequences: Sequences) -> Tensor:
     L, T = sequences.prompt_ids.shape[1], sequences.completion_ids.shape[1]
     width = int((prompt_lengths + sequences.lengths).max())
     columns = torch.arange(width, device=ids.device) + (L - prompt_lengths)[:, None]
-    hidden: Tensor = backbone(input_ids=ids.gather(1, columns.clamp(max=L + T - 1)), use_cache=False)[0]
+    hidden: Tensor = backbone(
+        input_ids=ids.gather(1, columns.clamp(max=L + T - 1)), use_cache=False
+    )[0]
     wanted = prompt_lengths[:, None] - 1 + torch.arange(T + 1, device=ids.device)
     wanted = wanted.clamp(max=width - 1)[..., None].expand(-1, -1, hidden.shape[-1])
     return hidden.gather(1, wanted)

@@ -1,10 +1,14 @@
-"""Weights, gradients and optimiser states spread over processes, by PyTorch's ``fully_shard`` (FSDP2).
+"""Weights, gradients and optimiser states spread over processes, by PyTorch's
+``fully_shard`` (FSDP2).
 
-Each decoder layer is one group of parameters, gathered when it runs; what is left (embeddings, norms, heads) is the
-group of the root, gathered once per forward pass. PyTorch does all of that. Here stands what a trainer needs around it:
-weights gathered for sampling, whole tensors for checkpoints, and a plain model again when the training is over.
+Each decoder layer is one group of parameters, gathered when it runs; what is left
+(embeddings, norms, heads) is the group of the root, gathered once per forward pass.
+PyTorch does all of that. Here stands what a trainer needs around it: weights gathered
+for sampling, whole tensors for checkpoints, and a plain model again when the training
+is over.
 
-Left out: offloading to the CPU, mixed precision other than ``autocast``, and tensor or context parallelism.
+Left out: offloading to the CPU, mixed precision other than ``autocast``, and tensor or
+context parallelism.
 """
 
 from __future__ import annotations
@@ -23,20 +27,25 @@ __all__ = ["ShardedNetwork", "gathered", "sharding_requested", "whole"]
 
 _ON = ("1", "true", "yes", "on")
 
-# From every module that is used on its own (the network, the language model in it) to the network it is sharded with.
-_sharded: weakref.WeakKeyDictionary[nn.Module, weakref.ref[ShardedNetwork]] = weakref.WeakKeyDictionary()
+# From every module that is used on its own (the network, the language model in it) to
+# the network it is sharded with.
+_sharded: weakref.WeakKeyDictionary[nn.Module, weakref.ref[ShardedNetwork]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def sharding_requested() -> bool:
-    """Whether the processes were launched for FSDP2: ``accelerate launch --use_fsdp --fsdp_version 2``.
+    """Whether the processes were launched for FSDP2: ``accelerate launch --use_fsdp
+    --fsdp_version 2``.
 
-    With ``torchrun`` the environment variables ``ACCELERATE_USE_FSDP=true`` and ``FSDP_VERSION=2`` say the same.
+    With ``torchrun`` the environment variables ``ACCELERATE_USE_FSDP=true`` and
+    ``FSDP_VERSION=2`` say the same.
 
     Raises
     ------
     ValueError
-        If they were launched for what is not supported: FSDP of the first version, offloading, or its own mixed
-        precision.
+        If they were launched for what is not supported: FSDP of the first version,
+        offloading, or its own mixed precision.
     """
     environment = os.environ
     if environment.get("ACCELERATE_USE_FSDP", "").lower() not in _ON:
@@ -44,37 +53,43 @@ def sharding_requested() -> bool:
     version = environment.get("FSDP_VERSION", "1")
     if version != "2":
         raise ValueError(
-            f"the processes were launched for FSDP of version {version}; only version 2 is supported: launch with "
-            "--fsdp_version 2 (or FSDP_VERSION=2), or without FSDP for data parallelism (DDP)"
+            f"the processes were launched for FSDP of version {version}; only version "
+            "2 is supported: launch with --fsdp_version 2 (or FSDP_VERSION=2), or "
+            "without FSDP for data parallelism (DDP)"
         )
     if environment.get("FSDP_OFFLOAD_PARAMS", "").lower() in _ON:
         raise ValueError(
-            "the processes were launched to offload parameters to the CPU, which is not supported; launch with "
-            "--fsdp_offload_params false"
+            "the processes were launched to offload parameters to the CPU, which is "
+            "not supported; launch with --fsdp_offload_params false"
         )
     if environment.get("ACCELERATE_MIXED_PRECISION", "no").lower() != "no":
         raise ValueError(
             "the processes were launched with mixed precision "
-            f"{environment['ACCELERATE_MIXED_PRECISION']!r}; with FSDP launch with --mixed_precision no and set "
-            "autocast='bfloat16' in the trainer's config"
+            f"{environment['ACCELERATE_MIXED_PRECISION']!r}; with FSDP launch with "
+            "--mixed_precision no and set autocast='bfloat16' in the trainer's config"
         )
-    # Each process loads the weights itself. With this on, transformers would leave them empty in all but one.
+    # Each process loads the weights itself. With this on, transformers would leave them
+    # empty in all but one.
     environment["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     return True
 
 
 class ShardedNetwork(nn.Module):
-    """A network whose parameters are spread over all processes of ``torch.distributed``.
+    """A network whose parameters are spread over all processes of
+    ``torch.distributed``.
 
     Parameters
     ----------
     network : nn.Module
-        Sharded in place. Its forward pass is a joint one of all processes; :func:`gathered` makes others possible.
+        Sharded in place. Its forward pass is a joint one of all processes;
+        :func:`gathered` makes others possible.
     model : nn.Module
         The language model in it, which is also used on its own.
     """
 
-    def __init__(self, network: nn.Module, model: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self, network: nn.Module, model: nn.Module, device: torch.device
+    ) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -82,16 +97,21 @@ class ShardedNetwork(nn.Module):
         _check_equal(network, device)
         # The network without its weights, to put them back into.
         empty: dict[int, Any] = {
-            id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+            id(p): nn.Parameter(
+                torch.empty_like(p, device="meta"), requires_grad=p.requires_grad
+            )
             for p in network.parameters()
         }
-        self._skeleton = [copy.deepcopy(network, empty)]  # in a list: not one of its parts
+        self._skeleton = [
+            copy.deepcopy(network, empty)
+        ]  # in a list: not one of its parts
         self.network = network
         mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
         for layer in _layers(network):
             fully_shard(layer, mesh=mesh)
         fully_shard(self, mesh=mesh)
-        # The first forward pass decides what the root is: it must be one through all of it.
+        # The first forward pass decides what the root is: it must be one through all of
+        # it.
         register_fsdp_forward_method(self, "_begin")
         self._begin()
         self.reshard()
@@ -118,14 +138,17 @@ class ShardedNetwork(nn.Module):
             part.reshard()
 
     def restore(self) -> nn.Module:
-        """Return the network with whole weights, on the CPU, in every process; this one is used up.
+        """Return the network with whole weights, on the CPU, in every process; this one
+        is used up.
 
         The given network gets the plain parts back, so whoever holds it has them too.
         """
         self.reshard()
         weights = dict(self.network.named_parameters())
         memo: dict[int, Any] = {
-            id(p): nn.Parameter(whole(weights[name].detach()).cpu(), requires_grad=p.requires_grad)
+            id(p): nn.Parameter(
+                whole(weights[name].detach()).cpu(), requires_grad=p.requires_grad
+            )
             for name, p in self._skeleton[0].named_parameters()
         }
         plain = copy.deepcopy(self._skeleton[0], memo).cpu()
@@ -150,31 +173,44 @@ def _layers(network: nn.Module) -> list[nn.Module]:
 
 
 def _check_equal(network: nn.Module, device: torch.device) -> None:
-    """Compare a fingerprint of the weights: each process contributes its share of its own copy."""
-    own = torch.stack([p.detach().float().sum().double() for p in network.parameters()]).sum().to(device)
+    """Compare a fingerprint of the weights: each process contributes its share of its
+    own copy.
+    """
+    own = (
+        torch.stack([p.detach().float().sum().double() for p in network.parameters()])
+        .sum()
+        .to(device)
+    )
     others = [torch.zeros_like(own) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(others, own)
     if any(not torch.equal(other, own) for other in others):
         raise ValueError(
-            "the processes hold different weights: load the same model, with the same seed, in each of them"
+            "the processes hold different weights: load the same model, with the same "
+            "seed, in each of them"
         )
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the whole of a tensor that may be sharded; all processes must ask together."""
+    """Return the whole of a tensor that may be sharded; all processes must ask
+    together.
+    """
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(values: Mapping[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
-    """Shard tensors that have the parameter's shape (an optimiser's moments) as the parameter is."""
+    """Shard tensors that have the parameter's shape (an optimiser's moments) as the
+    parameter is.
+    """
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(parameter, DTensor):
         return dict(values)
     return {
-        key: distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+        key: distribute_tensor(
+            value.to(parameter.device), parameter.device_mesh, parameter.placements
+        )
         if value.shape == parameter.shape
         else value
         for key, value in values.items()
@@ -183,17 +219,20 @@ def shard_like(values: Mapping[str, Tensor], parameter: Tensor) -> dict[str, Ten
 
 @contextmanager
 def gathered(module: nn.Module, *, layers: bool = True) -> Iterator[None]:
-    """Make the weights of a sharded network whole for passes without gradient; nothing happens to another one.
+    """Make the weights of a sharded network whole for passes without gradient; nothing
+    happens to another one.
 
-    Within the block each process has all weights in memory and goes its own way. All must enter and leave it.
+    Within the block each process has all weights in memory and goes its own way. All
+    must enter and leave it.
 
     Parameters
     ----------
     module : nn.Module
         The network that was sharded, or the language model in it.
     layers : bool
-        False gathers all but the decoder layers. Each of these is then gathered for every pass through it, which needs
-        less memory, and all processes must make the same passes.
+        False gathers all but the decoder layers. Each of these is then gathered for
+        every pass through it, which needs less memory, and all processes must make the
+        same passes.
     """
     reference = _sharded.get(module)
     root = None if reference is None else reference()

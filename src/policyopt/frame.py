@@ -1,0 +1,312 @@
+"""The frame of a training run: how it starts, records, diverges, is interrupted, writes
+a checkpoint and goes on. Both halves of the package build on it. No learning happens
+here, and nothing here knows an environment, a language model or a second process.
+
+The order of events is fixed. Whoever makes a run prepares everything that belongs to
+its first moment: networks, optimiser, reference policy. Entering the ``with`` block then
+reads the checkpoint, if there is one, and only after that lets the half spread or
+compile what it likes (:meth:`Frame._enter`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+from torch import Tensor
+from tqdm import tqdm
+
+from policyopt.checkpoint import (
+    has_checkpoint,
+    load_checkpoint,
+    rows_from_json,
+    rows_to_json,
+    save_checkpoint,
+)
+from policyopt.runs import History, Settings, TrainingDivergedError, check_seed
+
+__all__ = ["Callback", "Frame", "Row"]
+
+Callback = Callable[[Any], bool | None]
+"""Called with every row of the history; a true return value stops the training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of a history: what a trainer reports after an update."""
+
+    update: int
+    """Number of the update, from 1."""
+
+    headline: ClassVar[tuple[str, ...]] = ()
+    """Fields that the progress bar shows."""
+    may_be_nan: ClassVar[tuple[str, ...]] = ()
+    """Fields that are NaN where they were not measured or are not defined; any other
+    NaN means that the training diverged."""
+
+
+RowT = TypeVar("RowT", bound=Row)
+ConfigT = TypeVar("ConfigT", bound=Settings)
+
+
+class Frame(ABC, Generic[ConfigT, RowT]):
+    """The frame of a training loop.
+
+    A trainer makes one, loops over :meth:`updates` inside ``with run:``, calls
+    :meth:`log` at the end of each update, and returns :meth:`result` after the block.
+    """
+
+    unit: ClassVar[str] = "update"
+    """What :meth:`position` counts."""
+    remedy: ClassVar[str] = "a lower learning rate"
+    """What to try when a run diverges."""
+    may_change: ClassVar[tuple[str, ...]] = ()
+    """Settings that a run which goes on may have changed."""
+
+    def __init__(
+        self,
+        algorithm: str,
+        name: str,
+        config: ConfigT,
+        row_type: type[RowT],
+        *,
+        seed: int,
+        callback: Callback | None,
+        progress: bool,
+        checkpoint_dir: str | Path | None,
+        checkpoint_every: int,
+    ) -> None:
+        self.algorithm, self.name, self.config = algorithm, name, config
+        self.seed, self.callback = check_seed(seed), callback
+        self.history: History[RowT] = History()
+        self.stop_reason = "budget"
+        self._row_type, self._shows_bar = row_type, progress
+        self._folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+        self._every, self._stopped = checkpoint_every, False
+        self._bar: tqdm[Any] | None = None
+        self._seconds, self._started = 0.0, time.perf_counter()
+
+    # --- what a half adds ---
+
+    @property
+    @abstractmethod
+    def position(self) -> tuple[int, int]:
+        """How far the run is, and how far it is to go, in :attr:`unit`."""
+
+    @abstractmethod
+    def result(self) -> Any:
+        """Return what was learned so far."""
+
+    @abstractmethod
+    def _common(self, **fields: Any) -> dict[str, Any]:
+        """Fields of the row about to be logged that all algorithms of the half have."""
+
+    @abstractmethod
+    def _identity(self) -> dict[str, Any]:
+        """Return what a run that goes on must share with the one that stopped."""
+
+    @abstractmethod
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return everything that a checkpoint holds, as tensors and as JSON."""
+
+    @abstractmethod
+    def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Take over what :meth:`_state` returned; raise ValueError if it does not fit."""
+
+    def _enter(self) -> None:
+        """Begin: a checkpoint has been read, the first update has not been made."""
+
+    def _prepare_update(self) -> None:
+        """Set what an update needs before it: learning rate, seed, mode."""
+
+    def _recorded(self) -> None:
+        """Keep what the last good update left; its row is in the history."""
+
+    def _saved(self) -> None:
+        """Do what follows a checkpoint that is not the last."""
+
+    def _revert(self, error: BaseException) -> bool:
+        """Undo an update that broke off; say whether there still is a result."""
+        return True
+
+    def _leave(self, error: BaseException | None) -> None:
+        """End, however it ends: undo what :meth:`_enter` did."""
+
+    def _write(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        assert self._folder is not None
+        save_checkpoint(self._folder, tensors, metadata)
+
+    # --- the loop's interface ---
+
+    @property
+    def update(self) -> int:
+        """Updates finished so far."""
+        return len(self.history)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is an update left to make."""
+        done, total = self.position
+        return not self._stopped and done < total
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time of the training so far, that before a checkpoint included."""
+        return self._seconds + time.perf_counter() - self._started
+
+    def updates(self) -> Iterator[int]:
+        """Yield the number of each update to make, from 0 or where a checkpoint left off."""
+        while self.unfinished:
+            self._prepare_update()
+            yield self.update
+
+    def log(self, **fields: Any) -> None:
+        """Record an update, write a checkpoint when one is due, ask the callback.
+
+        Raises
+        ------
+        FloatingPointError
+            If a field is not finite that should be.
+        """
+        values = self._common(**fields)
+        row = self._row_type(update=self.update + 1, **values)
+        bad = [f.name for f in dataclasses.fields(row) if self._diverged(row, f.name)]
+        if bad:
+            raise FloatingPointError(f"{', '.join(bad)} not finite")
+        self._recorded()
+        self.history.append(row)
+        done, total = self.position
+        if self._bar is not None:
+            self._bar.update(min(done, total) - self._bar.n)
+            shown = {k: getattr(row, k) for k in row.headline}
+            shown = {k: f"{v:.3g}" for k, v in shown.items() if not math.isnan(v)}
+            self._bar.set_postfix(shown, refresh=False)
+        last = not self.unfinished
+        if self._folder is not None and (last or self.update % self._every == 0):
+            self._checkpoint()
+            if not last:
+                self._saved()
+        if self.callback is not None and self.callback(row):
+            self.stop_reason, self._stopped = "callback", True
+
+    def _diverged(self, row: RowT, name: str) -> bool:
+        value = getattr(row, name)
+        number = isinstance(value, float) and name not in row.may_be_nan
+        return number and not math.isfinite(value)
+
+    # --- checkpoints ---
+
+    def _signature(self) -> dict[str, Any]:
+        config = dataclasses.asdict(self.config)
+        for name in self.may_change:
+            config.pop(name, None)
+        identity = {"algorithm": self.algorithm, "seed": self.seed, **self._identity()}
+        # Through JSON: what is read back must compare equal to what is there.
+        return json.loads(json.dumps({**identity, "config": config}))  # type: ignore[no-any-return]
+
+    def _checkpoint(self) -> None:
+        tensors, state = self._state()
+        state["seconds"] = self.seconds
+        metadata = {
+            "format": 2,
+            "identity": self._signature(),
+            "state": state,
+            "history": rows_to_json(self.history),
+        }
+        self._write(tensors, metadata)
+
+    def _resume(self, folder: Path) -> None:
+        tensors, metadata = load_checkpoint(folder)
+        if metadata.get("format") != 2:
+            raise ValueError(
+                f"checkpoint_dir {folder} holds a checkpoint of format "
+                f"{metadata.get('format')!r}, this version reads format 2; give another "
+                "folder to start afresh"
+            )
+        theirs, ours = metadata["identity"], self._signature()
+        theirs, ours = theirs | theirs.pop("config"), ours | ours.pop("config")
+        for name in ours:
+            if theirs.get(name) != ours[name]:
+                raise ValueError(
+                    f"checkpoint_dir {folder} holds a run with {name} "
+                    f"{theirs.get(name)!r}, this one has {ours[name]!r}; give another "
+                    "folder to start afresh"
+                )
+        try:
+            self._restore(tensors, metadata["state"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"checkpoint_dir {folder} was written for another model: {error}"
+            ) from error
+        self.history.extend(rows_from_json(self._row_type, metadata["history"]))
+        self._seconds = float(metadata["state"]["seconds"])
+
+    # --- how it begins and ends ---
+
+    def __enter__(self) -> Self:
+        try:
+            if self._folder is not None and has_checkpoint(self._folder):
+                self._resume(self._folder)
+            self._enter()
+        except BaseException as error:
+            self._leave(error)
+            raise
+        if self._shows_bar:
+            done, total = self.position
+            title = f"{self.algorithm} {self.name} seed {self.seed}"
+            self._bar = tqdm(
+                total=total,
+                initial=done,
+                desc=title,
+                unit=self.unit,
+                unit_scale=total > 10**4,
+            )
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        if self._bar is not None:
+            self._bar.close()
+        self._leave(error)
+        if error is None:
+            return False
+        saved = f"; the last checkpoint is in {self._folder}" if self._folder else ""
+        if not self._revert(error):
+            error.add_note(f"This process has no result{saved}")
+            return False
+        done, total = self.position
+        if isinstance(error, KeyboardInterrupt):
+            self.stop_reason = "interrupted"
+            warnings.warn(
+                f"{self.algorithm} interrupted after {done} of {total} {self.unit}s; "
+                f"returning what was learned so far{saved}",
+                stacklevel=3,
+            )
+            return True
+        self.stop_reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, FloatingPointError):
+            raise TrainingDivergedError(
+                f"{error} in update {self.update + 1} (seed {self.seed}, {done} of "
+                f"{total} {self.unit}s). The exception's .result holds what update "
+                f"{self.update} left, the last good one{saved}. Try {self.remedy}.",
+                self.result(),
+            ) from error
+        # Whatever else broke (an environment, a reward function), what was learned must
+        # not be lost with it.
+        error.__dict__["result"] = self.result()
+        error.add_note(f"What was learned so far is in this exception's .result{saved}")
+        return False

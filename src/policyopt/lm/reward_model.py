@@ -1,0 +1,240 @@
+"""Reward models: scores learned from comparisons."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from policyopt.frame import Callback
+from policyopt.lm.batches import ScoredPairs
+from policyopt.lm.config import OfflineConfig
+from policyopt.lm.data import Pair, Records, preference_pairs
+from policyopt.lm.models import LanguageModel, RewardModel
+from policyopt.lm.results import LMResult, LMUpdate
+from policyopt.lm.sequences import Sequences, evaluating
+from policyopt.lm.sharding import gathered
+from policyopt.lm.training import Run, Statistics
+from policyopt.losses import (
+    BradleyTerry,
+    aggregate,
+    bradley_terry_loss,
+    check_loss,
+    item_losses,
+    statistic,
+)
+from policyopt.runs import Count, NonNegative
+
+__all__ = [
+    "RewardConfig",
+    "RewardUpdate",
+    "pad_pairs",
+    "pair_accuracy",
+    "train_reward_model",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(OfflineConfig):
+    """Settings of :func:`train_reward_model`."""
+
+    centering: NonNegative = 0.0
+    """Weight of the squared sum of a pair's scores, which keeps scores around 0."""
+    eval_every: Count | None = None
+    """Updates between measurements on ``eval_data``; None measures after the last
+    only."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        writes = self.logged_samples > 0
+        self._check("logged_samples", not writes, "0: a reward model writes nothing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardUpdate(LMUpdate):
+    """One row of :func:`train_reward_model`'s history. Means are over the batch's
+    pairs.
+    """
+
+    loss: float
+    """Mean −log σ(chosen − rejected), plus the centring term."""
+    accuracy: float
+    """Share of pairs whose chosen completion scores higher, before the step."""
+    margin: float
+    """Mean score of the chosen minus that of the rejected completion."""
+    eval_accuracy: float
+    """Accuracy on held-out pairs; NaN where it was not measured."""
+
+    headline: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
+    may_be_nan: ClassVar[tuple[str, ...]] = ("eval_accuracy", "accuracy", "margin")
+
+
+def train_reward_model(
+    language_model: LanguageModel,
+    data: Records,
+    config: RewardConfig = RewardConfig(),
+    *,
+    eval_data: Records | None = None,
+    loss: Callable[[ScoredPairs], Any] | None = None,
+    seed: int = 0,
+    callback: Callback | None = None,
+    progress: bool = True,
+    checkpoint_dir: str | Path | None = None,
+) -> LMResult[RewardConfig, RewardUpdate]:
+    """Fit r_φ to comparisons under the Bradley–Terry model, P(chosen over rejected) =
+    σ(r_φ(chosen) − r_φ(rejected)).
+
+    Parameters
+    ----------
+    language_model : LanguageModel
+        Where the reward model starts; copied, so that it stays available as the policy.
+    data : records
+        Columns ``prompt``, ``chosen`` and ``rejected``.
+    eval_data : records, optional
+        Held-out pairs, whose accuracy is reported.
+    loss : callable, optional
+        A function of the :class:`~policyopt.lm.batches.ScoredPairs` of a micro-batch
+        that returns one loss per pair, ``[N]``: a named tuple with the field ``loss``
+        (and ``margin``, if it has one), or a tensor. By default
+        :func:`~policyopt.losses.bradley_terry_loss`.
+    config, seed, callback, progress, checkpoint_dir
+        As in :func:`~policyopt.lm.sft.train_sft`.
+
+    Returns
+    -------
+    LMResult
+        Its ``reward_model`` is a reward function for the trainers.
+
+    References
+    ----------
+    Bradley and Terry (1952), doi:10.2307/2334029; Ouyang et al. (2022),
+    arXiv:2203.02155, eq. 1.
+    """
+    limits, tokenizer = config.limits(language_model), language_model.tokenizer
+    pairs = preference_pairs(data, tokenizer, limits)
+    held_out = (
+        [] if eval_data is None else preference_pairs(eval_data, tokenizer, limits)
+    )
+    start = language_model.copy()
+    reward_model = RewardModel(start)
+    run: Run[RewardConfig, RewardUpdate] = Run(
+        "reward", start, reward_model.network, config, RewardUpdate, pairs, seed=seed,
+        callback=callback, progress=progress, checkpoint_dir=checkpoint_dir,
+    )  # fmt: skip
+
+    def bradley_terry(batch: ScoredPairs) -> BradleyTerry:
+        chosen, rejected = batch.chosen_scores, batch.rejected_scores
+        return bradley_terry_loss(chosen, rejected, centering=config.centering)
+
+    objective = check_loss(loss, bradley_terry, "ScoredPairs")
+
+    with run:
+        for _ in run.updates():
+            batch = pad_pairs(run.batch(), start)
+            count = run.sum(len(batch) // 2)
+            statistics = Statistics()
+            for rows in run.micro_batches(len(batch), 2):
+                scores: Tensor = run.network(batch.select(rows))
+                piece = ScoredPairs(scores[0::2], scores[1::2])
+                items = item_losses(objective, piece, scores[0::2].shape)
+                run.backward(aggregate(items.loss, denominator=count))
+                margin = statistic(items, "margin")
+                statistics.add(
+                    loss=items.loss.sum(),
+                    accuracy=_accuracy(margin).sum(),
+                    margin=margin.sum(),
+                )
+            norm = run.descend()
+            measured = held_out and run.is_due(config.eval_every)
+            run.log(
+                tokens=int(run.sum(batch.completion_mask.sum())),
+                gradient_norm=norm,
+                eval_accuracy=_pairs_accuracy(reward_model, held_out, config)
+                if measured
+                else math.nan,
+                **statistics.means(run, count),
+            )
+    result = run.result()
+    result.reward_model = reward_model
+    return result
+
+
+class Scorer(Protocol):
+    """What scores completions: a reward model, or the implicit reward of a policy."""
+
+    @property
+    def language_model(self) -> LanguageModel:
+        """Whose tokenizer writes the completions."""
+        ...
+
+    @property
+    def network(self) -> nn.Module:
+        """What computes the scores."""
+        ...
+
+    def scores(self, sequences: Sequences) -> Tensor:
+        """Scores ``[B]``."""
+        ...
+
+
+def pair_accuracy(
+    reward_model: Scorer, data: Records, config: RewardConfig = RewardConfig()
+) -> float:
+    """Share of preference pairs whose chosen completion scores higher; a tie counts
+    half.
+
+    Parameters
+    ----------
+    reward_model : RewardModel or ImplicitReward
+        A reward model, or what a policy trained by DPO believes
+        (:class:`~policyopt.lm.dpo.ImplicitReward`).
+    data : records
+        Columns ``prompt``, ``chosen`` and ``rejected``.
+    config : RewardConfig
+        Its batch size and limits of length are used.
+
+    Raises
+    ------
+    ValueError
+        If a record is not usable; the message names it.
+    """
+    model = reward_model.language_model
+    pairs = preference_pairs(data, model.tokenizer, config.limits(model))
+    return _pairs_accuracy(reward_model, pairs, config)
+
+
+def pad_pairs(pairs: Sequence[Pair], language_model: LanguageModel) -> Sequences:
+    """Return a batch of 2 ``len(pairs)`` completions: chosen, rejected, chosen, …; each
+    pair shares its prompt.
+    """
+    return Sequences.pad(
+        [pair.prompt_ids for pair in pairs],
+        [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)],
+        [i // 2 for i in range(2 * len(pairs))],
+        pad_id=language_model.pad_id,
+        device=language_model.device,
+    )
+
+
+def _accuracy(margin: Tensor) -> Tensor:
+    return (margin > 0).float() + 0.5 * (margin == 0).float()
+
+
+@torch.no_grad()
+def _pairs_accuracy(
+    reward_model: Scorer, pairs: Sequence[Pair], config: RewardConfig
+) -> float:
+    network = reward_model.network
+    right, size = 0.0, config.micro_batch_size or config.batch_size
+    with gathered(network), evaluating(network):
+        for start in range(0, len(pairs), size):
+            scores = reward_model.scores(
+                pad_pairs(pairs[start : start + size], reward_model.language_model)
+            )
+            right += float(_accuracy(scores[0::2] - scores[1::2]).sum())
+    return right / len(pairs)

@@ -1,0 +1,356 @@
+"""Exercises of the chapter on group relative policy optimisation."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from policyopt.estimators import kl_estimate
+from policyopt.losses import aggregate, ranking_loss
+from policyopt_book.exercises import Exercise
+
+__all__ = ["EXERCISES"]
+
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+def _advantages(
+    rewards: Tensor, deviation: Any = statistics.stdev, eps: float = 1e-4
+) -> Three:
+    rows: tuple[list[list[float]], ...] = ([], [], [])
+    for group in rewards.tolist():
+        mean, std = statistics.mean(group), deviation(group)
+        rows[1].append([r - mean for r in group])
+        rows[0].append(
+            [a / (std + eps) if std + eps > 0 else math.nan for a in rows[1][-1]]
+        )
+        rows[2].append(
+            [
+                r - statistics.mean(group[:i] + group[i + 1 :])
+                for i, r in enumerate(group)
+            ]
+        )
+    grpo, dr_grpo, rloo = (torch.tensor(part, dtype=rewards.dtype) for part in rows)
+    return grpo, dr_grpo, rloo
+
+
+def _compared_with_the_batch(rewards: Tensor) -> Three:
+    batch = _advantages(rewards.reshape(1, -1))
+    return (
+        batch[0].view_as(rewards),
+        batch[1].view_as(rewards),
+        batch[2].view_as(rewards),
+    )
+
+
+def _compared_with_itself(rewards: Tensor) -> Three:
+    grpo, dr_grpo, _ = _advantages(rewards)
+    return grpo, dr_grpo, dr_grpo
+
+
+def _inverted_k3(log_prob: Tensor, reference_log_prob: Tensor, kind: str) -> Tensor:
+    if kind != "k3":
+        return _estimate(log_prob, reference_log_prob, kind)
+    log_ratio = log_prob - reference_log_prob
+    return log_ratio.exp() - 1 - log_ratio
+
+
+def _estimate(log_prob: Tensor, reference_log_prob: Tensor, kind: Any) -> Tensor:
+    return kl_estimate(log_prob, reference_log_prob, kind)
+
+
+def _without_half(log_prob: Tensor, reference_log_prob: Tensor, kind: str) -> Tensor:
+    return (2.0 if kind == "k2" else 1.0) * _estimate(
+        log_prob, reference_log_prob, kind
+    )
+
+
+def _kl_case(kind: str) -> dict[str, Any]:
+    log_prob = torch.tensor([-0.2, -1.5, -3.0, -2.0], dtype=torch.float64)
+    reference = torch.tensor([-0.9, -0.5, -3.0, -2.1], dtype=torch.float64)
+    return {"log_prob": log_prob, "reference_log_prob": reference, "kind": kind}
+
+
+def _update_factor(
+    p: float, K: int, failures: bool = True, slope: bool = True
+) -> float:
+    """Go through all groups of right and wrong answers."""
+    total = 0.0
+    for group in itertools.product((True, False), repeat=K):
+        probability = math.prod(p if right else 1 - p for right in group)
+        if any(group):
+            total += probability * (1 / p if slope else 1.0)
+        elif failures:
+            total -= probability * (1 / (1 - p) if slope else 1.0)
+    return total
+
+
+def _grpo_loss(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_ratio: float,
+    *,
+    which: Any = min,
+    mean: str = "sequence",
+) -> Tensor:
+    """Token by token; ``which`` chooses between the plain and the clipped term."""
+    rows, counts = [], []
+    for i in range(len(advantages)):
+        A, row = float(advantages[i]), log_prob.new_zeros(())
+        for t in range(mask.shape[1]):
+            if mask[i, t]:
+                ratio = (log_prob[i, t] - old_log_prob[i, t]).exp()
+                low, high = 1 - clip_ratio, 1 + clip_ratio
+                edge = (
+                    ratio
+                    if low <= ratio.item() <= high
+                    else log_prob.new_tensor(low if ratio < low else high)
+                )
+                row = row - which(ratio * A, edge * A)
+        rows.append(row)
+        counts.append(int(mask[i].sum()))
+    if mean == "token":
+        return torch.stack(rows).sum() / sum(counts)
+    if mean == "padded":
+        return torch.stack(rows).sum() / mask.numel()
+    return torch.stack([row / n for row, n in zip(rows, counts, strict=True)]).mean()
+
+
+def _always_on_policy(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_ratio: float,
+) -> Tensor:
+    return _grpo_loss(log_prob, log_prob.detach(), advantages, mask, clip_ratio)
+
+
+def _batch_case(moved: bool) -> dict[str, Any]:
+    """Return a batch of four completions, right after sampling or after the policy has
+    moved.
+    """
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.tensor(
+        [
+            [True] * 4,
+            [True, False, False, False],
+            [True] * 3 + [False],
+            [True, True, False, False],
+        ]
+    )
+    old = -3 * torch.rand(4, 4, generator=generator, dtype=torch.float64)
+    step = torch.tensor(
+        [
+            [0.5, -0.5, 0.1, -0.1],
+            [0.4, 0.0, 0.0, 0.0],
+            [0.6, -0.7, 0.05, 0.0],
+            [-0.3, 0.3, 0.0, 0.0],
+        ],
+        dtype=torch.float64,
+    )
+    return {
+        "log_prob": torch.where(
+            mask, old + step if moved else old, 2.0
+        ),  # whatever stands behind the end
+        "old_log_prob": torch.where(mask, old, 1.0),
+        "advantages": torch.tensor([1.2, 0.3, -0.9, -0.6], dtype=torch.float64),
+        "mask": mask,
+        "clip_ratio": 0.2,
+    }
+
+
+def _token_weights(lengths: Tensor, denominator: str, longest: int) -> Tensor:
+    """Return the slope of the package's mean with respect to each token."""
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    ones = torch.ones(mask.shape, dtype=torch.float64, requires_grad=True)
+    if denominator == "sequence":
+        mean = aggregate(ones, mask, reduction="sequence-mean")
+    elif denominator == "token":
+        mean = aggregate(ones, mask)
+    else:
+        mean = aggregate(ones, mask, denominator=len(lengths) * longest)
+    (weights,) = torch.autograd.grad(mean, ones)
+    return weights
+
+
+def _longest_of_the_batch(lengths: Tensor, denominator: str, longest: int) -> Tensor:
+    return _token_weights(lengths, denominator, int(lengths.max()))
+
+
+def _sequences_added(lengths: Tensor, denominator: str, longest: int) -> Tensor:
+    scale = len(lengths) if denominator == "sequence" else 1
+    return scale * _token_weights(lengths, denominator, longest)
+
+
+def _sequence_and_token_exchanged(
+    lengths: Tensor, denominator: str, longest: int
+) -> Tensor:
+    other = {"sequence": "token", "token": "sequence"}.get(denominator, denominator)
+    return _token_weights(lengths, other, longest)
+
+
+def _pushes(log_prob: Tensor, beta: float) -> Tensor:
+    probe = log_prob.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(-ranking_loss(probe, beta=beta).loss.sum(), probe)
+    assert isinstance(slope, Tensor)
+    return slope
+
+
+def _neighbours_only(log_prob: Tensor, beta: float) -> Tensor:
+    pushes = torch.zeros_like(log_prob)
+    for i in range(len(log_prob) - 1):
+        force = beta * torch.sigmoid(-beta * (log_prob[i] - log_prob[i + 1]))
+        pushes[i] += force
+        pushes[i + 1] -= force
+    return pushes
+
+
+def _pulled_where_right(log_prob: Tensor, beta: float) -> Tensor:
+    return _pushes(-log_prob, beta)
+
+
+EXERCISES: tuple[Exercise, ...] = (
+    Exercise(
+        name="grpo.group-of-four",
+        reference=_advantages,
+        cases=(
+            {"rewards": torch.tensor([[1.0, 0, 0, 1], [11, 10, 10, 11]])},
+            {"rewards": torch.tensor([[0.5, -1.0, 2.0], [3.0, 3.0, 3.0]])},
+            {"rewards": torch.tensor([[0.0, 1.0]])},
+        ),
+        rtol=1e-3,  # whether ε stands in the denominator or not
+        mistakes={
+            "The standard deviation of (2) has the denominator K - 1": (
+                lambda rewards: _advantages(rewards, statistics.pstdev)
+            ),
+            "A completion is compared with those of its own prompt, not with the "
+            "whole batch": (_compared_with_the_batch),
+            "In RLOO the mean is that of the others; a sample is not compared with "
+            "itself": (_compared_with_itself),
+            "A group of equal rewards is divided by 0: add the small number of (2) "
+            "to the deviation": (lambda rewards: _advantages(rewards, eps=0.0)),
+        },
+    ),
+    Exercise(
+        name="grpo.every-k",
+        reference=_estimate,
+        cases=(_kl_case("k1"), _kl_case("k2"), _kl_case("k3")),
+        gradient="log_prob",
+        mistakes={
+            "The ratio r is the reference's probability over the policy's; you have "
+            "it the other way round": (
+                lambda log_prob, reference_log_prob, kind: _estimate(
+                    reference_log_prob, log_prob, kind
+                )
+            ),
+            "In k3 the ratio is the other way round: then its mean under the policy "
+            "is not the KL": (_inverted_k3),
+            "The estimate k2 is half of the square": _without_half,
+            "No gradient arrives at the policy: something detaches it": (
+                lambda log_prob, reference_log_prob, kind: _estimate(
+                    log_prob.detach(), reference_log_prob, kind
+                )
+            ),
+        },
+    ),
+    Exercise(
+        name="grpo.best-of-the-group",
+        reference=_update_factor,
+        cases=({"p": 0.1, "K": 6}, {"p": 0.5, "K": 2}, {"p": 0.9, "K": 4}),
+        mistakes={
+            "A group without a success has a best completion as well: a failure, "
+            "which is made likelier": (
+                lambda p, K: _update_factor(p, K, failures=False)
+            ),
+            "These are probabilities; a success moves p by 1/p times its gradient, a "
+            "failure by -1/(1-p)": (lambda p, K: _update_factor(p, K, slope=False)),
+            "That is the factor of the policy gradient, 1: which completion is kept "
+            "depends on the rewards": (lambda p, K: 1.0),
+        },
+    ),
+    Exercise(
+        name="grpo.loss",
+        reference=_grpo_loss,
+        cases=(_batch_case(moved=False), _batch_case(moved=True)),
+        gradient="log_prob",
+        mistakes={
+            "You clip and do not take the minimum: then a bad token that became "
+            "likelier is let go": (
+                lambda *batch: _grpo_loss(*batch, which=lambda plain, clipped: clipped)
+            ),
+            "That is the maximum; the minimum is the pessimistic one": (
+                lambda *batch: _grpo_loss(*batch, which=max)
+            ),
+            "Nothing is clipped": lambda *batch: _grpo_loss(
+                *batch, which=lambda plain, clipped: plain
+            ),
+            "The sign is wrong: minimising this makes good completions rare": (
+                lambda *batch: -_grpo_loss(*batch)
+            ),
+            "All tokens count alike; (3) averages over the tokens of each completion "
+            "first": (lambda *batch: _grpo_loss(*batch, mean="token")),
+            "You divide by the length of the padded row, not by that of the "
+            "completion": (lambda *batch: _grpo_loss(*batch, mean="padded")),
+            "The ratio is always 1: compare with the policy that drew the batch, not "
+            "with the present one": (_always_on_policy),
+        },
+    ),
+    Exercise(
+        name="grpo.token-weights",
+        reference=_token_weights,
+        cases=tuple(
+            {
+                "lengths": torch.tensor([4, 1, 2]),
+                "denominator": denominator,
+                "longest": 6,
+            }
+            for denominator in ("sequence", "token", "constant")
+        ),
+        mistakes={
+            "The constant is the longest length allowed; the longest of the batch is "
+            "no constant": (_longest_of_the_batch),
+            "The sequence mean is also divided by the number of "
+            "completions": _sequences_added,
+            "Sequence mean and token mean are exchanged": _sequence_and_token_exchanged,
+        },
+    ),
+    Exercise(
+        name="grpo.pushes",
+        reference=_pushes,
+        cases=(
+            {
+                "log_prob": torch.tensor(
+                    [-67.4, -58.9, -32.1, -18.2], dtype=torch.float64
+                ),
+                "beta": 0.3,
+            },
+            {
+                "log_prob": torch.tensor([-1.0, -3.0, -2.0], dtype=torch.float64),
+                "beta": 1.0,
+            },
+            {"log_prob": torch.tensor([-4.0, -4.5], dtype=torch.float64), "beta": 2.0},
+        ),
+        mistakes={
+            "The signs are turned round: the best is to be pushed up": (
+                lambda log_prob, beta: -_pushes(log_prob, beta)
+            ),
+            "The list is read from the worst to the best; the best comes first": (
+                lambda log_prob, beta: _pushes(log_prob.flip(0), beta).flip(0)
+            ),
+            "Only neighbours are compared; the loss takes every pair": _neighbours_only,
+            "The factor beta before the sigmoid is missing": (
+                lambda log_prob, beta: _pushes(log_prob, beta) / beta
+            ),
+            "A pair pushes most where it is in the wrong order; yours pushes most "
+            "where it is right": (_pulled_where_right),
+        },
+    ),
+)

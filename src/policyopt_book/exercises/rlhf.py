@@ -1,0 +1,332 @@
+"""Exercises of the chapter on reinforcement learning from human feedback."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from policyopt_book.exercises import Exercise
+
+__all__ = ["EXERCISES"]
+
+
+def _shaped_rewards(
+    scores: Tensor,
+    log_prob: Tensor,
+    reference_log_prob: Tensor,
+    mask: Tensor,
+    beta: float,
+) -> Tensor:
+    rewards = torch.zeros_like(log_prob)
+    for i in range(len(scores)):
+        length = int(mask[i].sum())
+        for t in range(length):
+            rewards[i, t] = -beta * (log_prob[i, t] - reference_log_prob[i, t])
+        rewards[i, length - 1] += scores[i]
+    return rewards
+
+
+def _paid_for_distance(
+    s: Tensor, p: Tensor, q: Tensor, mask: Tensor, beta: float
+) -> Tensor:
+    return _shaped_rewards(s, q, p, mask, beta)
+
+
+def _paid_in_the_last_column(
+    s: Tensor, p: Tensor, q: Tensor, mask: Tensor, beta: float
+) -> Tensor:
+    rewards = _shaped_rewards(torch.zeros_like(s), p, q, mask, beta)
+    rewards[:, -1] += s
+    return rewards
+
+
+def _paid_at_every_token(
+    s: Tensor, p: Tensor, q: Tensor, mask: Tensor, beta: float
+) -> Tensor:
+    return _shaped_rewards(torch.zeros_like(s), p, q, mask, beta) + s[:, None] * mask
+
+
+def _charged_for_padding(
+    s: Tensor, p: Tensor, q: Tensor, mask: Tensor, beta: float
+) -> Tensor:
+    return torch.where(mask, _shaped_rewards(s, p, q, mask, beta), -beta * (p - q))
+
+
+def _padded_case() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    log_prob, reference = -2 * torch.rand(
+        2, 3, 4, generator=generator, dtype=torch.float64
+    )
+    mask = torch.tensor(
+        [[True] * 4, [True, True, False, False], [True, False, False, False]]
+    )
+    return {
+        "scores": torch.tensor([1.5, -2.0, 3.0], dtype=torch.float64),
+        "log_prob": torch.where(mask, log_prob, 7.0),  # whatever stands behind the end
+        "reference_log_prob": torch.where(mask, reference, -3.0),
+        "mask": mask,
+        "beta": 0.3,
+    }
+
+
+def _preference_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Return the negative logarithm of e^w / (e^w + e^l)."""
+    return torch.logaddexp(chosen, rejected) - chosen
+
+
+def _pair_case(chosen: list[float], rejected: list[float]) -> dict[str, Any]:
+    return {"chosen": torch.tensor(chosen), "rejected": torch.tensor(rejected)}
+
+
+def _expected_agreement(first: Tensor, second: Tensor, temperature: float) -> float:
+    """Go through both answers that the annotator may give to each pair."""
+    agreements = []
+    for u, v in zip(
+        (first / temperature).tolist(), (second / temperature).tolist(), strict=True
+    ):
+        prefers_first = math.exp(u) / (math.exp(u) + math.exp(v))
+        judge_says_first = 0.5 if u == v else float(u > v)
+        agreements.append(
+            judge_says_first * prefers_first
+            + (1 - judge_says_first) * (1 - prefers_first)
+        )
+    return sum(agreements) / len(agreements)
+
+
+def _utility_case(
+    first: list[float], second: list[float], temperature: float
+) -> dict[str, Any]:
+    return {
+        "first": torch.tensor(first, dtype=torch.float64),
+        "second": torch.tensor(second, dtype=torch.float64),
+        "temperature": temperature,
+    }
+
+
+def _best_of_n(p: Tensor, scores: Tensor, n: int) -> tuple[Tensor, float]:
+    """Go through every way to draw n texts."""
+    chosen = torch.zeros_like(p)
+    for drawn in itertools.product(range(len(p)), repeat=n):
+        best = max(drawn, key=lambda y: float(scores[y]))
+        chosen[best] += math.prod(float(p[y]) for y in drawn)
+    return chosen, float((chosen * (chosen / p).log()).sum())
+
+
+def _in_order_of_score(p: Tensor, scores: Tensor, n: int) -> tuple[Tensor, float]:
+    order = scores.argsort()
+    chosen, kl = _best_of_n(p, scores, n)
+    return chosen[order], kl
+
+
+def _divergence_turned_round(p: Tensor, scores: Tensor, n: int) -> tuple[Tensor, float]:
+    chosen, _ = _best_of_n(p, scores, n)
+    return chosen, float((p * (p / chosen).log()).sum())
+
+
+def _worst_of_n(p: Tensor, scores: Tensor, n: int) -> tuple[Tensor, float]:
+    return _best_of_n(p, -scores, n)
+
+
+def _texts_case(seed: int, texts: int, n: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    p = torch.randn(texts, generator=generator, dtype=torch.float64).softmax(0)
+    return {
+        "p": p,
+        "scores": torch.randn(texts, generator=generator, dtype=torch.float64),
+        "n": n,
+    }
+
+
+def _filtered_log_prob(
+    logits: Tensor, tokens: Tensor, temperature: float, top_k: int
+) -> Tensor:
+    found = []
+    for row, token in zip(logits.tolist(), tokens.tolist(), strict=True):
+        kept = sorted(range(len(row)), key=lambda v: -row[v])[:top_k]
+        mass = sum(math.exp(row[v] / temperature) for v in kept)
+        found.append(
+            math.log(math.exp(row[token] / temperature) / mass)
+            if token in kept
+            else -math.inf
+        )
+    return torch.tensor(found, dtype=logits.dtype)
+
+
+def _cut_but_not_renormalised(
+    logits: Tensor, tokens: Tensor, temperature: float, top_k: int
+) -> Tensor:
+    everything = _filtered_log_prob(logits, tokens, temperature, logits.shape[-1])
+    return torch.where(
+        _filtered_log_prob(logits, tokens, 1.0, top_k).isinf(), -math.inf, everything
+    )
+
+
+def _tempered_too_late(
+    logits: Tensor, tokens: Tensor, temperature: float, top_k: int
+) -> Tensor:
+    return _filtered_log_prob(logits, tokens, 1.0, top_k) / temperature
+
+
+def _logits_case(
+    seed: int, tokens: list[int], temperature: float, top_k: int
+) -> dict[str, Any]:
+    logits = torch.randn(
+        len(tokens),
+        6,
+        generator=torch.Generator().manual_seed(seed),
+        dtype=torch.float64,
+    )
+    ranked = logits.argsort(-1, descending=True)
+    return {
+        "logits": logits,
+        "tokens": ranked[
+            torch.arange(len(tokens)), torch.tensor(tokens)
+        ],  # given by their rank
+        "temperature": temperature,
+        "top_k": top_k,
+    }
+
+
+EXERCISES: tuple[Exercise, ...] = (
+    Exercise(
+        name="rlhf.token-rewards",
+        reference=_shaped_rewards,
+        cases=(
+            {
+                "scores": torch.tensor([2.0]),
+                "log_prob": torch.tensor([[0.5, -0.2, 0.1]]) - 1,
+                "reference_log_prob": torch.full((1, 3), -1.0),
+                "mask": torch.ones(1, 3, dtype=torch.bool),
+                "beta": 0.5,
+            },
+            _padded_case(),
+            _padded_case() | {"beta": 0.0},
+        ),
+        mistakes={
+            "The sign of the KL is turned round: the policy is paid for every nat of "
+            "distance": (_paid_for_distance),
+            "The score stands in the last column of the batch, not at the last token "
+            "of each completion": (_paid_in_the_last_column),
+            "Every token gets the score; only the last one should, or long texts are "
+            "paid several times": (_paid_at_every_token),
+            "Padding is charged as well: behind the end the "
+            "reward must be 0": _charged_for_padding,
+            "The factor beta is missing: the log-ratio is charged in full": (
+                lambda s, p, q, mask, beta: _shaped_rewards(s, p, q, mask, 1.0)
+            ),
+        },
+    ),
+    Exercise(
+        name="rlhf.preference-loss",
+        reference=_preference_loss,
+        cases=(
+            _pair_case([2.0, 0.0, 1.0], [0.0, 2.0, 1.0]),
+            _pair_case([-0.3, 5.0], [0.4, -1.0]),
+            _pair_case([-100.0, 100.0], [100.0, -100.0]),
+        ),
+        gradient="chosen",
+        mistakes={
+            "You ask for the rejected text to win: the margin has the wrong sign": (
+                lambda chosen, rejected: _preference_loss(rejected, chosen)
+            ),
+            "That is the log-likelihood; a loss is its negative": (
+                lambda chosen, rejected: -_preference_loss(chosen, rejected)
+            ),
+            "The logarithm is missing: a pair that is ordered badly wrong would "
+            "teach nothing": (
+                lambda chosen, rejected: -torch.sigmoid(chosen - rejected)
+            ),
+            "The sigmoid rounds to 0 before its logarithm is taken; compute both in "
+            "one piece": (
+                lambda chosen, rejected: -torch.log(torch.sigmoid(chosen - rejected))
+            ),
+            "No gradient arrives at the scores: something detaches them": (
+                lambda chosen, rejected: _preference_loss(chosen.detach(), rejected)
+            ),
+            "That is the mean; return one loss per pair": (
+                lambda chosen, rejected: -logsigmoid(chosen - rejected).mean()
+            ),
+        },
+    ),
+    Exercise(
+        name="rlhf.noise-ceiling",
+        reference=_expected_agreement,
+        cases=(
+            _utility_case([0.2, 0.0], [0.0, 3.0], 1.0),
+            _utility_case([1.0, -1.0, 2.0], [1.0, 0.5, -2.0], 2.0),
+            _utility_case([0.5], [0.0], 0.1),
+        ),
+        mistakes={
+            "The sign of the difference must not matter: the judge knows which of "
+            "the two is better": (
+                lambda first, second, temperature: torch.sigmoid(
+                    (first - second) / temperature
+                ).mean()
+            ),
+            "You take the mean before the sigmoid; the ceiling is the mean of the "
+            "probabilities": (
+                lambda first, second, temperature: torch.sigmoid(
+                    (first - second).abs().mean() / temperature
+                )
+            ),
+            "The temperature is missing: the hotter the annotator, the lower the "
+            "ceiling": (
+                lambda first, second, temperature: _expected_agreement(
+                    first, second, 1.0
+                )
+            ),
+            "The temperature divides the utilities; you multiply": (
+                lambda first, second, temperature: _expected_agreement(
+                    first, second, 1 / temperature
+                )
+            ),
+        },
+    ),
+    Exercise(
+        name="rlhf.best-of-n",
+        reference=_best_of_n,
+        cases=(_texts_case(0, 4, 3), _texts_case(1, 3, 6), _texts_case(2, 5, 1)),
+        mistakes={
+            "The probabilities are in the order of the scores; put them back in the "
+            "order of the texts": (_in_order_of_score),
+            "The distribution is right, but the divergence "
+            "is that of p from it": _divergence_turned_round,
+            "That is the worst of n: F must count the texts with a lower "
+            "score": _worst_of_n,
+        },
+    ),
+    Exercise(
+        name="rlhf.filtered-scorer",
+        reference=_filtered_log_prob,
+        cases=(
+            _logits_case(0, [0, 1, 2], 1.0, 3),
+            _logits_case(
+                1, [1, 0, 3], 0.5, 2
+            ),  # the sampler cannot have drawn the last one
+            _logits_case(2, [4, 5], 2.0, 6),
+        ),
+        mistakes={
+            "The filter is missing: the sampler divides by the probability that was "
+            "kept": (
+                lambda logits, tokens, temperature, top_k: _filtered_log_prob(
+                    logits, tokens, temperature, logits.shape[-1]
+                )
+            ),
+            "What is left does not sum to 1: divide by the probability that was kept": (
+                _cut_but_not_renormalised
+            ),
+            "The temperature is missing": (
+                lambda logits, tokens, temperature, top_k: _filtered_log_prob(
+                    logits, tokens, 1.0, top_k
+                )
+            ),
+            "The temperature divides the logits, before the softmax, not the "
+            "log-probabilities": (_tempered_too_late),
+        },
+    ),
+)

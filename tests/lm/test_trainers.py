@@ -1,0 +1,565 @@
+"""The frame of the language-model trainers: the same gradient however it is computed, and runs that can be taken up."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lm_runs import (
+    SHORT,
+    TRAINERS,
+    count_ones,
+    main,
+    records,
+    run_dpo,
+    run_grpo,
+    run_ppo,
+    run_sft,
+    tiny_model,
+    tiny_tokenizer,
+    weights,
+)
+from safetensors.torch import load_file
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from policyopt.lm import (
+    DPOConfig,
+    GRPOConfig,
+    ImplicitReward,
+    LanguageModel,
+    LMConfig,
+    LoRA,
+    PPOConfig,
+    RewardModel,
+    SamplingConfig,
+    TrainingDivergedError,
+    TransformersSampler,
+    add_lora,
+    completion_log_probs,
+    load,
+    pair_accuracy,
+    train_dpo,
+    train_grpo,
+    train_seeds,
+)
+from policyopt.lm.batches import Pairs
+from policyopt.lm.dpo import pair_loss
+from policyopt.lm.policies import PolicyNetwork
+from policyopt.lm.ppo import token_advantages
+from policyopt.lm.results import LMUpdate
+from policyopt.lm.training import Run
+
+# Forked from a server that has imported everything once.
+KILLED = multiprocessing.get_context("forkserver")
+KILLED.set_forkserver_preload(["lm_runs"])
+SCRIPT = Path(__file__).with_name("lm_runs.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def rows(result: Any) -> list[dict[str, Any]]:
+    return [{k: v for k, v in vars(row).items() if k != "seconds"} for row in result.history]
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_runs_repeat_bit_for_bit(name: str) -> None:
+    first, second = TRAINERS[name](tiny_model()), TRAINERS[name](tiny_model())
+    assert furthest(weights(first), weights(second)) == 0
+    assert str(rows(first)) == str(rows(second))
+    other = TRAINERS[name](tiny_model(), seed=1)
+    assert furthest(weights(first), weights(other)) > 1e-4
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_micro_batches_do_not_change_the_gradient(name: str, size: int) -> None:
+    whole = TRAINERS[name](tiny_model())
+    pieces = TRAINERS[name](tiny_model(), changes={"micro_batch_size": size})
+    assert furthest(weights(whole), weights(pieces)) < 2e-5
+    for a, b in zip(rows(whole), rows(pieces), strict=True):
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("mean", ["token", "sequence", "constant"])
+def test_micro_batches_do_not_change_any_of_grpo_denominators(mean: str) -> None:
+    whole = run_grpo(tiny_model(), changes={"loss_mean": mean, "drop_unfinished": True})
+    pieces = run_grpo(
+        tiny_model(), changes={"loss_mean": mean, "drop_unfinished": True, "micro_batch_size": 3}
+    )
+    assert furthest(weights(whole), weights(pieces)) < 2e-4
+
+
+def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
+    names = ",".join(TRAINERS)
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    subprocess.run([sys.executable, SCRIPT, one, names], check=True, env=ENVIRONMENT)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        SCRIPT,
+        two,
+        names,
+    ]
+    subprocess.run(command, check=True, env=ENVIRONMENT, capture_output=True, timeout=300)
+    for name in TRAINERS:
+        alone, together = (load_file(folder / f"{name}.safetensors") for folder in (one, two))
+        assert furthest(alone, together) < 2e-5, name
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(name: str, tmp_path: Path) -> None:
+    process = KILLED.Process(target=main, args=(str(tmp_path), name, 2))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    seen: list[int] = []
+    resumed = TRAINERS[name](
+        tiny_model(), checkpoint_dir=tmp_path / name, callback=lambda row: seen.append(row.update)
+    )
+    whole = TRAINERS[name](tiny_model())
+    assert seen == [3]
+    assert furthest(weights(resumed), weights(whole)) == 0
+    assert str(rows(resumed)) == str(rows(whole))
+
+
+def test_a_checkpoint_knows_its_data(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"progress": False, "checkpoint_dir": tmp_path}
+    config, data = DPOConfig(updates=1, batch_size=4), records()
+    train_dpo(tiny_model(), data, config, **options)
+    train_dpo(tiny_model(), [dict(record) for record in data], config, **options)
+    for other in (data[::-1], [*data[:-1], {**data[-1], "chosen": "one one one"}]):
+        with pytest.raises(ValueError, match=r"holds a run with data '\w+', this one has '\w+'"):
+            train_dpo(tiny_model(), other, config, **options)
+
+
+def test_the_reference_is_the_policy_before_the_checkpoint_is_read(tmp_path: Path) -> None:
+    """A run that goes on has the reference of the run that stopped: the policy at the start."""
+    whole = run_grpo(tiny_model(), changes={"checkpoint_every": 1})
+    run_grpo(
+        tiny_model(), checkpoint_dir=tmp_path, changes={"checkpoint_every": 1}, callback=lambda row: row.update == 2
+    )
+    resumed = run_grpo(tiny_model(), checkpoint_dir=tmp_path, changes={"checkpoint_every": 1})
+    assert resumed.history[-1].kl == whole.history[-1].kl != 0
+    assert furthest(weights(resumed), weights(whole)) == 0
+
+
+def test_a_reference_cannot_be_made_or_asked_too_late() -> None:
+    model = tiny_model()
+    run: Run[LMConfig, LMUpdate] = Run(
+        "test", model, PolicyNetwork(model.model), LMConfig(), LMUpdate, [1], seed=0, callback=None,
+        progress=False, checkpoint_dir=None,
+    )  # fmt: skip
+    borrowed, kept = run.reference(None, copy=False), run.reference(None)
+    sequences = model.encode(["one"], ["two"])
+    assert torch.equal(borrowed.log_probs(sequences), kept.log_probs(sequences))
+    with run:
+        kept.log_probs(sequences)
+        with pytest.raises(RuntimeError, match="kept no copy of the policy, whose training has begun"):
+            borrowed.log_probs(sequences)
+        with pytest.raises(RuntimeError, match="make the reference before"):
+            run.reference(None)
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    first = run_dpo(tiny_model(), checkpoint_dir=tmp_path)
+    again = run_dpo(tiny_model(), checkpoint_dir=tmp_path, callback=lambda row: pytest.fail("trained again"))
+    assert furthest(weights(first), weights(again)) == 0
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    run_dpo(tiny_model(), checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"seed 0, this one has 1; give another folder"):
+        run_dpo(tiny_model(), checkpoint_dir=tmp_path, seed=1)
+    with pytest.raises(ValueError, match=r"learning_rate 0.003, this one has 0.1"):
+        run_dpo(tiny_model(), checkpoint_dir=tmp_path, changes={"learning_rate": 0.1})
+    with pytest.raises(ValueError, match="algorithm 'dpo', this one has 'sft'"):
+        run_sft(tiny_model(), checkpoint_dir=tmp_path)
+
+
+def _gpt2() -> Any:
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=13, n_embd=16, n_layer=2, n_head=2, n_positions=64, eos_token_id=2, bos_token_id=1,
+                   resid_pdrop=0.1, attn_pdrop=0.0, embd_pdrop=0.0)
+    )  # fmt: skip
+
+
+def _qwen3() -> Any:
+    return Qwen3ForCausalLM(
+        Qwen3Config(vocab_size=13, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                    num_key_value_heads=1, head_dim=8, max_position_embeddings=64, eos_token_id=2)
+    )  # fmt: skip
+
+
+def _gemma2() -> Any:
+    return Gemma2ForCausalLM(
+        Gemma2Config(vocab_size=13, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                     num_key_value_heads=1, head_dim=8, max_position_embeddings=64, sliding_window=4, eos_token_id=2,
+                     query_pre_attn_scalar=8)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("build", [_gpt2, _qwen3, _gemma2])
+@pytest.mark.parametrize("name", TRAINERS)
+def test_other_architectures_go_through_every_trainer(name: str, build: Any) -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(build().eval(), tiny_tokenizer(), build.__name__)
+    before = {k: p.detach().clone() for k, p in model.model.named_parameters()}
+    result = TRAINERS[name](model)
+    after = result.reward_model.network.model if result.reward_model else result.language_model.model
+    changed = [k for k, p in after.named_parameters() if not torch.equal(p, before[k])]
+    assert len(changed) > 0.8 * len(before)
+    assert all(math.isfinite(row.gradient_norm) and row.gradient_norm > 0 for row in result.history)
+
+
+def test_dpo_starts_with_a_margin_of_exactly_zero() -> None:
+    result = run_dpo(tiny_model(), changes={"updates": 2})
+    first = result.history[0]
+    assert first.margin == first.chosen_reward == first.rejected_reward == 0.0
+    assert first.loss == pytest.approx(math.log(2), rel=1e-6)
+    assert first.weight == pytest.approx(0.5 * DPOConfig().beta)
+    assert result.history[1].margin != 0
+
+
+def test_the_implicit_reward_is_the_trained_log_ratio() -> None:
+    start = tiny_model()
+    policy = run_dpo(start.copy(), changes={"learning_rate": 0.05}).language_model
+    reward = ImplicitReward(policy, start, beta=0.3, batch_size=2)
+    texts, prompts = ["one two", "three", "four five six"], ["two", "two", "seven"]
+    sequences = policy.encode(prompts, texts)
+    with torch.no_grad():
+        new, old = (completion_log_probs(m.model, sequences).log_probs.sum(1) for m in (policy, start))
+    assert reward(texts, prompts) == pytest.approx((0.3 * (new - old)).tolist(), abs=1e-5)
+    assert ImplicitReward(start, start.copy())(texts, prompts) == pytest.approx([0, 0, 0], abs=1e-6)
+    with pytest.raises(ValueError, match="reference must be given for a policy without adapters"):
+        ImplicitReward(policy)
+
+
+def test_pair_accuracy_of_an_implicit_reward_counts_positive_margins() -> None:
+    start = tiny_model()
+    policy = run_dpo(start.copy(), changes={"learning_rate": 0.05}).language_model
+    reward, data = ImplicitReward(policy, start), records()
+    prompts = [record["prompt"] for record in data]
+    chosen, rejected = (reward([record[key] for record in data], prompts) for key in ("chosen", "rejected"))
+    right = [a > b for a, b in zip(chosen, rejected, strict=True)]
+    assert 0.5 < sum(right) / len(right) <= 1
+    assert pair_accuracy(reward, data) == sum(right) / len(right)
+    assert pair_accuracy(ImplicitReward(start, start.copy()), data) == 0.5  # ties
+
+
+def test_one_update_per_batch_has_ratios_of_exactly_one_and_a_loss_of_zero() -> None:
+    result = run_grpo(
+        tiny_model(), changes={"minibatches": 1, "epochs_per_batch": 1, "beta": 0.0, "loss_mean": "sequence"}
+    )
+    for row in result.history:
+        assert row.ratio_max == 1.0
+        assert row.clip_fraction == 0.0
+        assert abs(row.loss) < 1e-6  # advantages of a group add up to 0 …
+        assert row.gradient_norm > 0.01  # … and their gradient does not
+        assert math.isnan(row.kl)
+
+
+def test_groups_of_equal_rewards_teach_nothing() -> None:
+    model = tiny_model()
+    before = {k: p.detach().clone() for k, p in model.model.named_parameters()}
+    result = run_grpo(model, changes={"beta": 0.0})
+    assert furthest(weights(result), {f"{k}": v for k, v in before.items()}) > 0
+    model = tiny_model()
+    config = GRPOConfig(updates=2, batch_size=4, group_size=4, sampling=SHORT, learning_rate=0.1)
+    prompts = [{"prompt": record["prompt"]} for record in records()]
+    equal = train_grpo(
+        model, prompts, lambda completions, **_: [1.0] * len(completions), config, progress=False
+    )
+    assert furthest(weights(equal), before) == 0
+    assert [row.zero_variance for row in equal.history] == [1.0, 1.0]
+
+
+def test_skipping_completions_without_advantage_changes_nothing() -> None:
+    def sparse(completions: list[str], **_: Any) -> list[float]:
+        return [float("one" in text) for text in completions]
+
+    prompts = [{"prompt": record["prompt"]} for record in records()]
+    common: dict[str, Any] = {
+        "updates": 3,
+        "batch_size": 4,
+        "group_size": 4,
+        "sampling": SHORT,
+        "learning_rate": 3e-3,
+    }
+    skipped = train_grpo(tiny_model(), prompts, sparse, GRPOConfig(**common), progress=False)
+    # A KL weight too small to matter makes the trainer compute every completion.
+    computed = train_grpo(tiny_model(), prompts, sparse, GRPOConfig(**common, beta=1e-12), progress=False)
+    assert 0 < skipped.history[0].zero_variance < 1
+    assert furthest(weights(skipped), weights(computed)) < 1e-5
+
+
+def test_the_reference_stays_where_training_started() -> None:
+    model = tiny_model()
+    other = tiny_model(seed=5)
+    result = run_grpo(model, changes={"updates": 6, "learning_rate": 0.02, "beta": 1e-9})
+    assert abs(result.history[0].kl) < 1e-5
+    assert result.history[-1].kl > 0.05
+    elsewhere = run_grpo(tiny_model(), changes={"beta": 0.0, "updates": 1}, reference=other)
+    assert elsewhere.history[0].kl > 0.1
+
+
+def test_lora_trains_adapters_and_its_reference_is_the_bare_model() -> None:
+    pytest.importorskip("peft")
+    for name in ("dpo", "grpo", "ppo", "sft", "reward", "ranking"):
+        base = tiny_model()
+        frozen = {k: p.detach().clone() for k, p in base.model.named_parameters()}
+        adapted = add_lora(base, LoRA(rank=4), seed=0)
+        assert 0 < adapted.num_trainable_parameters < 0.5 * adapted.num_parameters
+        result = TRAINERS[name](adapted, changes={"learning_rate": 0.05})
+        kept = {k.replace("base_model.model.", "").replace(".base_layer", ""): p
+                for k, p in adapted.model.named_parameters() if "lora_" not in k}  # fmt: skip
+        assert all(torch.equal(kept[k], frozen[k]) for k in frozen), name
+        if name == "dpo":
+            assert result.history[0].margin == 0
+            assert result.history[-1].margin > 0.01
+        if name == "grpo":
+            assert abs(result.history[0].kl) < 1e-5
+            assert result.history[-1].kl != 0
+
+
+def test_a_lora_run_is_resumed_bit_for_bit(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    stop = run_dpo(add_lora(tiny_model(), LoRA(rank=2)), checkpoint_dir=tmp_path, changes={"checkpoint_every": 1},
+                   callback=lambda row: row.update == 2)  # fmt: skip
+    assert stop.stop_reason == "callback"
+    resumed = run_dpo(add_lora(tiny_model(), LoRA(rank=2)), checkpoint_dir=tmp_path)
+    whole = run_dpo(add_lora(tiny_model(), LoRA(rank=2)))
+    assert furthest(weights(resumed), weights(whole)) == 0
+
+
+def test_callback_stops_and_the_result_tells() -> None:
+    result = run_sft(tiny_model(), callback=lambda row: row.update == 2)
+    assert (result.updates, result.stop_reason, len(result.history)) == (2, "callback", 2)
+    assert result.history[-1].tokens == sum(result.history.column("tokens")[:1]) + (
+        result.history[1].tokens - result.history[0].tokens
+    )
+
+
+def test_interruption_returns_what_was_learned() -> None:
+    calls = []
+
+    def interrupt(completions: list[str], **_: Any) -> list[float]:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return count_ones(completions)
+
+    prompts = [{"prompt": record["prompt"]} for record in records()]
+    config = GRPOConfig(updates=5, batch_size=4, group_size=4, sampling=SHORT)
+    with pytest.warns(UserWarning, match="interrupted after 2 of 5 updates"):
+        result = train_grpo(tiny_model(), prompts, interrupt, config, progress=False)
+    assert result.stop_reason == "interrupted"
+    assert len(result.history) == 2
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights_of_before() -> None:
+    model = tiny_model()
+    before = {k: p.detach().clone() for k, p in model.model.named_parameters()}
+
+    def broken(pairs: Pairs) -> Any:
+        items = pair_loss(pairs, DPOConfig())
+        return items._replace(loss=items.loss * torch.nan)
+
+    with pytest.raises(
+        TrainingDivergedError, match=r"gradient is not finite in update 1 .*lower learning rate"
+    ) as caught:
+        train_dpo(model, records(), DPOConfig(updates=2, batch_size=4), loss=broken, progress=False)
+    assert furthest(weights(caught.value.result), before) == 0
+
+
+def test_what_was_learned_is_not_lost_with_a_reward_function() -> None:
+    calls = []
+
+    def fails(completions: list[str], **_: Any) -> list[float]:
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError("the judge is down")
+        return count_ones(completions)
+
+    prompts = [{"prompt": record["prompt"]} for record in records()]
+    config = GRPOConfig(updates=5, batch_size=4, group_size=4, sampling=SHORT)
+    with pytest.raises(
+        RuntimeError, match="reward function 'fails' raised OSError: the judge is down"
+    ) as caught:
+        train_grpo(tiny_model(), prompts, fails, config, progress=False)
+    assert len(caught.value.result.history) == 2  # type: ignore[attr-defined]
+
+
+def test_samples_are_recorded_before_and_after() -> None:
+    result = run_sft(tiny_model(), changes={"logged_samples": 2, "learning_rate": 0.05, "updates": 8})
+    assert len(result.samples) == 2
+    assert any(sample.before != sample.after for sample in result.samples)
+    assert [sample.prompt for sample in result.samples] == [record["prompt"] for record in records()[:2]]
+
+
+def test_results_are_saved_for_load_and_tables(tmp_path: Path) -> None:
+    result = run_grpo(tiny_model())
+    result.save(tmp_path / "model")
+    again = load(tmp_path / "model", device="cpu")
+    assert furthest(weights(result), {k: p.detach() for k, p in again.model.named_parameters()}) == 0
+    assert not list(tmp_path.glob("**/*.bin"))
+    lines = (tmp_path / "model" / "history.csv").read_text().splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("update,tokens")
+    reward = TRAINERS["reward"](tiny_model())
+    reward.save(tmp_path / "reward")
+    loaded = RewardModel.load(tmp_path / "reward", device="cpu")
+    texts, prompts = ["one two", "three"], ["four", "five"]
+    assert loaded(texts, prompts) == pytest.approx(reward.reward_model(texts, prompts), abs=1e-6)  # type: ignore[misc]
+
+
+def test_autocast_and_checkpointing_change_cost_and_not_the_result() -> None:
+    plain = run_dpo(tiny_model())
+    checkpointed = run_dpo(tiny_model(), changes={"gradient_checkpointing": True})
+    assert furthest(weights(plain), weights(checkpointed)) < 1e-5
+    half = run_dpo(tiny_model(), changes={"autocast": "bfloat16"})
+    assert 0 < furthest(weights(plain), weights(half)) < 0.02
+    assert half.history[0].margin == 0
+
+
+def test_16_bit_weights_are_warned_about() -> None:
+    model = tiny_model()
+    model.model.to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="smaller than 1/256 of a weight is lost"):
+        run_sft(model)
+
+
+def test_learning_rate_schedules() -> None:
+    linear = LMConfig(learning_rate=1.0, schedule="linear", warmup_updates=2)
+    assert [round(linear.learning_rate_at(s, 6), 3) for s in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    cosine = LMConfig(learning_rate=1.0, schedule="cosine")
+    assert [round(cosine.learning_rate_at(s, 4), 3) for s in range(4)] == [1.0, 0.854, 0.5, 0.146]
+    assert LMConfig(epochs=2, batch_size=8).total_updates(12) == 3
+
+
+def test_the_adaptive_kl_moves_beta_by_its_gain() -> None:
+    """At the start the KL is 0, far below the target, so the first batch takes the largest step down."""
+    for gain in (0.1, 2.0):
+        history = run_ppo(tiny_model(), changes={"updates": 2, "kl_gain": gain}).history
+        assert history[1].beta == pytest.approx(history[0].beta * (1 - 0.2 * gain))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (
+            GRPOConfig,
+            {"group_size": 1},
+            "group_size must be >= 2: one sample has nothing to be compared with",
+        ),
+        (GRPOConfig, {"sampling": SamplingConfig(temperature=0.0)}, "sampling must be of a temperature > 0"),
+        (GRPOConfig, {"minibatches": 20, "batch_size": 4}, "minibatches must be <= batch_size"),
+        (PPOConfig, {"target_kl": 1.0, "beta": 0.0}, "beta must be > 0 where target_kl"),
+        (PPOConfig, {"kl_gain": 5.0}, r"kl_gain must be in \(0, 5\)"),
+        (DPOConfig, {"loss": "ipo", "target_margin": 1.0}, "target_margin must be 0 with loss='ipo'"),
+        (DPOConfig, {"loss": "hing"}, "loss must be"),
+        (LMConfig, {"learning_rate": -1.0}, "learning_rate must be > 0"),
+        (LMConfig, {"adam_betas": (0.9,)}, "adam_betas must be two numbers"),
+    ],
+)
+def test_settings_are_checked(kind: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kind(**settings)
+
+
+def test_token_advantages_equal_a_slow_loop() -> None:
+    torch.manual_seed(0)
+    lengths = [4, 1, 3]
+    mask = torch.arange(4) < torch.tensor(lengths)[:, None]
+    rewards, values = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    advantages, targets = token_advantages(
+        torch.where(mask, rewards, 99.0),
+        torch.where(mask, values, torch.nan),
+        mask,
+        gamma=0.9,
+        gae_lambda=0.8,
+    )
+    for row, length in enumerate(lengths):
+        carried = 0.0
+        for t in reversed(range(length)):
+            following = values[row, t + 1] if t + 1 < length else 0.0
+            delta = rewards[row, t] + 0.9 * following - values[row, t]
+            carried = delta + 0.9 * 0.8 * carried
+            assert advantages[row, t] == pytest.approx(float(carried))
+            assert targets[row, t] == pytest.approx(float(carried + values[row, t]))
+    assert (advantages[~mask] == 0).all()
+
+
+def test_the_sampler_may_be_anything_that_samples() -> None:
+    class Counting(TransformersSampler):
+        updates = 0
+
+        def update_weights(self, model: Any) -> None:
+            self.updates += 1
+
+    model = tiny_model()
+    sampler = Counting(model)
+    with_own = run_ppo(model, sampler=sampler)
+    assert sampler.updates == 3
+    assert furthest(weights(with_own), weights(run_ppo(tiny_model()))) == 0
+
+
+def test_a_sampler_that_lies_is_corrected_for() -> None:
+    """Importance weights: a sampler at another temperature than the trainer believes gives another gradient."""
+
+    class Hotter(TransformersSampler):
+        def sample(
+            self, prompts: Any, samples_per_prompt: int, config: SamplingConfig, **options: Any
+        ) -> Any:
+            hot = SamplingConfig(max_new_tokens=config.max_new_tokens, temperature=3.0)
+            return super().sample(prompts, samples_per_prompt, hot, **options)
+
+    changes: dict[str, Any] = {"updates": 1, "minibatches": 1, "epochs_per_batch": 1, "max_gradient_norm": None}
+    norms = []
+    for cap in (2.0, None):
+        model = tiny_model()
+        result = run_grpo(model, sampler=Hotter(model), changes={**changes, "importance_cap": cap})
+        norms.append(result.history[0].gradient_norm)
+    assert abs(norms[0] - norms[1]) > 0.01 * norms[1]
+    honest = [run_grpo(tiny_model(), changes={**changes, "importance_cap": cap}).history[0].gradient_norm
+              for cap in (2.0, None)]  # fmt: skip
+    assert honest[0] == pytest.approx(honest[1], rel=1e-4)
+
+
+def test_seeds_in_parallel_do_not_share_a_model() -> None:
+    run = partial(run_grpo_quiet, tiny_model())
+    alone = train_seeds(run, seeds=2, workers=1, progress=False)
+    together = train_seeds(run, seeds=2, workers=2, progress=False)
+    for a, b in zip(alone, together, strict=True):
+        assert furthest(weights(a), weights(b)) < 1e-6
+
+
+def run_grpo_quiet(model: LanguageModel, *, seed: int, progress: bool) -> Any:
+    config = GRPOConfig(updates=2, batch_size=4, group_size=4, sampling=SHORT, learning_rate=3e-3)
+    prompts = [{"prompt": record["prompt"]} for record in records()]
+    return train_grpo(model, prompts, count_ones, config, seed=seed, progress=progress)
