@@ -16,12 +16,13 @@ import math
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,7 +35,7 @@ from policyopt.checkpoint import (
 )
 from policyopt.runs import History, Settings, TrainingDivergedError, check_seed
 
-__all__ = ["Callback", "Frame", "Row"]
+__all__ = ["Callback", "Frame", "Row", "Statistics", "read_run", "run_metadata"]
 
 Callback = Callable[[Any], bool | None]
 """Called with every row of the history; a true return value stops the training."""
@@ -54,8 +55,71 @@ class Row:
     NaN means that the training diverged."""
 
 
+_FORMAT = 2
+
 RowT = TypeVar("RowT", bound=Row)
 ConfigT = TypeVar("ConfigT", bound=Settings)
+
+
+class Statistics:
+    """Named numbers, gathered step by step without waiting for the GPU."""
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._steps: list[Tensor] = []
+
+    def add(self, **values: Tensor) -> None:
+        """Note a scalar for each name; the names are the same in every step."""
+        self._names = tuple(values)
+        self._steps.append(torch.stack([v.detach() for v in values.values()]))
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return what was noted under a name, one entry per step."""
+        return torch.stack(self._steps)[:, self._names.index(name)]
+
+    def means(self, *names: str) -> dict[str, float]:
+        """Return means over the steps, by name; of all that was noted without names."""
+        means = torch.stack(self._steps).mean(0).tolist()
+        found = dict(zip(self._names, means, strict=True))
+        return {name: found[name] for name in names or self._names}
+
+
+def run_metadata(
+    algorithm: str,
+    seed: int,
+    config: Settings,
+    *,
+    identity: Mapping[str, Any],
+    state: Mapping[str, Any],
+    history: History[Any],
+) -> dict[str, Any]:
+    """Describe a run for a checkpoint, as JSON.
+
+    ``identity`` names what a run that goes on from it must share, besides the first
+    three; ``state`` is all the rest.
+    """
+    return {
+        "format": _FORMAT,
+        "identity": {
+            "algorithm": algorithm,
+            "seed": seed,
+            **identity,
+            "config": dataclasses.asdict(config),
+        },
+        "state": dict(state),
+        "history": rows_to_json(history),
+    }
+
+
+def read_run(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a checkpoint that holds a run: its tensors, and its :func:`run_metadata`."""
+    tensors, metadata = load_checkpoint(folder)
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(
+            f"{folder} holds a checkpoint of format {metadata.get('format')!r}, this "
+            f"version reads format {_FORMAT}; give another folder to start afresh"
+        )
+    return tensors, metadata
 
 
 class Frame(ABC, Generic[ConfigT, RowT]):
@@ -200,42 +264,34 @@ class Frame(ABC, Generic[ConfigT, RowT]):
 
     def _diverged(self, row: RowT, name: str) -> bool:
         value = getattr(row, name)
-        number = isinstance(value, float) and name not in row.may_be_nan
-        return number and not math.isfinite(value)
+        if not isinstance(value, float) or math.isfinite(value):
+            return False
+        return math.isinf(value) or name not in row.may_be_nan
 
     # --- checkpoints ---
 
-    def _signature(self) -> dict[str, Any]:
-        config = dataclasses.asdict(self.config)
-        for name in self.may_change:
-            config.pop(name, None)
-        identity = {"algorithm": self.algorithm, "seed": self.seed, **self._identity()}
-        # Through JSON: what is read back must compare equal to what is there.
-        return json.loads(json.dumps({**identity, "config": config}))  # type: ignore[no-any-return]
-
     def _checkpoint(self) -> None:
         tensors, state = self._state()
-        state["seconds"] = self.seconds
-        metadata = {
-            "format": 2,
-            "identity": self._signature(),
-            "state": state,
-            "history": rows_to_json(self.history),
-        }
-        self._write(tensors, metadata)
+        self._write(tensors, self._metadata({**state, "seconds": self.seconds}))
+
+    def _metadata(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        return run_metadata(
+            self.algorithm,
+            self.seed,
+            self.config,
+            identity=self._identity(),
+            state=state,
+            history=self.history,
+        )
 
     def _resume(self, folder: Path) -> None:
-        tensors, metadata = load_checkpoint(folder)
-        if metadata.get("format") != 2:
-            raise ValueError(
-                f"checkpoint_dir {folder} holds a checkpoint of format "
-                f"{metadata.get('format')!r}, this version reads format 2; give another "
-                "folder to start afresh"
-            )
-        theirs, ours = metadata["identity"], self._signature()
+        tensors, metadata = read_run(folder)
+        # Through JSON: what is read back must compare equal to what is there.
+        ours = json.loads(json.dumps(self._metadata({})))["identity"]
+        theirs = metadata["identity"]
         theirs, ours = theirs | theirs.pop("config"), ours | ours.pop("config")
         for name in ours:
-            if theirs.get(name) != ours[name]:
+            if name not in self.may_change and theirs.get(name) != ours[name]:
                 raise ValueError(
                     f"checkpoint_dir {folder} holds a run with {name} "
                     f"{theirs.get(name)!r}, this one has {ours[name]!r}; give another "
@@ -245,7 +301,7 @@ class Frame(ABC, Generic[ConfigT, RowT]):
             self._restore(tensors, metadata["state"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise ValueError(
-                f"checkpoint_dir {folder} was written for another model: {error}"
+                f"checkpoint_dir {folder} does not fit this run: {error}"
             ) from error
         self.history.extend(rows_from_json(self._row_type, metadata["history"]))
         self._seconds = float(metadata["state"]["seconds"])

@@ -1,16 +1,19 @@
 """Objectives as pure functions.
 
 Every loss is minimised, so it is the *negative* of the objective in the papers. Each
-function returns a named tuple whose fields have one entry per item (time step, token,
-sample): ``loss`` first, then the statistics that tell whether the loss is healthy.
+function returns one entry per item (time step, token, sample): the loss alone, or a
+named tuple with ``loss`` first, then the statistics that tell whether it is healthy.
 Nothing is averaged here. :func:`aggregate` alone decides what is counted and what it is
 divided by, so that a batch cut into pieces gives the gradient of the whole.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,16 +25,16 @@ __all__ = [
     "DPO",
     "BradleyTerry",
     "ClippedSurrogate",
-    "EntropyLoss",
-    "PolicyGradient",
+    "Loss",
     "Ranking",
     "Surrogate",
     "ValueLoss",
     "aggregate",
     "bradley_terry_loss",
+    "check_loss",
     "clipped_surrogate_loss",
     "dpo_loss",
-    "entropy_loss",
+    "item_losses",
     "policy_gradient_loss",
     "ranking_loss",
     "sequence_log_ratio",
@@ -40,10 +43,10 @@ __all__ = [
 ]
 
 
-class PolicyGradient(NamedTuple):
-    """Result of :func:`policy_gradient_loss`, one entry per item."""
-
-    loss: Tensor
+Loss = Callable[[Any], Any]
+"""What a trainer's ``loss=`` takes: a function from the batch whose log-probabilities
+have just been computed, with gradient, to one loss per item: a tensor, or a named tuple
+or dataclass with the field ``loss`` and, if it likes, statistics such as ``ratio``."""
 
 
 class Surrogate(NamedTuple):
@@ -74,12 +77,6 @@ class ValueLoss(NamedTuple):
     loss: Tensor
     error: Tensor
     """V − target, in units of return (detached)."""
-
-
-class EntropyLoss(NamedTuple):
-    """Result of :func:`entropy_loss`, one entry per item."""
-
-    loss: Tensor
 
 
 class BradleyTerry(NamedTuple):
@@ -120,7 +117,7 @@ class Ranking(NamedTuple):
     """β (log-prob of the better − log-prob of the worse) (detached)."""
 
 
-def policy_gradient_loss(log_prob: Tensor, weights: Tensor) -> PolicyGradient:
+def policy_gradient_loss(log_prob: Tensor, weights: Tensor) -> Tensor:
     r"""REINFORCE: L_t = −w_t log π_θ(a_t|s_t), with the weights held constant.
 
     Its gradient is −w_t ∇ log π_θ, so descending it ascends E[Σ_t w_t log π_θ]. What
@@ -142,11 +139,11 @@ def policy_gradient_loss(log_prob: Tensor, weights: Tensor) -> PolicyGradient:
     Examples
     --------
     >>> import torch
-    >>> policy_gradient_loss(torch.tensor([-1.0]), torch.tensor([3.0])).loss
+    >>> policy_gradient_loss(torch.tensor([-1.0]), torch.tensor([3.0]))
     tensor([3.])
     """
     _check_match("log_prob", log_prob, weights=weights)
-    return PolicyGradient(-weights.detach() * log_prob)
+    return -weights.detach() * log_prob
 
 
 def surrogate_loss(
@@ -340,18 +337,6 @@ def value_loss(
     return ValueLoss(loss=0.5 * squared, error=error.detach())
 
 
-def entropy_loss(entropy: Tensor) -> EntropyLoss:
-    """Return −H: descending it spreads the policy out. Weigh it with a small
-    coefficient (``entropy_coef``).
-
-    Parameters
-    ----------
-    entropy : Tensor
-        H(π) at each state in nats, any shape, with gradient.
-    """
-    return EntropyLoss(-entropy)
-
-
 def bradley_terry_loss(
     chosen_scores: Tensor, rejected_scores: Tensor, *, centering: float = 0.0
 ) -> BradleyTerry:
@@ -451,6 +436,41 @@ def dpo_loss(
     >>> out.margin, out.loss, out.weight
     (tensor([-8.6500]), tensor([8.6502]), tensor([0.4999]))
     """
+    _check_dpo(beta, kind, label_smoothing, target_margin)
+    if (reference_chosen_log_prob is None) != (reference_rejected_log_prob is None):
+        raise ValueError(
+            "reference_chosen_log_prob and reference_rejected_log_prob must be given "
+            "both or neither"
+        )
+    tensors = {
+        "rejected_log_prob": rejected_log_prob,
+        "reference_chosen_log_prob": reference_chosen_log_prob,
+        "reference_rejected_log_prob": reference_rejected_log_prob,
+    }
+    given = {name: t for name, t in tensors.items() if t is not None}
+    _check_match("chosen_log_prob", chosen_log_prob, **given)
+    if reference_chosen_log_prob is not None:
+        chosen_log_prob = chosen_log_prob - reference_chosen_log_prob.detach()
+    if reference_rejected_log_prob is not None:
+        rejected_log_prob = rejected_log_prob - reference_rejected_log_prob.detach()
+    chosen, rejected = beta * chosen_log_prob, beta * rejected_log_prob
+    margin = chosen - rejected
+    x = margin - target_margin
+    right, slope = _preference_loss(x, kind, beta)
+    wrong, flipped_slope = _preference_loss(-x, kind, beta)
+    share = label_smoothing
+    return DPO(
+        loss=(1 - share) * right + share * wrong if share else right,
+        chosen_reward=chosen.detach(),
+        rejected_reward=rejected.detach(),
+        margin=margin.detach(),
+        weight=beta * ((1 - share) * slope - share * flipped_slope),
+    )
+
+
+def _check_dpo(
+    beta: float, kind: str, label_smoothing: float, target_margin: float
+) -> None:
     if not 0 < beta < math.inf:
         raise ValueError(f"beta must be finite and > 0, got {beta!r}")
     if not 0 <= label_smoothing < 0.5:
@@ -466,42 +486,6 @@ def dpo_loss(
             f"target_margin must be 0 with kind='ipo', got {target_margin!r}: beta "
             "alone sets IPO's target, 1/(2 beta)"
         )
-    _check_match(
-        "chosen_log_prob", chosen_log_prob, rejected_log_prob=rejected_log_prob
-    )
-    chosen, rejected = beta * chosen_log_prob, beta * rejected_log_prob
-    if (
-        reference_chosen_log_prob is not None
-        and reference_rejected_log_prob is not None
-    ):
-        _check_match(
-            "chosen_log_prob",
-            chosen_log_prob,
-            reference_chosen_log_prob=reference_chosen_log_prob,
-            reference_rejected_log_prob=reference_rejected_log_prob,
-        )
-        chosen = beta * (chosen_log_prob - reference_chosen_log_prob.detach())
-        rejected = beta * (rejected_log_prob - reference_rejected_log_prob.detach())
-    elif (
-        reference_chosen_log_prob is not None or reference_rejected_log_prob is not None
-    ):
-        raise ValueError(
-            "reference_chosen_log_prob and reference_rejected_log_prob must be given "
-            "both or neither"
-        )
-    margin = chosen - rejected
-    x = margin - target_margin
-    right, slope = _preference_loss(x, kind, beta)
-    wrong, flipped_slope = _preference_loss(-x, kind, beta)
-    return DPO(
-        loss=(1 - label_smoothing) * right + label_smoothing * wrong
-        if label_smoothing
-        else right,
-        chosen_reward=chosen.detach(),
-        rejected_reward=rejected.detach(),
-        margin=margin.detach(),
-        weight=beta * ((1 - label_smoothing) * slope - label_smoothing * flipped_slope),
-    )
 
 
 def _preference_loss(x: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor]:
@@ -654,3 +638,98 @@ def _positive_count(
             "skip the batch"
         )
     return count
+
+
+def check_loss(loss: Loss | None, default: Loss, batch: str) -> Loss:
+    """Return the loss that a trainer is to use, or refuse what cannot be one.
+
+    Parameters
+    ----------
+    loss : callable, optional
+        A trainer's argument of that name; None takes ``default``.
+    batch : str
+        What the loss will be called with, for the message.
+
+    Raises
+    ------
+    TypeError
+        If ``loss`` cannot be called with one argument.
+    """
+    if loss is None:
+        return default
+    try:
+        inspect.signature(loss).bind(None)
+    except TypeError as error:
+        raise TypeError(
+            f"loss must be a function of one argument, the {batch}, got {loss!r}: "
+            f"{error}; write lambda batch: … around a function of tensors"
+        ) from error
+    except ValueError:
+        pass  # a builtin that does not tell its signature
+    return loss
+
+
+def item_losses(
+    loss: Loss,
+    batch: Any,
+    shape: Sequence[int],
+    *,
+    statistics: Sequence[str] = (),
+    required: Sequence[str] = (),
+) -> Any:
+    """Call a trainer's ``loss`` and check what it returns.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Shape of one loss per item.
+    statistics : sequence of str
+        Fields that the trainer reports.
+    required : sequence of str
+        Those of them without which it cannot do what its config says.
+
+    Returns
+    -------
+    object
+        With the field ``loss``, and a field for each name in ``statistics``: detached,
+        and NaN where the loss did not return it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the loss is not a tensor of that shape, has no gradient where one is needed,
+        or lacks a required field.
+    """
+    returned = loss(batch)
+    items = (
+        returned if isinstance(returned, Tensor) else getattr(returned, "loss", None)
+    )
+    if not isinstance(items, Tensor):
+        raise TypeError(
+            "loss must return a tensor, or a named tuple or dataclass with a tensor "
+            f"in its field 'loss', got {type(returned).__name__}"
+        )
+    if items.shape != tuple(shape):
+        raise ValueError(
+            f"loss must return one number per item, shape {tuple(shape)}, got "
+            f"{tuple(items.shape)}; leave the mean to the trainer"
+        )
+    if torch.is_grad_enabled() and not items.requires_grad:
+        raise ValueError(
+            "loss must depend on the policy's parameters, got a tensor without "
+            "gradient; compute it from the batch's log_prob, not detached"
+        )
+    fields = {}
+    for name in statistics:
+        # A bare tensor has attributes of its own, none of them a statistic.
+        value = None if returned is items else getattr(returned, name, None)
+        if value is None and name in required:
+            raise ValueError(
+                f"loss must return the field {name!r} with this config, got only "
+                f"{type(returned).__name__}; return a named tuple that has it"
+            )
+        missing = value is None
+        fields[name] = (
+            torch.as_tensor(math.nan if missing else value).to(items).detach()
+        )
+    return SimpleNamespace(loss=items, **fields)

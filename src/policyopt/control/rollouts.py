@@ -110,10 +110,14 @@ class Rollout:
         return x.flatten(0, 1) if bool(self.valid.all()) else x[self.valid]
 
     @torch.no_grad()
-    def evaluate(self, critic: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def evaluate(
+        self, critic: Callable[[Tensor], Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
         """Return V(s_t) and V(s_{t+1}), both ``[T, N]``; the successor of a cut row is
-        its final observation.
+        its final observation. Without a critic V = 0.
         """
+        if critic is None:
+            return torch.zeros_like(self.rewards), torch.zeros_like(self.rewards)
         values = critic(
             torch.cat([self.observations, self.last_observations.unsqueeze(0)])
         )
@@ -161,9 +165,10 @@ class Collector:
         self.name = name
         self.steps = 0
         self._same_step = env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
-        self._reset(seed)
+        self.reset(seed)
 
-    def _reset(self, seed: int | None) -> None:
+    def reset(self, seed: int | None = None) -> None:
+        """Begin every copy's next episode; those under way are dropped."""
         n = self.env.num_envs
         self._observation: NDArray[Any] = np.asarray(self.env.reset(seed=seed)[0])
         self._pending_reset = np.zeros(n, dtype=bool)
@@ -198,7 +203,7 @@ class Collector:
         ValueError
             If an episode is not over after ``max_steps`` steps.
         """
-        self._reset(None)
+        self.reset()
         return self._run(max_steps, deterministic=deterministic, one_episode=True)
 
     def _run(self, steps: int, *, deterministic: bool, one_episode: bool) -> Rollout:
@@ -277,7 +282,7 @@ class Collector:
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise ValueError(
                     f"{self.name} returned a NaN or infinite last or final "
-                    "observation; mend the environment or wrap it so that every "
+                    "observation; fix the environment or wrap it so that every "
                     "observation is finite"
                 )
         episodes = self._close_episodes(rewards, terminated | truncated, valid)
@@ -312,7 +317,7 @@ class Collector:
                     t, i = bad[0][:2]
                     raise ValueError(
                         f"{self.name} returned a NaN or infinite {what} "
-                        f"({array[t, i]}) at step {t} of the rollout in copy {i}; mend "
+                        f"({array[t, i]}) at step {t} of the rollout in copy {i}; fix "
                         f"the environment or wrap it so that every {what} is finite"
                     )
 
