@@ -3,8 +3,8 @@ a checkpoint and goes on. Both halves of the package build on it. No learning ha
 here, and nothing here knows an environment, a language model or a second process.
 
 The order of events is fixed. Whoever makes a run prepares everything that belongs to
-its first moment: networks, optimiser, reference policy. Entering the ``with`` block then
-reads the checkpoint, if there is one, and only after that lets the half spread or
+its first moment: networks, optimiser, reference policy. Entering the ``with`` block
+then reads the checkpoint, if there is one, and only after that lets the half spread or
 compile what it likes (:meth:`Frame._enter`).
 """
 
@@ -85,29 +85,20 @@ class Statistics:
 
 
 def run_metadata(
-    algorithm: str,
-    seed: int,
-    config: Settings,
-    *,
-    identity: Mapping[str, Any],
-    state: Mapping[str, Any],
-    history: History[Any],
+    run: Any, identity: Mapping[str, Any], state: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Describe a run for a checkpoint, as JSON.
 
-    ``identity`` names what a run that goes on from it must share, besides the first
-    three; ``state`` is all the rest.
+    ``run`` has an algorithm, a seed, a config and a history. A run that goes on from
+    the checkpoint must share the first three with it, and ``identity``.
     """
+    config = dataclasses.asdict(run.config)
+    shared = {"algorithm": run.algorithm, "seed": run.seed, **identity}
     return {
         "format": _FORMAT,
-        "identity": {
-            "algorithm": algorithm,
-            "seed": seed,
-            **identity,
-            "config": dataclasses.asdict(config),
-        },
+        "identity": {**shared, "config": config},
         "state": dict(state),
-        "history": rows_to_json(history),
+        "history": rows_to_json(run.history),
     }
 
 
@@ -184,7 +175,7 @@ class Frame(ABC, Generic[ConfigT, RowT]):
 
     @abstractmethod
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Take over what :meth:`_state` returned; raise ValueError if it does not fit."""
+        """Take over what :meth:`_state` returned; ValueError if it does not fit."""
 
     def _enter(self) -> None:
         """Begin: a checkpoint has been read, the first update has not been made."""
@@ -228,7 +219,7 @@ class Frame(ABC, Generic[ConfigT, RowT]):
         return self._seconds + time.perf_counter() - self._started
 
     def updates(self) -> Iterator[int]:
-        """Yield the number of each update to make, from 0 or where a checkpoint left off."""
+        """Yield the number of each update to make, from 0 or a checkpoint's."""
         while self.unfinished:
             self._prepare_update()
             yield self.update
@@ -272,23 +263,14 @@ class Frame(ABC, Generic[ConfigT, RowT]):
 
     def _checkpoint(self) -> None:
         tensors, state = self._state()
-        self._write(tensors, self._metadata({**state, "seconds": self.seconds}))
-
-    def _metadata(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        return run_metadata(
-            self.algorithm,
-            self.seed,
-            self.config,
-            identity=self._identity(),
-            state=state,
-            history=self.history,
-        )
+        state["seconds"] = self.seconds
+        self._write(tensors, run_metadata(self, self._identity(), state))
 
     def _resume(self, folder: Path) -> None:
         tensors, metadata = read_run(folder)
         # Through JSON: what is read back must compare equal to what is there.
-        ours = json.loads(json.dumps(self._metadata({})))["identity"]
-        theirs = metadata["identity"]
+        ours = json.loads(json.dumps(run_metadata(self, self._identity(), {})))
+        theirs, ours = metadata["identity"], ours["identity"]
         theirs, ours = theirs | theirs.pop("config"), ours | ours.pop("config")
         for name in ours:
             if name not in self.may_change and theirs.get(name) != ours[name]:

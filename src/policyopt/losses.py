@@ -211,7 +211,7 @@ def clipped_surrogate_loss(
     --------
     >>> import torch
     >>> ratio, advantage = torch.tensor([1.5, 0.5, 1.5]), torch.tensor([1.0, 1.0, -1.0])
-    >>> out = clipped_surrogate_loss(ratio.log(), torch.zeros(3), advantage, clip_ratio=0.2)
+    >>> out = clipped_surrogate_loss(ratio.log(), torch.zeros(3), advantage)
     >>> out.loss, out.clipped
     (tensor([-1.2000, -0.5000,  1.5000]), tensor([1., 0., 0.]))
     """
@@ -243,15 +243,15 @@ def sequence_log_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> 
     r"""Log-ratio of whole completions, per token, repeated for each of their tokens
     (GSPO).
 
-    .. math:: \log s_i = \frac{1}{|y_i|} \sum_t \log\frac{\pi_\theta(a_t|s_t)}{\pi_\text{old}(a_t|s_t)}
+    .. math:: \log s_i = \frac{1}{|y_i|} \sum_t
+              \log\frac{\pi_\theta(a_t|s_t)}{\pi_\text{old}(a_t|s_t)}
 
     Give it to :func:`clipped_surrogate_loss` as the log-probability, with zeros as the
     old one: all tokens of a completion then share one ratio s_i, and are clipped
     together or not at all. The gradient of s_i is s_i times the mean over its tokens of
     ∇ log π(a_t|s_t). With one advantage per completion the loss's gradient equals that
     of "GSPO-token", where token t carries the value s_i but only its own gradient,
-    under each reduction of
-    :func:`aggregate`.
+    under each reduction of :func:`aggregate`.
 
     Parameters
     ----------
@@ -275,11 +275,14 @@ def sequence_log_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> 
     Examples
     --------
     >>> import torch
-    >>> log_prob, mask = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[True, True, False]])
-    >>> log_ratio = sequence_log_ratio(log_prob, log_prob - torch.tensor([[0.5, 0.25, 0.0]]), mask)
+    >>> log_prob = torch.tensor([[-1.0, -2.0, 0.0]])
+    >>> old_log_prob = torch.tensor([[-1.5, -2.25, 0.0]])
+    >>> mask = torch.tensor([[True, True, False]])
+    >>> log_ratio = sequence_log_ratio(log_prob, old_log_prob, mask)
     >>> log_ratio
     tensor([[0.3750, 0.3750, 0.0000]])
-    >>> clipped_surrogate_loss(log_ratio, torch.zeros_like(log_ratio), torch.ones(1, 3)).clipped
+    >>> zeros, ones = torch.zeros(1, 3), torch.ones(1, 3)
+    >>> clipped_surrogate_loss(log_ratio, zeros, ones).clipped
     tensor([[1., 1., 0.]])
     """
     _check_match("log_prob", log_prob, old_log_prob=old_log_prob, mask=mask)
@@ -316,10 +319,9 @@ def value_loss(
     Examples
     --------
     >>> import torch
-    >>> value_loss(torch.tensor([2.0]), torch.tensor([5.0])).loss
-    tensor([4.5000])
-    >>> value_loss(torch.tensor([2.0]), torch.tensor([5.0]), torch.tensor([0.0]), clip=1.0).loss
-    tensor([8.])
+    >>> value, target, old = torch.tensor([2.0]), torch.tensor([5.0]), torch.zeros(1)
+    >>> value_loss(value, target).loss, value_loss(value, target, old, clip=1.0).loss
+    (tensor([4.5000]), tensor([8.]))
     """
     _check_match("values", values, targets=targets)
     targets = targets.detach()
@@ -390,20 +392,22 @@ def dpo_loss(
     With the margin m = β (log π/π_ref of the chosen − log π/π_ref of the rejected
     completion) and x = m − γ:
 
-    =============  ===================  ========================================================================
-    kind           ℓ(x)                 what it asks for
-    =============  ===================  ========================================================================
-    ``"sigmoid"``  −log σ(x)            the likelihood of the preferences (DPO); always a little more margin
-    ``"ipo"``      ((x − ½) / β)²       a difference of log-ratios of 1/(2β), no more and no less (IPO)
-    ``"hinge"``    max(0, 1 − x)        a margin of at least 1 (SLiC)
-    =============  ===================  ========================================================================
+    =============  ===============  ===================================================
+    kind           ℓ(x)             what it asks for
+    =============  ===============  ===================================================
+    ``"sigmoid"``  −log σ(x)        the likelihood of the preferences (DPO); always a
+                                    little more margin
+    ``"ipo"``      ((x − ½) / β)²   a difference of log-ratios of 1/(2β), no more and no
+                                    less (IPO)
+    ``"hinge"``    max(0, 1 − x)    a margin of at least 1 (SLiC)
+    =============  ===============  ===================================================
 
     The loss is (1 − ε) ℓ(x) + ε ℓ(−x) with the label smoothing ε, the share of
     preferences believed to be the wrong way round ("conservative DPO").
 
     For length-normalised DPO give means over tokens instead of sums,
-    :func:`~policyopt.estimators.sequence_log_prob` with ``reduction="mean"``. SimPO is that without a reference, and
-    with ``target_margin``.
+    :func:`~policyopt.estimators.sequence_log_prob` with ``reduction="mean"``. SimPO is
+    that without a reference, and with ``target_margin``.
 
     Parameters
     ----------
@@ -413,7 +417,7 @@ def dpo_loss(
         The same under the reference policy; no gradient flows through them. None for
         both: no reference, both count as 0.
     beta : float
-        β > 0, how dear it is to leave the reference: the optimum of DPO is π_ref
+        β > 0, strength of the pull towards the reference: the optimum of DPO is π_ref
         exp(reward/β)/Z.
     kind : {"sigmoid", "ipo", "hinge"}
     label_smoothing : float
@@ -437,50 +441,49 @@ def dpo_loss(
     (tensor([-8.6500]), tensor([8.6502]), tensor([0.4999]))
     """
     _check_dpo(beta, kind, label_smoothing, target_margin)
-    if (reference_chosen_log_prob is None) != (reference_rejected_log_prob is None):
+    references = (reference_chosen_log_prob, reference_rejected_log_prob)
+    ratios = _log_ratios(chosen_log_prob, rejected_log_prob, *references)
+    chosen, rejected = beta * ratios[0], beta * ratios[1]
+    margin = chosen - rejected
+    x, share = margin - target_margin, label_smoothing
+    right, slope = _preference_loss(x, kind, beta)
+    wrong, flipped_slope = _preference_loss(-x, kind, beta)
+    loss = (1 - share) * right + share * wrong if share else right
+    weight = beta * ((1 - share) * slope - share * flipped_slope)
+    return DPO(loss, chosen.detach(), rejected.detach(), margin.detach(), weight)
+
+
+def _log_ratios(
+    chosen: Tensor,
+    rejected: Tensor,
+    reference_chosen: Tensor | None,
+    reference_rejected: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return log π/π_ref of both completions; without a reference, log π."""
+    _check_match("chosen_log_prob", chosen, rejected_log_prob=rejected)
+    if reference_chosen is None and reference_rejected is None:
+        return chosen, rejected
+    if reference_chosen is None or reference_rejected is None:
         raise ValueError(
             "reference_chosen_log_prob and reference_rejected_log_prob must be given "
             "both or neither"
         )
-    tensors = {
-        "rejected_log_prob": rejected_log_prob,
-        "reference_chosen_log_prob": reference_chosen_log_prob,
-        "reference_rejected_log_prob": reference_rejected_log_prob,
-    }
-    given = {name: t for name, t in tensors.items() if t is not None}
-    _check_match("chosen_log_prob", chosen_log_prob, **given)
-    if reference_chosen_log_prob is not None:
-        chosen_log_prob = chosen_log_prob - reference_chosen_log_prob.detach()
-    if reference_rejected_log_prob is not None:
-        rejected_log_prob = rejected_log_prob - reference_rejected_log_prob.detach()
-    chosen, rejected = beta * chosen_log_prob, beta * rejected_log_prob
-    margin = chosen - rejected
-    x = margin - target_margin
-    right, slope = _preference_loss(x, kind, beta)
-    wrong, flipped_slope = _preference_loss(-x, kind, beta)
-    share = label_smoothing
-    return DPO(
-        loss=(1 - share) * right + share * wrong if share else right,
-        chosen_reward=chosen.detach(),
-        rejected_reward=rejected.detach(),
-        margin=margin.detach(),
-        weight=beta * ((1 - share) * slope - share * flipped_slope),
+    _check_match(
+        "chosen_log_prob",
+        chosen,
+        reference_chosen_log_prob=reference_chosen,
+        reference_rejected_log_prob=reference_rejected,
     )
+    return chosen - reference_chosen.detach(), rejected - reference_rejected.detach()
 
 
-def _check_dpo(
-    beta: float, kind: str, label_smoothing: float, target_margin: float
-) -> None:
+def _check_dpo(beta: float, kind: str, smoothing: float, target_margin: float) -> None:
     if not 0 < beta < math.inf:
         raise ValueError(f"beta must be finite and > 0, got {beta!r}")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(
-            f"label_smoothing must lie in [0, 0.5), got {label_smoothing!r}"
-        )
+    if not 0 <= smoothing < 0.5:
+        raise ValueError(f"label_smoothing must lie in [0, 0.5), got {smoothing!r}")
     if not 0 <= target_margin < math.inf:
-        raise ValueError(
-            f"target_margin must be finite and >= 0, got {target_margin!r}"
-        )
+        raise ValueError(f"target_margin must be finite and >= 0, got {target_margin}")
     if kind == "ipo" and target_margin != 0:
         raise ValueError(
             f"target_margin must be 0 with kind='ipo', got {target_margin!r}: beta "
@@ -557,14 +560,15 @@ def aggregate(
     r"""Reduce per-item values to one number; the only place where a denominator is
     chosen.
 
-    ========================  ===============================================================================
-    reduction                 result
-    ========================  ===============================================================================
-    ``"mean"``                Σ of masked items / number of masked items (every time step or token counts once)
-    ``"sequence-mean"``       mean over sequences of each one's own mean over its items (last dimension);
-                              sequences without items are not counted
-    ``"sum"``                 Σ of masked items
-    ========================  ===============================================================================
+    ===================  ============================================================
+    reduction            result
+    ===================  ============================================================
+    ``"mean"``           Σ of masked items / number of masked items (every time step
+                         or token counts once)
+    ``"sequence-mean"``  mean over sequences of each one's own mean over its items
+                         (last dimension); sequences without items are not counted
+    ``"sum"``            Σ of masked items
+    ===================  ============================================================
 
     ``denominator`` replaces the count (of items, or of sequences for
     ``"sequence-mean"``). Give the count of the *whole* batch when it is cut into
@@ -592,8 +596,9 @@ def aggregate(
     Examples
     --------
     >>> import torch
-    >>> x, keep = torch.tensor([[1.0, 2.0], [5.0, 9.0]]), torch.tensor([[True, True], [True, False]])
-    >>> [aggregate(x, keep, reduction=r).item() for r in ("mean", "sequence-mean", "sum")]
+    >>> x = torch.tensor([[1.0, 2.0], [5.0, 9.0]])
+    >>> keep, kinds = x < 9, ("mean", "sequence-mean", "sum")
+    >>> [aggregate(x, keep, reduction=kind).item() for kind in kinds]
     [2.6666667461395264, 3.25, 8.0]
     """
     if mask is not None:

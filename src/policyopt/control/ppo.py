@@ -101,12 +101,12 @@ class PPOUpdate(Update):
     explained_variance: float
     """Of the targets, by the critic before the update; NaN without one."""
     passes: int
-    """Passes made over the batch; fewer than configured when ``target_kl`` stopped them."""
+    """Passes made over the batch; fewer than configured if ``target_kl`` was met."""
     learning_rate: float
 
 
 def ppo_loss(steps: Steps, config: PPOConfig) -> ClippedSurrogate:
-    """PPO's objective: :func:`~policyopt.losses.clipped_surrogate_loss` of each step."""
+    """PPO's: :func:`~policyopt.losses.clipped_surrogate_loss` of each step."""
     return clipped_surrogate_loss(
         steps.log_prob,
         steps.old_log_prob,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import gymnasium as gym
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -45,6 +44,7 @@ class Update(Row):
 
 RowT = TypeVar("RowT", bound=Update)
 ConfigT = TypeVar("ConfigT", bound=ControlConfig)
+_SPACES = ("observation_space", "action_space")
 
 
 @dataclass
@@ -92,20 +92,13 @@ class TrainResult(Generic[ConfigT, RowT]):
             not how to rebuild it.
         """
         tensors, state = parts_of(self)
-        if state["spaces"] is None:
+        if not state["built_in"]:
             raise ValueError(
                 "policy must be the one that the config describes to be saved whole, "
                 f"got a {type(self.policy).__name__} of another structure; save its "
                 "state_dict() with safetensors.torch.save_file instead"
             )
-        metadata = run_metadata(
-            self.algorithm,
-            self.seed,
-            self.config,
-            identity=identity_of(self),
-            state=state,
-            history=self.history,
-        )
+        metadata = run_metadata(self, identity_of(self), state)
         return save_checkpoint(folder, tensors, metadata)
 
     @staticmethod
@@ -123,7 +116,7 @@ class TrainResult(Generic[ConfigT, RowT]):
         tensors, metadata = read_run(folder)
         identity, state = metadata["identity"], metadata["state"]
         config_type, row_type = _algorithm_types(identity["algorithm"])
-        if state["spaces"] is None:
+        if not state["built_in"]:
             raise ValueError(
                 f"{folder} holds a {identity['policy']} of your own making, which "
                 "cannot be rebuilt from here; start its training again with this "
@@ -131,7 +124,7 @@ class TrainResult(Generic[ConfigT, RowT]):
             )
         settings = identity["config"]
         config = config_type(**settings | {"hidden": tuple(settings["hidden"])})
-        observations, actions = (_space_from_json(space) for space in state["spaces"])
+        observations, actions = (_space_of(strip(tensors, f"{n}.")) for n in _SPACES)
         policy, critic = build_networks(
             observations,
             actions,
@@ -164,8 +157,8 @@ def identity_of(result: TrainResult[Any, Any]) -> dict[str, Any]:
     """
     return {
         "environment": result.environment,
-        "observation space": str(result.spaces[0]),
-        "action space": str(result.spaces[1]),
+        "observation_space": str(result.spaces[0]),
+        "action_space": str(result.spaces[1]),
         "copies": result.num_envs,
         "policy": type(result.policy).__name__,
     }
@@ -179,8 +172,11 @@ def parts_of(result: TrainResult[Any, Any]) -> tuple[dict[str, Tensor], dict[str
     for name, column in result.episodes.table().items():
         tensors[f"episodes.{name}"] = torch.from_numpy(column)
     built_in = _is_built_in(result)
+    if built_in:
+        for name, space in zip(_SPACES, result.spaces, strict=True):
+            tensors |= {f"{name}.{k}": v for k, v in _space_tensors(space).items()}
     return tensors, {
-        "spaces": [_space_to_json(s) for s in result.spaces] if built_in else None,
+        "built_in": built_in,
         "stop_reason": result.stop_reason,
         "seconds": result.seconds,
         "steps": result.steps,
@@ -231,25 +227,18 @@ def _algorithm_types(algorithm: str) -> tuple[type[ControlConfig], type[Update]]
     return getattr(module, f"{prefix}Config"), getattr(module, f"{prefix}Update")
 
 
-def _space_to_json(space: gym.Space[Any]) -> dict[str, Any]:
+def _space_tensors(space: gym.Space[Any]) -> dict[str, Tensor]:
     if isinstance(space, gym.spaces.Discrete):
-        return {"n": int(space.n), "start": int(space.start)}
+        return {
+            "n": torch.tensor(int(space.n)),
+            "start": torch.tensor(int(space.start)),
+        }
     assert isinstance(space, gym.spaces.Box)
-    return {
-        # JSON has no infinity: bounds travel as text.
-        "low": [str(v) for v in space.low.flatten()],
-        "high": [str(v) for v in space.high.flatten()],
-        "shape": list(space.shape),
-        "dtype": str(space.dtype),
-    }
+    return {"low": torch.from_numpy(space.low), "high": torch.from_numpy(space.high)}
 
 
-def _space_from_json(data: Mapping[str, Any]) -> gym.Space[Any]:
-    if "n" in data:
-        return gym.spaces.Discrete(data["n"], start=data["start"])
-    dtype = np.dtype(data["dtype"])
-    low, high = (
-        np.array([float(v) for v in data[k]]).astype(dtype).reshape(data["shape"])
-        for k in ("low", "high")
-    )
-    return gym.spaces.Box(low, high, dtype=dtype.type)
+def _space_of(tensors: Mapping[str, Tensor]) -> gym.Space[Any]:
+    if "n" in tensors:
+        return gym.spaces.Discrete(int(tensors["n"]), start=int(tensors["start"]))
+    low, high = tensors["low"].numpy(), tensors["high"].numpy()
+    return gym.spaces.Box(low, high, dtype=low.dtype.type)

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -15,25 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from policyopt.checkpoint import optimizer_slots, optimizer_tensors
+from policyopt.control import environments, results
 from policyopt.control.config import build_networks
-from policyopt.control.environments import (
-    EnvLike,
-    environment_name,
-    environment_seed,
-    make_vector_env,
-)
+from policyopt.control.environments import EnvLike, environment_seed
 from policyopt.control.policies import Policy
-from policyopt.control.results import (
-    ConfigT,
-    RowT,
-    TrainResult,
-    episodes_of,
-    identity_of,
-    load_networks,
-    parts_of,
-)
+from policyopt.control.results import ConfigT, RowT, TrainResult
 from policyopt.control.rollouts import Collector, Episodes, Rollout
-from policyopt.frame import Callback, Frame
+from policyopt.frame import Frame
 from policyopt.runs import derive_seed, resolve_device
 
 __all__ = ["Run"]
@@ -48,7 +35,8 @@ class _RewardScaler:
 
     def __init__(self, gamma: float, copies: int) -> None:
         self.gamma = gamma
-        self.mean = self.variance = self.count = 0.0
+        self.statistics = (0.0, 0.0, 0.0)
+        """Mean, variance and count of the discounted returns so far."""
         self._running = np.zeros(copies)
 
     def __call__(self, rollout: Rollout) -> Rollout:
@@ -60,24 +48,17 @@ class _RewardScaler:
             returns[t] = self._running = self._running * self.gamma + reward
             self._running = np.where(done[t], 0.0, self._running)
         seen = returns[rollout.valid.cpu().numpy()]
-        total = self.count + len(seen)
-        delta = seen.mean() - self.mean
-        spread = self.variance * self.count + seen.var() * len(seen)
-        spread += delta**2 * self.count * len(seen) / total
-        self.mean += delta * len(seen) / total
-        self.variance, self.count = spread / total, float(total)
-        deviation = math.sqrt(self.variance)
+        mean, variance, count = self.statistics
+        total = count + len(seen)
+        delta = float(seen.mean()) - mean
+        spread = variance * count + float(seen.var()) * len(seen)
+        spread += delta**2 * count * len(seen) / total
+        mean, variance = mean + delta * len(seen) / total, spread / total
+        self.statistics = (mean, variance, total)
+        deviation = math.sqrt(variance)
         return dataclasses.replace(
             rollout, rewards=rollout.rewards / (deviation if deviation > 1e-8 else 1.0)
         )
-
-    @property
-    def statistics(self) -> tuple[float, float, float]:
-        return float(self.mean), float(self.variance), self.count
-
-    @statistics.setter
-    def statistics(self, values: Sequence[float]) -> None:
-        self.mean, self.variance, self.count = values
 
     def restart(self) -> None:
         """Forget the episodes that are under way."""
@@ -101,31 +82,21 @@ class Run(Frame[ConfigT, RowT]):
         config: ConfigT,
         row_type: type[RowT],
         *,
-        seed: int,
         critic: bool,
         policy: Policy | None,
-        checkpoint_dir: str | Path | None,
-        callback: Callback | None,
-        progress: bool,
+        **options: Any,
     ) -> None:
+        """Prepare; ``options`` are the seed and others that a frame has."""
+        name, every = environments.environment_name(env), config.checkpoint_every
         super().__init__(
-            algorithm,
-            environment_name(env),
-            config,
-            row_type,
-            seed=seed,
-            callback=callback,
-            progress=progress,
-            checkpoint_dir=checkpoint_dir,
-            checkpoint_every=config.checkpoint_every,
+            algorithm, name, config, row_type, checkpoint_every=every, **options
         )
         self.device = resolve_device(config.device)
         self._threads = torch.get_num_threads()
         self._optimizer: torch.optim.Optimizer | None = None
         self._episodes: list[Episodes] = []
         self._episode_count, self._last_returns = 0, list[float]()
-        self._rollout: Rollout | None = None
-        self.env, self._owned = make_vector_env(env, config.num_envs)
+        self.env, self._owned = environments.make_vector_env(env, config.num_envs)
         try:
             self._build(policy, critic)
         except BaseException as error:
@@ -133,32 +104,25 @@ class Run(Frame[ConfigT, RowT]):
             raise
 
     def _build(self, policy: Policy | None, critic: bool) -> None:
-        env, config = self.env, self.config
+        env, seed = self.env, self.seed
         self.spaces = (env.single_observation_space, env.single_action_space)
+        # A generator of the CPU: the first weights do not depend on the device.
+        start = torch.Generator().manual_seed(seed)
         self.policy, self.critic = build_networks(
-            *self.spaces,
-            config,
-            critic=critic,
-            # Of the CPU: the first weights do not depend on the device.
-            generator=torch.Generator().manual_seed(self.seed),
-            policy=policy,
+            *self.spaces, self.config, critic=critic, generator=start, policy=policy
         )
         for network in self._networks():
             network.to(self.device)
-        self.generator = torch.Generator(self.device).manual_seed(self.seed)
+        self._good = self._snapshot()
+        self._scaler = _RewardScaler(self.config.gamma, env.num_envs)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
         self._collector = Collector(
             env,
             self.policy,
             self.generator,
-            seed=environment_seed(self.seed),
+            seed=environment_seed(seed),
             name=self.name,
         )
-        self._scaler = (
-            _RewardScaler(config.gamma, env.num_envs)
-            if config.normalize_rewards
-            else None
-        )
-        self._good = self._snapshot()
 
     # --- the loop's interface ---
 
@@ -190,20 +154,16 @@ class Run(Frame[ConfigT, RowT]):
         """Collect ``steps`` rows of ``[T, N]``, or one whole episode per copy when
         ``steps`` is None.
         """
-        rollout = (
-            self._collector.collect_episodes()
-            if steps is None
-            else self._collector.collect(steps)
-        )
-        self._rollout = rollout
+        if steps is None:
+            rollout = self._collector.collect_episodes()
+        else:
+            rollout = self._collector.collect(steps)
+        self._rollout = rollout  # for the encoder, once the update is made
         self._note(rollout.episodes)
-        return rollout if self._scaler is None else self._scaler(rollout)
+        return self._scaler(rollout) if self.config.normalize_rewards else rollout
 
     def result(self) -> TrainResult[ConfigT, RowT]:
         """Return what was learned so far."""
-        statistics = (
-            (0.0, 0.0, 0.0) if self._scaler is None else self._scaler.statistics
-        )
         return TrainResult(
             algorithm=self.algorithm,
             environment=self.name,
@@ -218,7 +178,7 @@ class Run(Frame[ConfigT, RowT]):
             seconds=self.seconds,
             steps=self._collector.steps,
             spaces=self.spaces,
-            reward_statistics=statistics,
+            reward_statistics=self._scaler.statistics,
         )
 
     # --- what the frame asks for ---
@@ -235,16 +195,13 @@ class Run(Frame[ConfigT, RowT]):
     def _note(self, episodes: Episodes) -> None:
         self._episodes.append(episodes)
         self._episode_count += len(episodes)
-        self._last_returns = (self._last_returns + episodes.returns[-20:].tolist())[
-            -20:
-        ]
+        self._last_returns = [*self._last_returns, *episodes.returns.tolist()][-20:]
 
     def _recorded(self) -> None:
         if not bool(torch.isfinite(nn.utils.get_total_norm(self.trainable()))):
             raise FloatingPointError("parameters not finite")
         self._good = self._snapshot()
-        if self._rollout is not None:
-            self.policy.encoder.update(self._rollout.flat(self._rollout.observations))
+        self.policy.encoder.update(self._rollout.flat(self._rollout.observations))
 
     def _revert(self, error: BaseException) -> bool:
         # An update that broke off counts for nothing, so that policy and history agree.
@@ -271,10 +228,10 @@ class Run(Frame[ConfigT, RowT]):
     # --- checkpoints ---
 
     def _identity(self) -> dict[str, Any]:
-        return identity_of(self.result())
+        return results.identity_of(self.result())
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors, state = parts_of(self.result())
+        tensors, state = results.parts_of(self.result())
         if self.unfinished:
             state["stop_reason"] = "unfinished"
         if self._optimizer is not None:
@@ -282,7 +239,7 @@ class Run(Frame[ConfigT, RowT]):
         return tensors, state
 
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        load_networks(self.policy, self.critic, tensors)
+        results.load_networks(self.policy, self.critic, tensors)
         self._good = self._snapshot()
         if self._optimizer is not None:
             slots = optimizer_slots(tensors)
@@ -294,9 +251,8 @@ class Run(Frame[ConfigT, RowT]):
             self._optimizer.load_state_dict(
                 {**self._optimizer.state_dict(), "state": slots}
             )
-        if self._scaler is not None:
-            self._scaler.statistics = state["reward_statistics"]
-        self._note(episodes_of(tensors))
+        self._scaler.statistics = tuple(state["reward_statistics"])
+        self._note(results.episodes_of(tensors))
         self._collector.steps = state["steps"]
 
     def _saved(self) -> None:
@@ -306,8 +262,7 @@ class Run(Frame[ConfigT, RowT]):
         fresh = derive_seed(self.seed, self.update)
         self.generator.manual_seed(fresh)
         self._collector.reset(environment_seed(fresh))
-        if self._scaler is not None:
-            self._scaler.restart()
+        self._scaler.restart()
 
     def _networks(self) -> list[nn.Module]:
         return [self.policy] if self.critic is None else [self.policy, self.critic]
