@@ -75,7 +75,8 @@ class Statistics:
 
     def __getitem__(self, name: str) -> Tensor:
         """Return what was noted under a name, one entry per step."""
-        return torch.stack(self._steps)[:, self._names.index(name)]
+        columns = torch.stack(self._steps).unbind(1)
+        return dict(zip(self._names, columns, strict=True))[name]
 
     def means(self, *names: str) -> dict[str, float]:
         """Return means over the steps, by name; of all that was noted without names."""

@@ -31,10 +31,8 @@ __all__ = [
     "ValueLoss",
     "aggregate",
     "bradley_terry_loss",
-    "check_loss",
     "clipped_surrogate_loss",
     "dpo_loss",
-    "item_losses",
     "policy_gradient_loss",
     "ranking_loss",
     "sequence_log_ratio",
@@ -733,8 +731,7 @@ def item_losses(
                 f"loss must return the field {name!r} with this config, got only "
                 f"{type(returned).__name__}; return a named tuple that has it"
             )
-        missing = value is None
-        fields[name] = (
-            torch.as_tensor(math.nan if missing else value).to(items).detach()
-        )
+        if value is None:
+            value = torch.full_like(items, math.nan)
+        fields[name] = torch.as_tensor(value).to(items).detach()
     return SimpleNamespace(loss=items, **fields)

@@ -108,9 +108,8 @@ class FiniteMDP:
     terminal: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        device = torch.as_tensor(self.P).device
         for name in ("P", "R", "initial"):
-            given = getattr(self, name)
+            given, device = getattr(self, name), getattr(self.P, "device", None)
             tensor = torch.as_tensor(given, dtype=torch.float64, device=device)
             object.__setattr__(self, name, tensor)
         shape = tuple(self.P.shape)

@@ -435,7 +435,7 @@ def _context() -> multiprocessing.context.BaseContext:
         for name in sys.modules
         if re.fullmatch(r"transformers\.models\.\w+\.modeling_\w+", name)
     ]
-    context.set_forkserver_preload(
-        [half for half in halves if half in sys.modules] + models
-    )
+    # An optimiser's first step imports the compiler of PyTorch, a second or two.
+    preloaded = [half for half in halves if half in sys.modules] + ["torch._dynamo"]
+    context.set_forkserver_preload(preloaded + models)
     return context
