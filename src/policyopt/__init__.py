@@ -2,9 +2,9 @@
 readable loops.
 
 The floors, from the ground up: :mod:`policyopt.mdp` (finite MDPs, solved exactly),
-:mod:`policyopt.distributions`,
-:mod:`policyopt.estimators`, :mod:`policyopt.losses`, :mod:`policyopt.trust_region` (tensor maths), and
-:mod:`policyopt.control` (training on Gymnasium environments) and :mod:`policyopt.lm` (training of language models).
+:mod:`policyopt.distributions`, :mod:`policyopt.estimators`, :mod:`policyopt.losses`,
+:mod:`policyopt.trust_region` (tensor maths), and :mod:`policyopt.control` (training on
+Gymnasium environments) and :mod:`policyopt.lm` (training of language models).
 """
 
 from importlib.metadata import version

@@ -19,15 +19,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 __all__ = [
-    "has_checkpoint", "load_checkpoint", "optimizer_slots", "optimizer_tensors", "rows_from_json",
-    "rows_to_json", "save_checkpoint", "strip",
-]  # fmt: skip
+    "has_checkpoint",
+    "load_checkpoint",
+    "optimizer_slots",
+    "optimizer_tensors",
+    "rows_from_json",
+    "rows_to_json",
+    "save_checkpoint",
+    "strip",
+]
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -134,7 +139,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def optimizer_slots(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-    """Undo :func:`optimizer_tensors`: what was remembered, by number of the parameter."""
+    """Undo :func:`optimizer_tensors`: the memory of each parameter, by its number."""
     slots: dict[int, dict[str, Tensor]] = {}
     for key, value in strip(tensors, "optimizer.").items():
         index, _, name = key.partition(".")

@@ -17,8 +17,7 @@ completion, with a Boolean ``mask`` that holds at their tokens, the end-of-seque
 token included.
 
 Every function here is pure: tensors in, tensors out. No gradient history is required or
-removed, except by
-:func:`importance_weights`, whose result is data.
+removed, except by :func:`importance_weights`, whose result is data.
 """
 
 from __future__ import annotations
@@ -103,9 +102,11 @@ def td_errors(
     Examples
     --------
     >>> import torch
-    >>> one, false = torch.ones(1), torch.tensor([False])
-    >>> td_errors(one, 2 * one, 4 * one, false, gamma=0.5), td_errors(one, 2 * one, 4 * one, ~false, gamma=0.5)
-    (tensor([1.]), tensor([-1.]))
+    >>> one, terminated = torch.ones(1), torch.tensor([True])
+    >>> td_errors(one, 2 * one, 4 * one, ~terminated, gamma=0.5)
+    tensor([1.])
+    >>> td_errors(one, 2 * one, 4 * one, terminated, gamma=0.5)
+    tensor([-1.])
     """
     _check_fraction("gamma", gamma)
     _check_same_shape(
@@ -126,7 +127,8 @@ def gae(
 ) -> Tensor:
     r"""Generalised advantage estimates.
 
-    .. math:: \hat A_t = \delta_t + \gamma\lambda\,(1-\text{terminated}_t)(1-\text{truncated}_t)\,\hat A_{t+1}
+    .. math:: \hat A_t = \delta_t + \gamma\lambda\,
+              (1-\text{terminated}_t)(1-\text{truncated}_t)\,\hat A_{t+1}
 
     with the :func:`td_errors` δ. λ = 0 gives δ itself (low variance, biased by V); λ =
     1 gives the return minus V(s_t) (unbiased, high variance). The last row of the
@@ -158,22 +160,19 @@ def gae(
     >>> import torch
     >>> r, v = torch.ones(2), torch.zeros(2)
     >>> end, no = torch.tensor([False, True]), torch.tensor([False, False])
-    >>> gae(r, v, v + 8, end, no, gamma=0.5, gae_lambda=1.0)  # terminated: nothing after the last step
+    >>> gae(r, v, v + 8, end, no, gamma=0.5, gae_lambda=1.0)  # terminated: no future
     tensor([5.5000, 1.0000])
-    >>> gae(r, v, v + 8, no, end, gamma=0.5, gae_lambda=1.0)  # truncated: V = 8 after the last step
+    >>> gae(r, v, v + 8, no, end, gamma=0.5, gae_lambda=1.0)  # cut: its future is V = 8
     tensor([7.5000, 5.0000])
     """
     _check_fraction("gae_lambda", gae_lambda)
     _check_same_shape(rewards=rewards, truncated=truncated)
     deltas = td_errors(rewards, values, next_values, terminated, gamma=gamma)
-    decay = torch.where(terminated | truncated, 0.0, gamma * gae_lambda).to(
-        deltas.dtype
-    )
+    decay = torch.where(terminated | truncated, 0.0, gamma * gae_lambda)
+    decays = decay.to(deltas.dtype).unbind()
     carried = torch.zeros_like(deltas[0])
     backwards = []
-    for delta, d in zip(
-        reversed(deltas.unbind()), reversed(decay.unbind()), strict=True
-    ):
+    for delta, d in zip(deltas.unbind()[::-1], decays[::-1], strict=True):
         carried = torch.addcmul(delta, d, carried)
         backwards.append(carried)
     return torch.stack(backwards[::-1])
@@ -210,11 +209,9 @@ def discounted_returns(
     >>> discounted_returns(torch.ones(3), torch.tensor([False, False, True]), gamma=0.5)
     tensor([1.7500, 1.5000, 1.0000])
     """
-    zeros = torch.zeros_like(rewards)
+    zeros = bootstrap = torch.zeros_like(rewards)
     truncated = torch.zeros_like(terminated) if truncated is None else truncated
-    if next_values is None:
-        bootstrap = zeros
-    else:
+    if next_values is not None:
         _check_same_shape(rewards=rewards, truncated=truncated, next_values=next_values)
         cut = truncated.clone()
         cut[-1] = True
@@ -344,13 +341,16 @@ def kl_estimate(
 
     With log r = log π_ref(a) − log π(a):
 
-    ====  ================  =============================  ==============================================
-    kind  value             mean over a ~ π                gradient of the value, mean over a ~ π
-    ====  ================  =============================  ==============================================
-    k1    −log r            KL(π ‖ π_ref) exactly          0 (useless as a loss)
-    k2    ½ (log r)²        biased, small when π ≈ π_ref   ∇ KL(π ‖ π_ref) exactly
-    k3    r − 1 − log r     KL(π ‖ π_ref), low variance    ∇ KL(π_ref ‖ π): the *other* direction
-    ====  ================  =============================  ==============================================
+    ====  ==============  ==========================  =================================
+    kind  value           mean over a ~ π             gradient of the value, mean over
+                                                      a ~ π
+    ====  ==============  ==========================  =================================
+    k1    −log r          KL(π ‖ π_ref) exactly       0 (useless as a loss)
+    k2    ½ (log r)²      biased, small when π ≈      ∇ KL(π ‖ π_ref) exactly
+                          π_ref
+    k3    r − 1 − log r   KL(π ‖ π_ref), low          ∇ KL(π_ref ‖ π): the *other*
+                          variance                    direction
+    ====  ==============  ==========================  =================================
 
     Parameters
     ----------
@@ -373,8 +373,11 @@ def kl_estimate(
     --------
     >>> import torch
     >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])
-    >>> [round((p * kl_estimate(p.log(), q.log(), kind)).sum().item(), 4) for kind in ("k1", "k2", "k3")]
-    [0.1438, 0.1612, 0.1438]
+    >>> for kind in ("k1", "k2", "k3"):
+    ...     print(f"{(p * kl_estimate(p.log(), q.log(), kind)).sum():.4f}")
+    0.1438
+    0.1612
+    0.1438
     """
     _check_match("log_prob", log_prob, reference_log_prob=reference_log_prob)
     log_ratio = reference_log_prob - log_prob
@@ -399,7 +402,8 @@ def kl_shaped_rewards(
     r"""Rewards of the tokens in RLHF: a KL penalty on each, and the completion's score
     on the last.
 
-    .. math:: r_t = -\beta\,\mathrm{kl}_t + [t \text{ is the last token}]\cdot\text{score}
+    .. math:: r_t = -\beta\,\mathrm{kl}_t
+              + [t \text{ is the last token}]\cdot\text{score}
 
     With k1, kl_t = log π(a_t|s_t) − log π_ref(a_t|s_t), the undiscounted return of a
     completion is score − β log(π/π_ref) of the whole, so that the policy gradient of
@@ -437,7 +441,8 @@ def kl_shaped_rewards(
     Examples
     --------
     >>> import torch
-    >>> log_prob, mask = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[True, True, False]])
+    >>> log_prob = torch.tensor([[-1.0, -2.0, 0.0]])
+    >>> mask = torch.tensor([[True, True, False]])
     >>> kl_shaped_rewards(torch.tensor([5.0]), log_prob, log_prob - 1, mask, beta=0.5)
     tensor([[-0.5000,  4.5000,  0.0000]])
     """
@@ -469,7 +474,8 @@ def adaptive_kl_coefficient(
     a target.
 
     .. math:: \beta \leftarrow \beta\,\bigl(1 + K_\beta\, e\bigr), \qquad
-              e = \operatorname{clip}\Bigl(\frac{\mathrm{KL} - \text{target}}{\text{target}}, -0.2, 0.2\Bigr)
+              e = \operatorname{clip}\Bigl(
+              \frac{\mathrm{KL} - \text{target}}{\text{target}}, -0.2, 0.2\Bigr)
 
     Parameters
     ----------
@@ -488,7 +494,8 @@ def adaptive_kl_coefficient(
 
     Examples
     --------
-    >>> [round(adaptive_kl_coefficient(1.0, kl, target=5.0), 3) for kl in (0.0, 4.9, 5.0, 50.0)]
+    >>> kls = (0.0, 4.9, 5.0, 50.0)
+    >>> [round(adaptive_kl_coefficient(1.0, kl, target=5.0), 3) for kl in kls]
     [0.98, 0.998, 1.0, 1.02]
     """
     for name, value in (("beta", beta), ("target", target)):
@@ -577,9 +584,12 @@ def sequence_log_prob(
     Examples
     --------
     >>> import torch
-    >>> log_prob, mask = torch.tensor([[-1.0, -3.0, 9.0]]), torch.tensor([[True, True, False]])
-    >>> sequence_log_prob(log_prob, mask), sequence_log_prob(log_prob, mask, reduction="mean")
-    (tensor([-4.]), tensor([-2.]))
+    >>> log_prob = torch.tensor([[-1.0, -3.0, 9.0]])
+    >>> mask = torch.tensor([[True, True, False]])
+    >>> sequence_log_prob(log_prob, mask)
+    tensor([-4.])
+    >>> sequence_log_prob(log_prob, mask, reduction="mean")
+    tensor([-2.])
     """
     _check_match("log_prob", log_prob, mask=mask)
     total = torch.where(mask, log_prob, 0.0).sum(dim=-1)

@@ -3,8 +3,8 @@ a checkpoint and goes on. Both halves of the package build on it. No learning ha
 here, and nothing here knows an environment, a language model or a second process.
 
 The order of events is fixed. Whoever makes a run prepares everything that belongs to
-its first moment: networks, optimiser, reference policy. Entering the ``with`` block then
-reads the checkpoint, if there is one, and only after that lets the half spread or
+its first moment: networks, optimiser, reference policy. Entering the ``with`` block
+then reads the checkpoint, if there is one, and only after that lets the half spread or
 compile what it likes (:meth:`Frame._enter`).
 """
 
@@ -16,12 +16,13 @@ import math
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,7 +35,7 @@ from policyopt.checkpoint import (
 )
 from policyopt.runs import History, Settings, TrainingDivergedError, check_seed
 
-__all__ = ["Callback", "Frame", "Row"]
+__all__ = ["Callback", "Frame", "Row", "Statistics", "read_run", "run_metadata"]
 
 Callback = Callable[[Any], bool | None]
 """Called with every row of the history; a true return value stops the training."""
@@ -54,8 +55,66 @@ class Row:
     NaN means that the training diverged."""
 
 
+_FORMAT = 2
+
 RowT = TypeVar("RowT", bound=Row)
 ConfigT = TypeVar("ConfigT", bound=Settings)
+
+
+class Statistics:
+    """Named numbers, gathered piece by piece without waiting for the GPU."""
+
+    def __init__(self) -> None:
+        self._pieces: list[dict[str, Tensor]] = []
+
+    def add(self, **values: Tensor) -> None:
+        """Note a scalar for each name; the names are the same for every piece."""
+        self._pieces.append({name: value.detach() for name, value in values.items()})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What was noted."""
+        return tuple(self._pieces[0]) if self._pieces else ()
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return what was noted under a name, one entry per piece."""
+        noted = [piece[name] for piece in self._pieces]
+        return torch.stack(noted) if noted else torch.zeros(1)
+
+    def means(self, *names: str) -> dict[str, float]:
+        """Return means over the pieces, by name; of all that was noted without names."""
+        names = names or self.names
+        means = torch.stack([self[name] for name in names], 1).mean(0).tolist()
+        return dict(zip(names, means, strict=True))
+
+
+def run_metadata(
+    run: Any, identity: Mapping[str, Any], state: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Describe a run for a checkpoint, as JSON.
+
+    ``run`` has an algorithm, a seed, a config and a history. A run that goes on from
+    the checkpoint must share the first three with it, and ``identity``.
+    """
+    config = dataclasses.asdict(run.config)
+    shared = {"algorithm": run.algorithm, "seed": run.seed, **identity}
+    return {
+        "format": _FORMAT,
+        "identity": {**shared, "config": config},
+        "state": dict(state),
+        "history": rows_to_json(run.history),
+    }
+
+
+def read_run(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a checkpoint that holds a run: its tensors, and its :func:`run_metadata`."""
+    tensors, metadata = load_checkpoint(folder)
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(
+            f"{folder} holds a checkpoint of format {metadata.get('format')!r}, this "
+            f"version reads format {_FORMAT}; give another folder to start afresh"
+        )
+    return tensors, metadata
 
 
 class Frame(ABC, Generic[ConfigT, RowT]):
@@ -120,7 +179,7 @@ class Frame(ABC, Generic[ConfigT, RowT]):
 
     @abstractmethod
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Take over what :meth:`_state` returned; raise ValueError if it does not fit."""
+        """Take over what :meth:`_state` returned; ValueError if it does not fit."""
 
     def _enter(self) -> None:
         """Begin: a checkpoint has been read, the first update has not been made."""
@@ -164,7 +223,7 @@ class Frame(ABC, Generic[ConfigT, RowT]):
         return self._seconds + time.perf_counter() - self._started
 
     def updates(self) -> Iterator[int]:
-        """Yield the number of each update to make, from 0 or where a checkpoint left off."""
+        """Yield the number of each update to make, from 0 or a checkpoint's."""
         while self.unfinished:
             self._prepare_update()
             yield self.update
@@ -200,42 +259,25 @@ class Frame(ABC, Generic[ConfigT, RowT]):
 
     def _diverged(self, row: RowT, name: str) -> bool:
         value = getattr(row, name)
-        number = isinstance(value, float) and name not in row.may_be_nan
-        return number and not math.isfinite(value)
+        if not isinstance(value, float) or math.isfinite(value):
+            return False
+        return math.isinf(value) or name not in row.may_be_nan
 
     # --- checkpoints ---
-
-    def _signature(self) -> dict[str, Any]:
-        config = dataclasses.asdict(self.config)
-        for name in self.may_change:
-            config.pop(name, None)
-        identity = {"algorithm": self.algorithm, "seed": self.seed, **self._identity()}
-        # Through JSON: what is read back must compare equal to what is there.
-        return json.loads(json.dumps({**identity, "config": config}))  # type: ignore[no-any-return]
 
     def _checkpoint(self) -> None:
         tensors, state = self._state()
         state["seconds"] = self.seconds
-        metadata = {
-            "format": 2,
-            "identity": self._signature(),
-            "state": state,
-            "history": rows_to_json(self.history),
-        }
-        self._write(tensors, metadata)
+        self._write(tensors, run_metadata(self, self._identity(), state))
 
     def _resume(self, folder: Path) -> None:
-        tensors, metadata = load_checkpoint(folder)
-        if metadata.get("format") != 2:
-            raise ValueError(
-                f"checkpoint_dir {folder} holds a checkpoint of format "
-                f"{metadata.get('format')!r}, this version reads format 2; give another "
-                "folder to start afresh"
-            )
-        theirs, ours = metadata["identity"], self._signature()
+        tensors, metadata = read_run(folder)
+        # Through JSON: what is read back must compare equal to what is there.
+        ours = json.loads(json.dumps(run_metadata(self, self._identity(), {})))
+        theirs, ours = metadata["identity"], ours["identity"]
         theirs, ours = theirs | theirs.pop("config"), ours | ours.pop("config")
         for name in ours:
-            if theirs.get(name) != ours[name]:
+            if name not in self.may_change and theirs.get(name) != ours[name]:
                 raise ValueError(
                     f"checkpoint_dir {folder} holds a run with {name} "
                     f"{theirs.get(name)!r}, this one has {ours[name]!r}; give another "
@@ -245,7 +287,7 @@ class Frame(ABC, Generic[ConfigT, RowT]):
             self._restore(tensors, metadata["state"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise ValueError(
-                f"checkpoint_dir {folder} was written for another model: {error}"
+                f"checkpoint_dir {folder} does not fit this run: {error}"
             ) from error
         self.history.extend(rows_from_json(self._row_type, metadata["history"]))
         self._seconds = float(metadata["state"]["seconds"])

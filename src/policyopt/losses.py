@@ -1,8 +1,8 @@
 """Objectives as pure functions.
 
 Every loss is minimised, so it is the *negative* of the objective in the papers. Each
-function returns a named tuple whose fields have one entry per item (time step, token,
-sample): ``loss`` first, then the statistics that tell whether the loss is healthy.
+function returns one entry per item (time step, token, sample): the loss alone, or a
+named tuple with ``loss`` first, then the statistics that tell whether it is healthy.
 Nothing is averaged here. :func:`aggregate` alone decides what is counted and what it is
 divided by, so that a batch cut into pieces gives the gradient of the whole.
 """
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,31 +25,26 @@ __all__ = [
     "DPO",
     "BradleyTerry",
     "ClippedSurrogate",
-    "EntropyLoss",
-    "PolicyGradient",
+    "Loss",
     "Ranking",
     "Surrogate",
     "ValueLoss",
     "aggregate",
     "bradley_terry_loss",
-    "check_loss",
     "clipped_surrogate_loss",
     "dpo_loss",
-    "entropy_loss",
-    "item_losses",
     "policy_gradient_loss",
     "ranking_loss",
     "sequence_log_ratio",
-    "statistic",
     "surrogate_loss",
     "value_loss",
 ]
 
 
-class PolicyGradient(NamedTuple):
-    """Result of :func:`policy_gradient_loss`, one entry per item."""
-
-    loss: Tensor
+Loss = Callable[[Any], Any]
+"""What a trainer's ``loss=`` takes: a function from the batch whose log-probabilities
+have just been computed, with gradient, to one loss per item: a tensor, or a named tuple
+or dataclass with the field ``loss`` and, if it likes, statistics such as ``ratio``."""
 
 
 class Surrogate(NamedTuple):
@@ -79,12 +75,6 @@ class ValueLoss(NamedTuple):
     loss: Tensor
     error: Tensor
     """V − target, in units of return (detached)."""
-
-
-class EntropyLoss(NamedTuple):
-    """Result of :func:`entropy_loss`, one entry per item."""
-
-    loss: Tensor
 
 
 class BradleyTerry(NamedTuple):
@@ -125,7 +115,7 @@ class Ranking(NamedTuple):
     """β (log-prob of the better − log-prob of the worse) (detached)."""
 
 
-def policy_gradient_loss(log_prob: Tensor, weights: Tensor) -> PolicyGradient:
+def policy_gradient_loss(log_prob: Tensor, weights: Tensor) -> Tensor:
     r"""REINFORCE: L_t = −w_t log π_θ(a_t|s_t), with the weights held constant.
 
     Its gradient is −w_t ∇ log π_θ, so descending it ascends E[Σ_t w_t log π_θ]. What
@@ -147,11 +137,11 @@ def policy_gradient_loss(log_prob: Tensor, weights: Tensor) -> PolicyGradient:
     Examples
     --------
     >>> import torch
-    >>> policy_gradient_loss(torch.tensor([-1.0]), torch.tensor([3.0])).loss
+    >>> policy_gradient_loss(torch.tensor([-1.0]), torch.tensor([3.0]))
     tensor([3.])
     """
     _check_match("log_prob", log_prob, weights=weights)
-    return PolicyGradient(-weights.detach() * log_prob)
+    return -weights.detach() * log_prob
 
 
 def surrogate_loss(
@@ -219,7 +209,7 @@ def clipped_surrogate_loss(
     --------
     >>> import torch
     >>> ratio, advantage = torch.tensor([1.5, 0.5, 1.5]), torch.tensor([1.0, 1.0, -1.0])
-    >>> out = clipped_surrogate_loss(ratio.log(), torch.zeros(3), advantage, clip_ratio=0.2)
+    >>> out = clipped_surrogate_loss(ratio.log(), torch.zeros(3), advantage)
     >>> out.loss, out.clipped
     (tensor([-1.2000, -0.5000,  1.5000]), tensor([1., 0., 0.]))
     """
@@ -251,15 +241,15 @@ def sequence_log_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> 
     r"""Log-ratio of whole completions, per token, repeated for each of their tokens
     (GSPO).
 
-    .. math:: \log s_i = \frac{1}{|y_i|} \sum_t \log\frac{\pi_\theta(a_t|s_t)}{\pi_\text{old}(a_t|s_t)}
+    .. math:: \log s_i = \frac{1}{|y_i|} \sum_t
+              \log\frac{\pi_\theta(a_t|s_t)}{\pi_\text{old}(a_t|s_t)}
 
     Give it to :func:`clipped_surrogate_loss` as the log-probability, with zeros as the
     old one: all tokens of a completion then share one ratio s_i, and are clipped
     together or not at all. The gradient of s_i is s_i times the mean over its tokens of
     ∇ log π(a_t|s_t). With one advantage per completion the loss's gradient equals that
     of "GSPO-token", where token t carries the value s_i but only its own gradient,
-    under each reduction of
-    :func:`aggregate`.
+    under each reduction of :func:`aggregate`.
 
     Parameters
     ----------
@@ -283,11 +273,14 @@ def sequence_log_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> 
     Examples
     --------
     >>> import torch
-    >>> log_prob, mask = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[True, True, False]])
-    >>> log_ratio = sequence_log_ratio(log_prob, log_prob - torch.tensor([[0.5, 0.25, 0.0]]), mask)
+    >>> log_prob = torch.tensor([[-1.0, -2.0, 0.0]])
+    >>> old_log_prob = torch.tensor([[-1.5, -2.25, 0.0]])
+    >>> mask = torch.tensor([[True, True, False]])
+    >>> log_ratio = sequence_log_ratio(log_prob, old_log_prob, mask)
     >>> log_ratio
     tensor([[0.3750, 0.3750, 0.0000]])
-    >>> clipped_surrogate_loss(log_ratio, torch.zeros_like(log_ratio), torch.ones(1, 3)).clipped
+    >>> zeros, ones = torch.zeros(1, 3), torch.ones(1, 3)
+    >>> clipped_surrogate_loss(log_ratio, zeros, ones).clipped
     tensor([[1., 1., 0.]])
     """
     _check_match("log_prob", log_prob, old_log_prob=old_log_prob, mask=mask)
@@ -324,10 +317,9 @@ def value_loss(
     Examples
     --------
     >>> import torch
-    >>> value_loss(torch.tensor([2.0]), torch.tensor([5.0])).loss
-    tensor([4.5000])
-    >>> value_loss(torch.tensor([2.0]), torch.tensor([5.0]), torch.tensor([0.0]), clip=1.0).loss
-    tensor([8.])
+    >>> value, target, old = torch.tensor([2.0]), torch.tensor([5.0]), torch.zeros(1)
+    >>> value_loss(value, target).loss, value_loss(value, target, old, clip=1.0).loss
+    (tensor([4.5000]), tensor([8.]))
     """
     _check_match("values", values, targets=targets)
     targets = targets.detach()
@@ -343,18 +335,6 @@ def value_loss(
         clipped = old + (values - old).clamp(-clip, clip)
         squared = torch.maximum(squared, (clipped - targets).square())
     return ValueLoss(loss=0.5 * squared, error=error.detach())
-
-
-def entropy_loss(entropy: Tensor) -> EntropyLoss:
-    """Return −H: descending it spreads the policy out. Weigh it with a small
-    coefficient (``entropy_coef``).
-
-    Parameters
-    ----------
-    entropy : Tensor
-        H(π) at each state in nats, any shape, with gradient.
-    """
-    return EntropyLoss(-entropy)
 
 
 def bradley_terry_loss(
@@ -410,20 +390,22 @@ def dpo_loss(
     With the margin m = β (log π/π_ref of the chosen − log π/π_ref of the rejected
     completion) and x = m − γ:
 
-    =============  ===================  ========================================================================
-    kind           ℓ(x)                 what it asks for
-    =============  ===================  ========================================================================
-    ``"sigmoid"``  −log σ(x)            the likelihood of the preferences (DPO); always a little more margin
-    ``"ipo"``      ((x − ½) / β)²       a difference of log-ratios of 1/(2β), no more and no less (IPO)
-    ``"hinge"``    max(0, 1 − x)        a margin of at least 1 (SLiC)
-    =============  ===================  ========================================================================
+    =============  ===============  ===================================================
+    kind           ℓ(x)             what it asks for
+    =============  ===============  ===================================================
+    ``"sigmoid"``  −log σ(x)        the likelihood of the preferences (DPO); always a
+                                    little more margin
+    ``"ipo"``      ((x − ½) / β)²   a difference of log-ratios of 1/(2β), no more and no
+                                    less (IPO)
+    ``"hinge"``    max(0, 1 − x)    a margin of at least 1 (SLiC)
+    =============  ===============  ===================================================
 
     The loss is (1 − ε) ℓ(x) + ε ℓ(−x) with the label smoothing ε, the share of
     preferences believed to be the wrong way round ("conservative DPO").
 
     For length-normalised DPO give means over tokens instead of sums,
-    :func:`~policyopt.estimators.sequence_log_prob` with ``reduction="mean"``. SimPO is that without a reference, and
-    with ``target_margin``.
+    :func:`~policyopt.estimators.sequence_log_prob` with ``reduction="mean"``. SimPO is
+    that without a reference, and with ``target_margin``.
 
     Parameters
     ----------
@@ -433,7 +415,7 @@ def dpo_loss(
         The same under the reference policy; no gradient flows through them. None for
         both: no reference, both count as 0.
     beta : float
-        β > 0, how dear it is to leave the reference: the optimum of DPO is π_ref
+        β > 0, strength of the pull towards the reference: the optimum of DPO is π_ref
         exp(reward/β)/Z.
     kind : {"sigmoid", "ipo", "hinge"}
     label_smoothing : float
@@ -456,57 +438,55 @@ def dpo_loss(
     >>> out.margin, out.loss, out.weight
     (tensor([-8.6500]), tensor([8.6502]), tensor([0.4999]))
     """
+    _check_dpo(beta, kind, label_smoothing, target_margin)
+    references = (reference_chosen_log_prob, reference_rejected_log_prob)
+    ratios = _log_ratios(chosen_log_prob, rejected_log_prob, *references)
+    chosen, rejected = beta * ratios[0], beta * ratios[1]
+    margin = chosen - rejected
+    x, share = margin - target_margin, label_smoothing
+    right, slope = _preference_loss(x, kind, beta)
+    wrong, flipped_slope = _preference_loss(-x, kind, beta)
+    loss = (1 - share) * right + share * wrong if share else right
+    weight = beta * ((1 - share) * slope - share * flipped_slope)
+    return DPO(loss, chosen.detach(), rejected.detach(), margin.detach(), weight)
+
+
+def _log_ratios(
+    chosen: Tensor,
+    rejected: Tensor,
+    reference_chosen: Tensor | None,
+    reference_rejected: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return log π/π_ref of both completions; without a reference, log π."""
+    _check_match("chosen_log_prob", chosen, rejected_log_prob=rejected)
+    if reference_chosen is None and reference_rejected is None:
+        return chosen, rejected
+    if reference_chosen is None or reference_rejected is None:
+        raise ValueError(
+            "reference_chosen_log_prob and reference_rejected_log_prob must be given "
+            "both or neither"
+        )
+    _check_match(
+        "chosen_log_prob",
+        chosen,
+        reference_chosen_log_prob=reference_chosen,
+        reference_rejected_log_prob=reference_rejected,
+    )
+    return chosen - reference_chosen.detach(), rejected - reference_rejected.detach()
+
+
+def _check_dpo(beta: float, kind: str, smoothing: float, target_margin: float) -> None:
     if not 0 < beta < math.inf:
         raise ValueError(f"beta must be finite and > 0, got {beta!r}")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(
-            f"label_smoothing must lie in [0, 0.5), got {label_smoothing!r}"
-        )
+    if not 0 <= smoothing < 0.5:
+        raise ValueError(f"label_smoothing must lie in [0, 0.5), got {smoothing!r}")
     if not 0 <= target_margin < math.inf:
-        raise ValueError(
-            f"target_margin must be finite and >= 0, got {target_margin!r}"
-        )
+        raise ValueError(f"target_margin must be finite and >= 0, got {target_margin}")
     if kind == "ipo" and target_margin != 0:
         raise ValueError(
             f"target_margin must be 0 with kind='ipo', got {target_margin!r}: beta "
             "alone sets IPO's target, 1/(2 beta)"
         )
-    _check_match(
-        "chosen_log_prob", chosen_log_prob, rejected_log_prob=rejected_log_prob
-    )
-    chosen, rejected = beta * chosen_log_prob, beta * rejected_log_prob
-    if (
-        reference_chosen_log_prob is not None
-        and reference_rejected_log_prob is not None
-    ):
-        _check_match(
-            "chosen_log_prob",
-            chosen_log_prob,
-            reference_chosen_log_prob=reference_chosen_log_prob,
-            reference_rejected_log_prob=reference_rejected_log_prob,
-        )
-        chosen = beta * (chosen_log_prob - reference_chosen_log_prob.detach())
-        rejected = beta * (rejected_log_prob - reference_rejected_log_prob.detach())
-    elif (
-        reference_chosen_log_prob is not None or reference_rejected_log_prob is not None
-    ):
-        raise ValueError(
-            "reference_chosen_log_prob and reference_rejected_log_prob must be given "
-            "both or neither"
-        )
-    margin = chosen - rejected
-    x = margin - target_margin
-    right, slope = _preference_loss(x, kind, beta)
-    wrong, flipped_slope = _preference_loss(-x, kind, beta)
-    return DPO(
-        loss=(1 - label_smoothing) * right + label_smoothing * wrong
-        if label_smoothing
-        else right,
-        chosen_reward=chosen.detach(),
-        rejected_reward=rejected.detach(),
-        margin=margin.detach(),
-        weight=beta * ((1 - label_smoothing) * slope - label_smoothing * flipped_slope),
-    )
 
 
 def _preference_loss(x: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor]:
@@ -578,14 +558,15 @@ def aggregate(
     r"""Reduce per-item values to one number; the only place where a denominator is
     chosen.
 
-    ========================  ===============================================================================
-    reduction                 result
-    ========================  ===============================================================================
-    ``"mean"``                Σ of masked items / number of masked items (every time step or token counts once)
-    ``"sequence-mean"``       mean over sequences of each one's own mean over its items (last dimension);
-                              sequences without items are not counted
-    ``"sum"``                 Σ of masked items
-    ========================  ===============================================================================
+    ===================  ============================================================
+    reduction            result
+    ===================  ============================================================
+    ``"mean"``           Σ of masked items / number of masked items (every time step
+                         or token counts once)
+    ``"sequence-mean"``  mean over sequences of each one's own mean over its items
+                         (last dimension); sequences without items are not counted
+    ``"sum"``            Σ of masked items
+    ===================  ============================================================
 
     ``denominator`` replaces the count (of items, or of sequences for
     ``"sequence-mean"``). Give the count of the *whole* batch when it is cut into
@@ -613,8 +594,9 @@ def aggregate(
     Examples
     --------
     >>> import torch
-    >>> x, keep = torch.tensor([[1.0, 2.0], [5.0, 9.0]]), torch.tensor([[True, True], [True, False]])
-    >>> [aggregate(x, keep, reduction=r).item() for r in ("mean", "sequence-mean", "sum")]
+    >>> x = torch.tensor([[1.0, 2.0], [5.0, 9.0]])
+    >>> keep, kinds = x < 9, ("mean", "sequence-mean", "sum")
+    >>> [aggregate(x, keep, reduction=kind).item() for kind in kinds]
     [2.6666667461395264, 3.25, 8.0]
     """
     if mask is not None:
@@ -661,24 +643,20 @@ def _positive_count(
     return count
 
 
-def check_loss(
-    loss: Callable[[Any], Any] | None, default: Callable[[Any], Any], batch: str
-) -> Callable[[Any], Any]:
-    """Return a trainer's ``loss``, or its default; refuse what cannot be one.
+def check_loss(loss: Loss | None, default: Loss, batch: str) -> Loss:
+    """Return the loss that a trainer is to use, or refuse what cannot be one.
 
     Parameters
     ----------
     loss : callable, optional
-        A function of one argument, the batch.
-    default : callable
-        What None stands for.
+        A trainer's argument of that name; None takes ``default``.
     batch : str
-        Name of the batch's class, for the message.
+        What the loss will be called with, for the message.
 
     Raises
     ------
     TypeError
-        If ``loss`` is not callable, or cannot be called with one argument.
+        If ``loss`` cannot be called with one argument.
     """
     if loss is None:
         return default
@@ -686,48 +664,74 @@ def check_loss(
         inspect.signature(loss).bind(None)
     except TypeError as error:
         raise TypeError(
-            f"loss must be a function of one argument, a {batch}, that returns one "
-            f"number per item, got {loss!r}: {error}"
+            f"loss must be a function of one argument, the {batch}, got {loss!r}: "
+            f"{error}; write lambda batch: … around a function of tensors"
         ) from error
     except ValueError:
-        pass  # a built-in function does not say what it takes
+        pass  # a builtin that does not tell its signature
     return loss
 
 
-class _OnlyLoss(NamedTuple):
-    loss: Tensor
-
-
-def item_losses(loss: Callable[[Any], Any], batch: Any, shape: torch.Size) -> Any:
+def item_losses(
+    loss: Loss,
+    batch: Any,
+    shape: Sequence[int],
+    *,
+    statistics: Sequence[str] = (),
+    required: Sequence[str] = (),
+) -> Any:
     """Call a trainer's ``loss`` and check what it returns.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Shape of one loss per item.
+    statistics : sequence of str
+        Fields that the trainer reports.
+    required : sequence of str
+        Those of them without which it cannot do what its config says.
 
     Returns
     -------
-    named tuple or dataclass
-        What the loss returned, or a tuple around the tensor that it returned. Its
-        ``loss`` has one number per item.
+    object
+        With the field ``loss``, and a field for each name in ``statistics``: detached,
+        and NaN where the loss did not return it.
 
     Raises
     ------
-    ValueError
-        If the losses are not a tensor of this shape.
+    TypeError, ValueError
+        If the loss is not a tensor of that shape, has no gradient where one is needed,
+        or lacks a required field.
     """
-    items = loss(batch)
-    items = _OnlyLoss(items) if isinstance(items, Tensor) else items
-    values = getattr(items, "loss", None)
-    if not isinstance(values, Tensor) or values.shape != shape:
-        got = (
-            tuple(values.shape) if isinstance(values, Tensor) else type(items).__name__
+    returned = loss(batch)
+    items = (
+        returned if isinstance(returned, Tensor) else getattr(returned, "loss", None)
+    )
+    if not isinstance(items, Tensor):
+        raise TypeError(
+            "loss must return a tensor, or a named tuple or dataclass with a tensor "
+            f"in its field 'loss', got {type(returned).__name__}"
         )
+    if items.shape != tuple(shape):
         raise ValueError(
-            "loss must return one number per item, a tensor of the shape "
-            f"{tuple(shape)}, alone or as the field 'loss' of a named tuple, got {got}; "
-            "leave the mean to the trainer"
+            f"loss must return one number per item, shape {tuple(shape)}, got "
+            f"{tuple(items.shape)}; leave the mean to the trainer"
         )
-    return items
-
-
-def statistic(items: Any, name: str) -> Tensor:
-    """Return a field of a loss's items, NaN where the loss does not report it."""
-    value = getattr(items, name, None)
-    return torch.full_like(items.loss, torch.nan) if value is None else value
+    if torch.is_grad_enabled() and not items.requires_grad:
+        raise ValueError(
+            "loss must depend on the policy's parameters, got a tensor without "
+            "gradient; compute it from the batch's log_prob, not detached"
+        )
+    fields = {}
+    for name in statistics:
+        # A bare tensor has attributes of its own, none of them a statistic.
+        value = None if returned is items else getattr(returned, name, None)
+        if value is None and name in required:
+            raise ValueError(
+                f"loss must return the field {name!r} with this config, got only "
+                f"{type(returned).__name__}; return a named tuple that has it"
+            )
+        if value is None:
+            value = torch.full_like(items, math.nan)
+        fields[name] = torch.as_tensor(value).to(items).detach()
+    return SimpleNamespace(loss=items, **fields)

@@ -6,12 +6,14 @@ algebra, so an estimator can be checked against the truth.
 
 Conventions, for ``S`` states and ``A`` actions:
 
-* the transition probabilities ``P[s, a, s']``, rewards ``R[s, a]`` and policies ``policy[s, a]`` are
-  float64 tensors;
-* a policy is a table of probabilities, ``policy[s, a]`` = π(a | s), each row summing to 1;
-* a state is *terminal* when every action keeps the process in it for ever with reward 0. Its value is
-  therefore 0, which is all that the end of an episode means;
-* everything that is computed from a policy can be differentiated with respect to it by autograd.
+* the transition probabilities ``P[s, a, s']``, rewards ``R[s, a]`` and policies
+  ``policy[s, a]`` are float64 tensors, all on one device, that of ``P``;
+* a policy is a table of probabilities, ``policy[s, a]`` = π(a | s), each row summing
+  to 1;
+* a state is *terminal* when every action keeps the process in it for ever with reward
+  0. Its value is therefore 0, which is all that the end of an episode means;
+* everything that is computed from a policy can be differentiated with respect to it by
+  autograd.
 
 References: Puterman, *Markov Decision Processes*, 1994; Sutton and Barto,
 *Reinforcement Learning: An Introduction*, 2nd ed., 2018, chapters 3 and 4
@@ -92,7 +94,8 @@ class FiniteMDP:
     Two states: the only action leads from state 0, with reward 1, to state 1, which is
     terminal.
 
-    >>> mdp = FiniteMDP(P=[[[0.0, 1.0]], [[0.0, 1.0]]], R=[[1.0], [0.0]], gamma=1.0, initial=[1.0, 0.0])
+    >>> P, R, start = [[[0.0, 1.0]], [[0.0, 1.0]]], [[1.0], [0.0]], [1.0, 0.0]
+    >>> mdp = FiniteMDP(P, R, gamma=1.0, initial=start)
     >>> mdp.terminal.tolist(), policy_evaluation(mdp, uniform_policy(mdp)).tolist()
     ([False, True], [1.0, 0.0])
     """
@@ -106,22 +109,21 @@ class FiniteMDP:
 
     def __post_init__(self) -> None:
         for name in ("P", "R", "initial"):
-            object.__setattr__(
-                self, name, torch.as_tensor(getattr(self, name), dtype=torch.float64)
-            )
+            given, device = getattr(self, name), getattr(self.P, "device", None)
+            tensor = torch.as_tensor(given, dtype=torch.float64, device=device)
+            object.__setattr__(self, name, tensor)
         shape = tuple(self.P.shape)
         if len(shape) != 3 or shape[0] != shape[2] or 0 in shape:
             raise ValueError(f"P must have shape [S, A, S] with S, A >= 1, got {shape}")
-        if self.R.shape != self.P.shape[:2]:
-            raise ValueError(
-                f"R must have shape [S, A] = {shape[:2]} like P, got "
-                f"{tuple(self.R.shape)}"
-            )
-        if self.initial.shape != self.P.shape[:1]:
-            raise ValueError(
-                f"initial must have shape [S] = {shape[:1]} like P, got "
-                f"{tuple(self.initial.shape)}"
-            )
+        for name, axes, wanted in (
+            ("R", "S, A", shape[:2]),
+            ("initial", "S", shape[:1]),
+        ):
+            got = tuple(getattr(self, name).shape)
+            if got != wanted:
+                raise ValueError(
+                    f"{name} must have shape [{axes}] = {wanted} like P, got {got}"
+                )
         if not torch.isfinite(self.R).all():
             where = (~torch.isfinite(self.R)).nonzero()[0].tolist()
             raise ValueError(
@@ -247,10 +249,8 @@ def policy_evaluation(mdp: FiniteMDP, policy: Tensor) -> Tensor:
         If γ = 1 and the policy may go on for ever.
     """
     policy = _check_policy(mdp, policy)
-    system = torch.eye(
-        mdp.n_states, dtype=policy.dtype
-    ) - mdp.gamma * _live_transitions(mdp, policy)
-    values: Tensor = torch.linalg.solve(system, (policy * mdp.R).sum(dim=-1))
+    rewards = (policy * mdp.R).sum(dim=-1)
+    values: Tensor = torch.linalg.solve(_bellman_system(mdp, policy), rewards)
     return values
 
 
@@ -294,17 +294,11 @@ def occupancy(mdp: FiniteMDP, policy: Tensor) -> Tensor:
         If γ = 1 and the policy may go on for ever.
     """
     policy = _check_policy(mdp, policy)
-    system = (
-        torch.eye(mdp.n_states, dtype=policy.dtype)
-        - mdp.gamma * _live_transitions(mdp, policy).T
-    )
-    visits: Tensor = torch.linalg.solve(system, mdp.initial)
+    visits: Tensor = torch.linalg.solve(_bellman_system(mdp, policy).T, mdp.initial)
     # The system counts only the arrival in a terminal state; the stay there is a
     # geometric series.
-    in_terminal = (
-        visits / (1.0 - mdp.gamma) if mdp.gamma < 1.0 else torch.zeros_like(visits)
-    )
-    return torch.where(mdp.terminal, in_terminal, visits)
+    stay = visits / (1.0 - mdp.gamma) if mdp.gamma < 1.0 else torch.zeros_like(visits)
+    return torch.where(mdp.terminal, stay, visits)
 
 
 def expected_return(mdp: FiniteMDP, policy: Tensor) -> Tensor:
@@ -442,9 +436,8 @@ def policy_iteration(
         q = lookahead(mdp, values)
         gain = q.amax(dim=-1) - values
         residuals.append(float(gain.max().clamp(min=0.0)))
-        better = gain > 1e-11 * max(
-            1.0, float(values.abs().max())
-        )  # more than the rounding of the solve
+        rounding = 1e-11 * max(1.0, float(values.abs().max()))  # of the solve
+        better = gain > rounding
         if not better.any():
             return Solution(values, policy, tuple(residuals))
         policy = torch.where(better[:, None], greedy_policy(q), policy)
@@ -495,7 +488,7 @@ def value_iteration(
         raise ValueError(f"tolerance must be greater than 0, got {tolerance}")
     weights, modulus = _contraction(mdp)
     factor = float(weights.max()) * modulus / (1.0 - modulus)
-    values = torch.zeros(mdp.n_states, dtype=torch.float64)
+    values = torch.zeros_like(mdp.initial)
     residuals: list[float] = []
     bound = float("inf")
     while len(residuals) < max_iterations:
@@ -504,9 +497,8 @@ def value_iteration(
         residuals.append(float(change.max()))
         bound = factor * float((change / weights).max())
         if bound <= tolerance:
-            return Solution(
-                values, greedy_policy(lookahead(mdp, values)), tuple(residuals)
-            )
+            greedy = greedy_policy(lookahead(mdp, values))
+            return Solution(values, greedy, tuple(residuals))
     raise RuntimeError(
         f"value iteration: after max_iterations = {max_iterations} sweeps the error "
         f"may be {bound:.3g} > tolerance = {tolerance}; raise either"
@@ -632,19 +624,10 @@ def sample_trajectories(
         action = draw(policy[state])
         next_state = draw(mdp.P[state, action])
         ended = mdp.terminal[next_state]
-        cut = torch.full_like(valid, t == max_steps - 1)
+        cut = ~ended & (t == max_steps - 1)
         reward = mdp.R[state, action]
-        steps.append(
-            (
-                state,
-                action,
-                reward,
-                next_state,
-                valid & ended,
-                valid & ~ended & cut,
-                valid,
-            )
-        )
+        flags = (valid & ended, valid & cut, valid)
+        steps.append((state, action, reward, next_state, *flags))
         state = next_state
     return Trajectories(*(torch.stack(column) for column in zip(*steps, strict=True)))
 
@@ -724,9 +707,8 @@ def from_gymnasium(
     for s in range(n_states):
         for a in range(n_actions):
             for probability, following, reward, done in table[s][a]:
-                P[s, a, end if done and not absorbing[following] else following] += (
-                    probability
-                )
+                leaves = done and not absorbing[following]
+                P[s, a, end if leaves else following] += probability
                 R[s, a] += probability * reward
     start = torch.zeros(n_states + 1, dtype=torch.float64)
     start[:end] = torch.as_tensor(initial, dtype=torch.float64)
@@ -820,11 +802,8 @@ def grid_world(
                 down, right = moves[(action + turn) % 4]
                 row, column = s // columns + down, s % columns + right
                 inside = 0 <= row < rows and 0 <= column < columns
-                following = (
-                    row * columns + column
-                    if inside and layout[row][column] != "#"
-                    else s
-                )
+                free = inside and layout[row][column] != "#"
+                following = row * columns + column if free else s
                 P[s, action, following] += probability
                 R[s, action] += probability * ends.get(cells[following], 0.0)
     initial = torch.zeros(len(cells), dtype=torch.float64)
@@ -875,14 +854,13 @@ def _check_values(mdp: FiniteMDP, values: Tensor) -> None:
 
 def _few(mask: Tensor, limit: int = 8) -> str:
     indices = mask.nonzero().squeeze(-1).tolist()
-    return f"{indices[:limit]}" + (
-        f" and {len(indices) - limit} more" if len(indices) > limit else ""
-    )
+    more = f" and {len(indices) - limit} more" if len(indices) > limit else ""
+    return f"{indices[:limit]}{more}"
 
 
-def _live_transitions(mdp: FiniteMDP, policy: Tensor) -> Tensor:
-    """P_π ``[S, S]`` with the rows of terminal states set to 0, so that I − γ P_π is
-    regular for γ = 1.
+def _bellman_system(mdp: FiniteMDP, policy: Tensor) -> Tensor:
+    """Return I − γ P_π, ``[S, S]``, with the rows of terminal states in P_π set to 0,
+    so that it is regular for γ = 1.
     """
     transitions = torch.einsum("sa,sat->st", policy, mdp.P)
     if mdp.gamma == 1.0 and mdp.allow_undiscounted:
@@ -892,7 +870,8 @@ def _live_transitions(mdp: FiniteMDP, policy: Tensor) -> Tensor:
                 "gamma = 1, but this policy may go on for ever from states "
                 f"{_few(endless)}; use gamma < 1"
             )
-    return torch.where(mdp.terminal[:, None], 0.0, transitions)
+    live = torch.where(mdp.terminal[:, None], 0.0, transitions)
+    return torch.eye(len(live), dtype=live.dtype, device=live.device) - mdp.gamma * live
 
 
 def _reach_terminal(mdp: FiniteMDP, edges: Tensor) -> Tensor:
@@ -959,7 +938,7 @@ def _contraction(mdp: FiniteMDP) -> tuple[Tensor, float]:
     """Weights ξ ``[S]`` and α < 1 such that T* is an α-contraction in the norm max_s
     |V(s)| / ξ(s).
     """
-    ones = torch.ones(mdp.n_states, dtype=torch.float64)
+    ones = torch.ones_like(mdp.initial)
     if mdp.gamma < 1.0:
         return ones, mdp.gamma
     endless = _endless_states(mdp)

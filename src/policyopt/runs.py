@@ -59,7 +59,7 @@ KeyT = TypeVar("KeyT")
 
 @dataclass(frozen=True)
 class Bound:
-    """A condition on a number, written in an annotation: ``Annotated[float, Bound(…)]``."""
+    """A condition on a number, in an annotation: ``Annotated[float, Bound(…)]``."""
 
     text: str
     holds: Callable[[Any], bool]
@@ -79,7 +79,7 @@ Share = Annotated[float, Bound("in [0, 1]", lambda x: 0 <= x <= 1)]
 
 
 class _Fields(type):
-    """Makes a config: translates the names of the last version, and names a wrong one."""
+    """Makes a config: translates names of the last version, and names a wrong one."""
 
     def __call__(cls: Any, **values: Any) -> Any:
         for old, new in cls.renamed.items():
@@ -143,7 +143,7 @@ def _bounds(hint: Any) -> list[Bound]:
 
 
 def _describe(hint: Any) -> str:
-    """What an annotation allows, in words for an error message."""
+    """Say what an annotation allows, for an error message."""
     if get_origin(hint) is Annotated:
         return _describe(get_args(hint)[0])
     if get_origin(hint) in (Union, UnionType):
@@ -320,7 +320,7 @@ def train_seeds(
         A number ``n`` means 0 … n − 1.
     workers : int, optional
         Processes; by default one per core that this process may use. Each computes with
-        one thread. 1 runs in this process. In a script the call must stand under ``if
+        one thread. 1 runs in this process. In a script the call belongs under ``if
         __name__ == "__main__":``.
     progress : bool
         Show a bar that counts finished runs.
@@ -337,7 +337,8 @@ def train_seeds(
     >>> from functools import partial
     >>> from policyopt.control import PPOConfig, train_ppo, train_seeds
     >>> short = PPOConfig(total_steps=2_000, device="cpu")
-    >>> results = train_seeds(partial(train_ppo, "CartPole-v1", short), seeds=2, workers=1, progress=False)
+    >>> run = partial(train_ppo, "CartPole-v1", short)
+    >>> results = train_seeds(run, seeds=2, workers=1, progress=False)
     >>> [result.seed for result in results]
     [0, 1]
     """
@@ -434,7 +435,7 @@ def _context() -> multiprocessing.context.BaseContext:
         for name in sys.modules
         if re.fullmatch(r"transformers\.models\.\w+\.modeling_\w+", name)
     ]
-    context.set_forkserver_preload(
-        [half for half in halves if half in sys.modules] + models
-    )
+    # An optimiser's first step imports the compiler of PyTorch, a second or two.
+    preloaded = [half for half in halves if half in sys.modules] + ["torch._dynamo"]
+    context.set_forkserver_preload(preloaded + models)
     return context

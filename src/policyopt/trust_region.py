@@ -136,10 +136,8 @@ def fisher_vector_product(
     gradient = _flat_gradient(kl, theta, create_graph=True)
 
     def product(vector: Tensor) -> Tensor:
-        return (
-            _flat_gradient(gradient @ vector.detach(), theta, retain_graph=True)
-            + damping * vector
-        )
+        along = gradient @ vector.detach()
+        return _flat_gradient(along, theta, retain_graph=True) + damping * vector
 
     return product
 
@@ -264,15 +262,14 @@ def line_search(
         fraction = shrink**k
         loss, kl = evaluate(fraction)
         improvement = old_loss - loss
+        needed = accept_ratio * fraction * expected_improvement
         tried.append((fraction, improvement, kl))
         # Written so that NaN fails both comparisons.
         if not kl <= kl_limit:
             reason = f"KL {kl:.3g} above the limit {kl_limit:.3g}"
-        elif not (
-            improvement > 0
-            and improvement >= accept_ratio * fraction * expected_improvement
-        ):
-            reason = f"improvement {improvement:.3g} below {accept_ratio:g} of the predicted one"
+        elif not improvement > 0 or not improvement >= needed:
+            share = f"{accept_ratio:g} of the predicted one"
+            reason = f"improvement {improvement:.3g} below {share}"
         else:
             return LineSearch(True, fraction, improvement, kl, tried, "accepted")
     return LineSearch(False, 0.0, 0.0, 0.0, tried, reason)
@@ -288,14 +285,16 @@ def trust_region_step(
     backtracks: int = 10,
     shrink: float = 0.8,
     accept_ratio: float = 0.1,
+    search: Callable[..., LineSearch] = line_search,
 ) -> TrustRegionStep:
     r"""Take one natural-gradient step on ``parameters``, in place, inside the trust
     region.
 
     1. g = ∇L, and x = (F + damping·I)⁻¹ g by :func:`conjugate_gradient`.
-    2. Full step Δθ = −√(2 δ_KL / xᵀ(F + damping·I)x) · x: the longest one the quadratic model of the KL allows.
-    3. :func:`line_search` along Δθ with the true loss and KL. A refused step leaves the parameters untouched,
-       bit for bit.
+    2. Full step Δθ = −√(2 δ_KL / xᵀ(F + damping·I)x) · x: the longest one the quadratic
+       model of the KL allows.
+    3. :func:`line_search` along Δθ with the true loss and KL. A refused step leaves the
+       parameters untouched, bit for bit.
 
     Parameters
     ----------
@@ -307,6 +306,8 @@ def trust_region_step(
     kl_limit, damping, cg_iterations, backtracks, shrink, accept_ratio
         See :func:`conjugate_gradient`, :func:`fisher_vector_product` and
         :func:`line_search`.
+    search : callable
+        What chooses the length; called as :func:`line_search` is.
 
     References
     ----------
@@ -338,9 +339,9 @@ def trust_region_step(
         new_loss, new_kl = loss_and_kl()
         return float(new_loss), float(new_kl)
 
-    accepted = False
+    found = None
     try:
-        search = line_search(
+        found = search(
             evaluate,
             old_loss=loss.item(),
             expected_improvement=expected,
@@ -349,13 +350,12 @@ def trust_region_step(
             shrink=shrink,
             accept_ratio=accept_ratio,
         )
-        accepted = search.accepted
     # also when an exception (Ctrl-C) breaks the search off at an untested length
     finally:
-        if not accepted:
+        if found is None or not found.accepted:
             _assign(theta, start)
     return TrustRegionStep(
-        search=search,
+        search=found,
         expected_improvement=expected,
         gradient_norm=gradient_norm,
         residual=cg.residual_norms[-1] / cg.residual_norms[0],

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from policyopt.control import (
     PPOConfig,
     ReinforceConfig,
+    Steps,
     TrainResult,
     TRPOConfig,
     evaluate,
@@ -24,6 +24,7 @@ from policyopt.control import (
     train_seeds,
     train_trpo,
 )
+from policyopt.losses import ClippedSurrogate, clipped_surrogate_loss
 
 Trainer = Callable[..., TrainResult[Any, Any]]
 
@@ -55,8 +56,8 @@ PENDULUM: dict[str, Callable[[str], Trainer]] = {
             total_steps=80_000,
             num_envs=8,
             rollout_steps=128,
-            epochs=10,
-            minibatch=256,
+            epochs_per_batch=10,
+            minibatch_size=256,
             learning_rate=2e-3,
             gamma=0.9,
             normalize_rewards=True,
@@ -95,13 +96,11 @@ def test_pendulum_is_swung_up(algorithm: str) -> None:
 
 def test_learning_fails_when_the_advantage_has_the_wrong_sign() -> None:
     # The thresholds above must be out of reach for a policy that is pushed the wrong way.
-    def upside_down(log_prob: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor) -> Any:
-        from policyopt.losses import clipped_surrogate_loss
-
-        return clipped_surrogate_loss(log_prob, old, -advantages)
+    def upside_down(steps: Steps) -> ClippedSurrogate:
+        return clipped_surrogate_loss(steps.log_prob, steps.old_log_prob, -steps.advantages)
 
     config = PPOConfig(total_steps=20_000, gamma=0.98, device="cpu")
-    result = train_ppo("CartPole-v1", config, seed=0, policy_loss=upside_down, progress=False)
+    result = train_ppo("CartPole-v1", config, seed=0, loss=upside_down, progress=False)
     assert result.history[-1].return_mean < 15
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -117,6 +119,93 @@ def test_acting() -> None:
         assert not policy.act(x, generator(1)).requires_grad
     noise = continuous.act(x, generator(1)) - continuous.act(x, deterministic=True)
     assert noise.std().item() == pytest.approx(math.exp(-1.0), rel=0.1)
+
+
+# --- Predictions in one's own loop ---
+
+OBSERVATIONS = [
+    spaces.Discrete(5, start=2),
+    spaces.Box(-1, 1, (3,), np.float32),
+    spaces.Box(-1, 1, (2, 2), np.float64),
+    spaces.Box(0, 255, (2, 3), np.uint8),
+    spaces.Box(-1, 1, (), np.float32),
+]
+ACTIONS = [
+    spaces.Discrete(4),
+    spaces.Discrete(3, start=7),
+    spaces.Box(-2, 2, (2,), np.float32),
+    spaces.Box(-1, 1, (2, 1, 2), np.float64),
+    spaces.Box(-1, 1, (), np.float32),
+]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("actions", ACTIONS, ids=str)
+@pytest.mark.parametrize("observations", OBSERVATIONS, ids=str)
+def test_a_prediction_is_an_action_of_the_environment(
+    observations: Any, actions: Any, deterministic: bool
+) -> None:
+    policy = make_policy(observations, actions, orthogonal=False, generator=generator())
+    observations.seed(0)
+    seen = [observations.sample() for _ in range(6)]
+    one = policy.predict(seen[0], deterministic=deterministic)
+    assert actions.contains(one)
+    assert isinstance(one, np.integer if isinstance(actions, spaces.Discrete) else np.ndarray)
+    assert one.dtype == actions.dtype
+    several = policy.predict(np.stack(seen), deterministic=deterministic)
+    assert several.shape == (6, *actions.shape)
+    assert all(actions.contains(np.asarray(action)) for action in several)
+    if deterministic:
+        for observation, action in zip(seen, several, strict=True):
+            np.testing.assert_allclose(policy.predict(observation), action, rtol=1e-4, atol=1e-5)
+    assert policy.predict(np.stack(seen)[:1]).shape == (1, *actions.shape)
+
+
+def test_a_prediction_is_the_mode_unless_it_is_to_be_sampled() -> None:
+    policy = make_policy(BOX, spaces.Discrete(3), orthogonal=False, generator=generator())
+    x = np.random.default_rng(0).normal(size=(400, 3))
+    expected = policy(torch.from_numpy(x)).log_probs.argmax(-1).numpy()
+    np.testing.assert_array_equal(policy.predict(x), expected)
+    sampled = policy.predict(x, deterministic=False, generator=generator(1))
+    np.testing.assert_array_equal(sampled, policy.predict(x, deterministic=False, generator=generator(1)))
+    assert (sampled != expected).any()
+    assert (sampled != policy.predict(x, deterministic=False, generator=generator(2))).any()
+    torch.manual_seed(0)
+    first = policy.predict(x, deterministic=False)
+    torch.manual_seed(0)
+    np.testing.assert_array_equal(first, policy.predict(x, deterministic=False))
+
+
+def test_predictions_take_lists_and_read_only_arrays() -> None:
+    policy = make_policy(BOX, spaces.Discrete(3), generator=generator())
+    frozen = np.zeros(3, np.float32)
+    frozen.setflags(write=False)
+    assert policy.predict(frozen) == policy.predict([0.0, 0.0, 0.0]) == policy.predict(frozen[::-1])
+    one_hot = make_policy(spaces.Discrete(5, start=2), spaces.Discrete(3), generator=generator())
+    assert one_hot.predict(3).shape == ()
+    assert one_hot.predict([3, 6]).shape == (2,)
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (3, 2), (4, 4, 3)])
+def test_an_observation_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    policy = make_policy(BOX, spaces.Discrete(3), generator=generator())
+    with pytest.raises(ValueError, match=r"observation must have the shape \(3,\), or .*, got \("):
+        policy.predict(np.zeros(shape))
+
+
+@pytest.mark.parametrize("name", ["CartPole-v1", "Pendulum-v1", "FrozenLake-v1"])
+def test_ones_own_loop(name: str) -> None:
+    """FrozenLake looks actions up in a dictionary: they must be hashable."""
+    env = gym.make(name)
+    policy = make_policy(env.observation_space, env.action_space, generator=generator())
+    observation, _ = env.reset(seed=0)
+    for _ in range(5):
+        action = policy.predict(observation)
+        observation, _, terminated, truncated, _ = env.step(action)
+        if terminated or truncated:
+            observation, _ = env.reset()
+    env.close()
 
 
 # --- Networks ------------------------------------------------------------------------------------------------

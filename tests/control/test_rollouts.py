@@ -28,7 +28,8 @@ from policyopt.control import (
     make_vector_env,
     sample_episodes,
 )
-from policyopt.control.training import estimate_advantages
+from policyopt.control.steps import estimate_advantages
+from policyopt.distributions import Categorical
 from policyopt.estimators import gae
 
 MODES = [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP]
@@ -77,6 +78,9 @@ class Rule(Policy):
 
     def act(self, observations: Tensor, generator: Any = None, *, deterministic: bool = False) -> Tensor:
         return (2 * observations[..., 2] + observations[..., 1]).long() % 5
+
+    def forward(self, observations: Tensor) -> Categorical:
+        return Categorical.from_logits(torch.zeros(*observations.shape[:-1], 5))
 
     def to_env(self, actions: Tensor) -> NDArray[Any]:
         return actions.numpy()
@@ -185,7 +189,7 @@ def test_advantages_do_not_see_beyond_the_end_of_an_episode(mode: AutoresetMode)
     collector = Collector(counting(3, mode), Rule(), generator(), seed=0)
     rollout = collector.collect(30)
     config = PPOConfig(gamma=0.9, gae_lambda=0.8, normalize_advantages=False)
-    ours = estimate_advantages(rollout, code, config)
+    ours = estimate_advantages(rollout, Rule(), code, config)
     where = rollout.valid.nonzero().tolist()
     by_column: dict[int, list[float]] = {}
     for (_, i), advantage in zip(where, ours.advantages.tolist(), strict=True):
@@ -210,8 +214,10 @@ def test_advantages_do_not_see_beyond_the_end_of_an_episode(mode: AutoresetMode)
 def test_treating_a_limit_as_an_end_changes_only_cut_rows() -> None:
     rollout = Collector(counting(2, MODES[1]), Rule(), generator(), seed=0).collect(12)
     config = {"gamma": 0.9, "gae_lambda": 0.0, "normalize_advantages": False}
-    right = estimate_advantages(rollout, code, PPOConfig(**config)).advantages
-    wrong = estimate_advantages(rollout, code, PPOConfig(**config, bootstrap_truncated=False)).advantages
+    right = estimate_advantages(rollout, Rule(), code, PPOConfig(**config)).advantages
+    wrong = estimate_advantages(
+        rollout, Rule(), code, PPOConfig(**config, bootstrap_truncated=False)
+    ).advantages
     cut = rollout.flat(rollout.truncated)
     assert cut.any()
     assert torch.equal(right[~cut], wrong[~cut])

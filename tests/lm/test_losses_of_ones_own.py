@@ -68,7 +68,7 @@ def test_another_loss_trains_another_model_and_may_be_a_tensor(name: str) -> Non
         (lambda: 0, TypeError, "loss must be a function of one argument"),
         (lambda log_probs, advantages: 0, TypeError, "loss must be a function of one argument"),
         (lambda batch: torch.zeros(()), ValueError, r"loss must return one number per item.*got \(\)"),
-        (lambda batch: 0.0, ValueError, "loss must return one number per item.*got float"),
+        (lambda batch: 0.0, TypeError, "loss must return a tensor, or a named tuple.*got float"),
     ],
     ids=["text", "no argument", "two arguments", "mean", "number"],
 )

@@ -103,7 +103,7 @@ def mean_gradient(rollout: Rollout, weights: Tensor, gamma: float, kind: str = "
     log_prob = theta.log_softmax(-1)[rollout.observations, rollout.actions]
     discounts = gamma ** torch.arange(len(weights), dtype=F64)[:, None]
     if kind == "policy gradient":
-        loss = policy_gradient_loss(log_prob, weights * discounts).loss
+        loss = policy_gradient_loss(log_prob, weights * discounts)
     elif kind == "surrogate":
         loss = surrogate_loss(log_prob, log_prob, weights * discounts).loss
     else:
@@ -410,7 +410,7 @@ def test_group_baselines_bias_the_gradient_as_stated() -> None:
         (leave_one_out_advantages(reward[groups]), 1.0),
         (group_relative_advantages(reward[groups], scale=False), 2 / 3),
     ):
-        loss = policy_gradient_loss(logits.log_softmax(-1)[groups], advantages).loss.mean(-1)
+        loss = policy_gradient_loss(logits.log_softmax(-1)[groups], advantages).mean(-1)
         (gradient,) = torch.autograd.grad((probability * loss).sum(), logits)
         torch.testing.assert_close(-gradient, factor * exact)
 

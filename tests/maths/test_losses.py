@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from policyopt.distributions import Categorical
 from policyopt.losses import (
     aggregate,
     clipped_surrogate_loss,
-    entropy_loss,
     policy_gradient_loss,
     surrogate_loss,
     value_loss,
@@ -37,9 +37,9 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 def test_policy_gradient_loss() -> None:
     log_prob, weights = normal(0, 4, 3).requires_grad_(), normal(1, 4, 3).requires_grad_()
-    out = policy_gradient_loss(log_prob, weights)
-    torch.testing.assert_close(out.loss, -weights * log_prob)
-    out.loss.sum().backward()
+    loss = policy_gradient_loss(log_prob, weights)
+    torch.testing.assert_close(loss, -weights * log_prob)
+    loss.sum().backward()
     torch.testing.assert_close(log_prob.grad, -weights.detach())
     assert weights.grad is None  # a weight is data, even if it was computed by a network
 
@@ -189,13 +189,13 @@ def test_value_loss_errors() -> None:
         value_loss(torch.zeros(1), torch.zeros(1), torch.zeros(1), clip=-1.0)
 
 
-def test_descending_the_entropy_loss_raises_the_entropy() -> None:
+def test_descending_minus_the_entropy_spreads_the_policy_out() -> None:
     logits = torch.tensor([2.0, 0.0, -1.0], requires_grad=True)
 
     def entropy(x: Tensor) -> Tensor:
-        return torch.distributions.Categorical(logits=x).entropy()
+        return Categorical.from_logits(x).entropy()
 
-    (gradient,) = torch.autograd.grad(entropy_loss(entropy(logits)).loss, logits)
+    (gradient,) = torch.autograd.grad(-entropy(logits), logits)
     assert entropy(logits - 0.1 * gradient) > entropy(logits)
 
 
@@ -289,7 +289,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_cut(
         index = taken[rows].unsqueeze(-1)
         log_prob = outputs.log_softmax(-1).gather(-1, index).squeeze(-1)
         if kind == "policy gradient":
-            return policy_gradient_loss(log_prob, weights[rows]).loss
+            return policy_gradient_loss(log_prob, weights[rows])
         return clipped_surrogate_loss(log_prob, old[rows].gather(-1, index).squeeze(-1), weights[rows]).loss
 
     everything = torch.arange(sequences)

@@ -493,3 +493,65 @@ def test_float32_is_accepted_and_made_exact() -> None:
     problem = chain(0.9)
     logits = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
     assert mdp.policy_evaluation(problem, logits.softmax(-1)).dtype == F64
+
+
+def everything_of(problem: FiniteMDP) -> dict[str, Tensor]:
+    """Every tensor that the module makes from an MDP."""
+    theta = torch.linspace(-1, 1, problem.R.numel(), dtype=F64, device=problem.R.device).view_as(problem.R)
+    policy, uniform = mdp.softmax_policy(theta), mdp.uniform_policy(problem)
+    values = mdp.policy_evaluation(problem, policy)
+    generator = torch.Generator(problem.R.device).manual_seed(0)
+    episodes = mdp.sample_trajectories(problem, policy, 20, max_steps=9, generator=generator)
+    best, iterated = mdp.policy_iteration(problem), mdp.value_iteration(problem)
+    assert mdp.error_bound(problem, values) >= 0
+    return {
+        "P": problem.P,
+        "R": problem.R,
+        "initial": problem.initial,
+        "terminal": problem.terminal,
+        "uniform": uniform,
+        "greedy": mdp.greedy_policy(problem.R),
+        "values": values,
+        "q": mdp.action_values(problem, policy),
+        "advantages": mdp.advantages(problem, policy),
+        "lookahead": mdp.lookahead(problem, values),
+        "expectation": mdp.bellman_expectation(problem, values, policy),
+        "optimality": mdp.bellman_optimality(problem, values),
+        "occupancy": mdp.occupancy(problem, policy),
+        "return": mdp.expected_return(problem, policy),
+        "gradient": mdp.exact_policy_gradient(problem, theta),
+        "difference": mdp.performance_difference(problem, policy, uniform),
+        "best": best.values,
+        "best policy": best.policy,
+        "iterated": iterated.values,
+        "greedy for it": iterated.policy,
+        **{f"episodes {name}": column for name, column in vars(episodes).items()},
+    }
+
+
+@pytest.mark.parametrize("gamma", [0.9, 1.0])
+def test_nothing_is_made_on_another_device_than_the_mdps(gamma: float) -> None:
+    """Whatever is made without naming a device goes to one where it cannot be computed with."""
+    expected = everything_of(chain(gamma))
+    problem = chain(gamma)
+    cpu = {name: getattr(problem, name) for name in ("P", "R", "initial")}
+    with torch.device("meta"):
+        found = everything_of(FiniteMDP(**cpu, gamma=gamma))
+        # Only P decides: what comes as lists goes where it is.
+        lists = FiniteMDP(cpu["P"], cpu["R"].tolist(), gamma, cpu["initial"].tolist())
+    assert {lists.P.device.type, lists.R.device.type, lists.initial.device.type} == {"cpu"}
+    for name, tensor in found.items():
+        assert tensor.device.type == "cpu", name
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("gamma", [0.9, 1.0])
+def test_an_mdp_on_cuda(gamma: float) -> None:
+    problem = chain(gamma)
+    expected = everything_of(problem)
+    on_cuda = FiniteMDP(problem.P.cuda(), problem.R.tolist(), gamma, problem.initial.tolist())
+    for name, tensor in everything_of(on_cuda).items():
+        assert tensor.is_cuda, name
+        if not name.startswith("episodes"):
+            torch.testing.assert_close(tensor.cpu(), expected[name])

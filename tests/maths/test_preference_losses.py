@@ -103,7 +103,7 @@ def expected_update(weights: Tensor) -> Tensor:
     """−∇ of the token-level loss, summed over tokens, in expectation over completions."""
 
     def loss(theta: Tensor) -> Tensor:
-        losses = policy_gradient_loss(token_log_probs(theta), weights).loss
+        losses = policy_gradient_loss(token_log_probs(theta), weights)
         return -aggregate(PROBABILITY.unsqueeze(-1) * losses, MASK, reduction="sum")
 
     return gradient(loss)
@@ -137,7 +137,7 @@ def group_update(
         token_log_prob = token_log_probs(theta)
         total = torch.zeros((), dtype=F64)
         for pair, weights in zip(PAIRS, advantages, strict=True):
-            losses = policy_gradient_loss(token_log_prob[pair], weights.unsqueeze(-1).expand(2, STEPS)).loss
+            losses = policy_gradient_loss(token_log_prob[pair], weights.unsqueeze(-1).expand(2, STEPS))
             total = total - PROBABILITY[pair].prod() * aggregate(
                 losses, MASK[pair], reduction=reduction, denominator=denominator
             )
@@ -183,7 +183,7 @@ def test_the_sequence_mean_lets_long_failures_off_lightly() -> None:
     cases: list[tuple[Any, float]] = [("sequence-mean", 1 / STEPS), ("mean", 1.0)]
     for reduction, expected in cases:
         log_prob = token_log_probs(THETA)[pair].requires_grad_()
-        losses = policy_gradient_loss(log_prob, -torch.ones_like(log_prob)).loss
+        losses = policy_gradient_loss(log_prob, -torch.ones_like(log_prob))
         loss = aggregate(losses, MASK[pair], reduction=reduction, denominator=2)
         (slope,) = torch.autograd.grad(loss, log_prob)
         assert (slope[0, 0] / slope[1, 0]).item() == pytest.approx(expected)
@@ -198,7 +198,7 @@ def test_truncated_importance_weights() -> None:
         def loss(logits: Tensor) -> Tensor:
             log_prob = logits.log_softmax(-1)
             weights = importance_weights(log_prob, sampler, cap=cap)
-            return -(sampler.exp() @ (weights * policy_gradient_loss(log_prob, reward).loss))
+            return -(sampler.exp() @ (weights * policy_gradient_loss(log_prob, reward)))
 
         return gradient(loss, new)
 

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import gymnasium as gym
 import torch
 
-from policyopt.control.policies import Critic, ObservationEncoder, Policy, make_policy
-from policyopt.runs import Settings
+from policyopt.control.policies import Critic, Policy, make_policy
+from policyopt.runs import Count, Settings, Share
 
-__all__ = ["ActorCriticConfig", "ControlConfig", "build_critic", "build_networks"]
+__all__ = ["ActorCriticConfig", "ControlConfig", "build_networks"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +20,13 @@ class ControlConfig(Settings):
     change one.
     """
 
-    total_steps: int = 100_000
+    total_steps: Count = 100_000
     """Environment steps to train for, over all copies. Training ends after the update
     that reaches it.
     """
-    num_envs: int = 32
+    num_envs: Count = 32
     """Copies of the environment, side by side."""
-    gamma: float = 0.99
+    gamma: Share = 0.99
     """Discount γ per step, in [0, 1]."""
     hidden: tuple[int, ...] = (64, 64)
     """Width of each hidden layer, policy and critic alike."""
@@ -47,9 +47,11 @@ class ControlConfig(Settings):
     """Initial log σ of a Gaussian policy, on the scale where the action bounds are
     ±1.
     """
+    checkpoint_every: Count = 50
+    """Updates between two checkpoints, when a trainer is given a ``checkpoint_dir``."""
     device: str = "auto"
     """"auto" takes cuda, then mps, then cpu; or any PyTorch device name."""
-    cpu_threads: int = 1
+    cpu_threads: Count = 1
     """CPU threads that PyTorch may use while training. Networks this small are fastest
     with one: a second thread waits more than it works, and the last digits of the
     results would depend on the number of cores."""
@@ -60,10 +62,6 @@ class ControlConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("total_steps", self.total_steps >= 1, ">= 1")
-        self._check("num_envs", self.num_envs >= 1, ">= 1")
-        self._check("cpu_threads", self.cpu_threads >= 1, ">= 1")
-        self._check("gamma", 0 <= self.gamma <= 1, "in [0, 1]")
         self._check(
             "hidden", all(width >= 1 for width in self.hidden), "a tuple of widths >= 1"
         )
@@ -75,14 +73,14 @@ class ActorCriticConfig(ControlConfig):
     advantages estimated.
     """
 
-    rollout_steps: int | None = 64
+    rollout_steps: Count | None = 64
     """Steps per copy and update; None runs one whole episode per copy instead."""
-    gae_lambda: float = 0.95
+    gae_lambda: Share = 0.95
     """λ of the advantage estimate, in [0, 1]."""
     use_critic: bool = True
     """False takes V = 0, so that the advantage is a λ-discounted sum of rewards. It
-    needs whole episodes (``rollout_steps=None``): without V nothing stands for the
-    rewards after a cut."""
+    needs whole episodes (``rollout_steps=None``): without V there is nothing to put in
+    place of the rewards after a cut."""
     normalize_advantages: bool = True
     """Shift and scale advantages to mean 0 and standard deviation 1 over the batch."""
     bootstrap_truncated: bool = True
@@ -92,12 +90,6 @@ class ActorCriticConfig(ControlConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check(
-            "rollout_steps",
-            self.rollout_steps is None or self.rollout_steps >= 1,
-            ">= 1 or None",
-        )
-        self._check("gae_lambda", 0 <= self.gae_lambda <= 1, "in [0, 1]")
         self._check(
             "use_critic",
             self.use_critic or self.rollout_steps is None,
@@ -112,35 +104,28 @@ def build_networks(
     *,
     critic: bool,
     generator: torch.Generator,
+    policy: Policy | None = None,
 ) -> tuple[Policy, Critic | None]:
-    """Build the policy and, on request, the critic that a config describes (on the
-    CPU).
+    """Build the policy, unless one is given, and on request the critic that a config
+    describes (on the CPU).
     """
-    continuous = isinstance(action_space, gym.spaces.Box)
-    normalize = config.normalize_observations
-    policy = make_policy(
-        observation_space,
-        action_space,
-        hidden=config.hidden,
-        activation=config.activation,
-        normalize_observations=continuous if normalize is None else normalize,
-        orthogonal=config.orthogonal_init,
-        log_std=config.initial_log_std,
-        generator=generator,
-    )
-    return policy, build_critic(
-        policy.encoder, config, generator=generator
-    ) if critic else None
-
-
-def build_critic(
-    encoder: ObservationEncoder, config: ControlConfig, *, generator: torch.Generator
-) -> Critic:
-    """Build the critic that a config describes (on the CPU), on the encoder of its
-    policy.
-    """
-    return Critic(
-        encoder,
+    if policy is None:
+        continuous = isinstance(action_space, gym.spaces.Box)
+        normalize = config.normalize_observations
+        policy = make_policy(
+            observation_space,
+            action_space,
+            hidden=config.hidden,
+            activation=config.activation,
+            normalize_observations=continuous if normalize is None else normalize,
+            orthogonal=config.orthogonal_init,
+            log_std=config.initial_log_std,
+            generator=generator,
+        )
+    if not critic:
+        return policy, None
+    return policy, Critic(
+        policy.encoder,
         hidden=config.hidden,
         activation=config.activation,
         orthogonal=config.orthogonal_init,

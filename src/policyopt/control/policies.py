@@ -74,11 +74,8 @@ class ObservationEncoder(nn.Module):
     def fits(self, space: gym.Space[Any]) -> bool:
         """Whether observations of this space can be encoded."""
         if isinstance(space, spaces.Discrete):
-            return (self.kind, self.features, self.start) == (
-                "one-hot",
-                int(space.n),
-                int(space.start),
-            )
+            wanted = ("one-hot", int(space.n), int(space.start))
+            return (self.kind, self.features, self.start) == wanted
         return self.kind == "flat" and self.shape == space.shape
 
     def forward(self, observations: Tensor) -> Tensor:
@@ -86,14 +83,9 @@ class ObservationEncoder(nn.Module):
         (float32).
         """
         if self.kind == "one-hot":
-            return nn.functional.one_hot(
-                observations.long() - self.start, self.features
-            ).float()
-        x = (
-            observations
-            if observations.dtype == torch.float32
-            else observations.float()
-        )
+            index = observations.long() - self.start
+            return nn.functional.one_hot(index, self.features).float()
+        x = observations.float()
         if len(self.shape) != 1:
             x = x.reshape(*x.shape[: x.ndim - len(self.shape)], self.features)
         if not self.normalize:
@@ -111,11 +103,8 @@ class ObservationEncoder(nn.Module):
         count, mean, variance = len(x), x.mean(0), x.var(0, correction=0)
         total = self.count + count
         delta = mean - self.mean
-        spread = (
-            self.variance * self.count
-            + variance * count
-            + delta.square() * self.count * count / total
-        )
+        spread = self.variance * self.count + variance * count
+        spread += delta.square() * self.count * count / total
         self.mean.add_(delta * (count / total))
         self.variance.copy_(spread / total)
         self.count.copy_(total)
@@ -142,13 +131,9 @@ def _mlp(
             nn.init.orthogonal_(linear.weight, gain=gain, generator=generator)
             nn.init.zeros_(linear.bias)
         else:
+            bound = 1 / math.sqrt(fan_in)
             nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5), generator=generator)
-            nn.init.uniform_(
-                linear.bias,
-                -1 / math.sqrt(fan_in),
-                1 / math.sqrt(fan_in),
-                generator=generator,
-            )
+            nn.init.uniform_(linear.bias, -bound, bound, generator=generator)
         layers += [linear] if i == last else [linear, _ACTIVATIONS[activation]()]
     return nn.Sequential(*layers)
 
@@ -158,7 +143,8 @@ class Policy(nn.Module):
     :class:`~policyopt.distributions.Distribution`.
 
     Subclasses define :meth:`forward` and :meth:`to_env`. Your own policy needs no more
-    than that, plus an ``encoder`` that handles raw observations.
+    than that, plus an ``encoder`` that handles raw observations; for :meth:`predict`
+    the encoder has the ``shape`` of one.
     """
 
     encoder: ObservationEncoder
@@ -186,6 +172,60 @@ class Policy(nn.Module):
         """
         distribution: Distribution = self(observations)
         return distribution.mode() if deterministic else distribution.sample(generator)
+
+    def predict(
+        self,
+        observation: Any,
+        *,
+        deterministic: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Any:
+        """Choose an action for one observation, or one for each of a batch, as NumPy.
+
+        Parameters
+        ----------
+        observation : array_like
+            As the environment returns it, ``[*observation shape]``, or ``N`` of them.
+        deterministic : bool
+            Take the most probable action (the mean, for a Gaussian); False samples.
+        generator : torch.Generator, optional
+            Source of the samples, on the policy's device; by default the global one.
+
+        Returns
+        -------
+        action
+            What the environment's ``step`` takes, or an array of ``N`` of them.
+
+        Examples
+        --------
+        >>> import gymnasium as gym
+        >>> import torch
+        >>> from policyopt.control import make_policy
+        >>> env = gym.make("CartPole-v1")
+        >>> spaces = env.observation_space, env.action_space
+        >>> policy = make_policy(*spaces, generator=torch.Generator().manual_seed(0))
+        >>> observation, _ = env.reset(seed=0)
+        >>> action = policy.predict(observation)
+        >>> observation, reward, terminated, truncated, _ = env.step(action)
+        >>> action.dtype, policy.predict([observation, observation]).shape
+        (dtype('int64'), (2,))
+        """
+        array, shape = np.array(observation), self.encoder.shape
+        if array.shape[array.ndim - len(shape) :] != shape or array.ndim > 1 + len(
+            shape
+        ):
+            raise ValueError(
+                f"observation must have the shape {shape}, or [N, *{shape}] for N of "
+                f"them, got {array.shape}"
+            )
+        one = array.ndim == len(shape)
+        device = next((p.device for p in self.parameters()), None)
+        batch = torch.from_numpy(array[None] if one else array).to(device)
+        actions = self.to_env(self.act(batch, generator, deterministic=deterministic))
+        if not one:
+            return actions
+        # One action of a Discrete is a number, one of a Box an array, if need be of ().
+        return actions[0] if actions.dtype.kind == "i" else actions[0, ...]
 
 
 class CategoricalPolicy(Policy):
@@ -262,9 +302,8 @@ class GaussianPolicy(Policy):
         """Return the actions in the environment's units, clipped to its bounds, ``[N,
         *space.shape]``.
         """
-        scaled = torch.clamp(
-            self.centre + self.half_range * actions, self.low, self.high
-        )
+        scaled = self.centre + self.half_range * actions
+        scaled = torch.clamp(scaled, self.low, self.high)
         array: NDArray[Any] = scaled.cpu().numpy().astype(self.action_dtype, copy=False)
         return array.reshape(-1, *self.action_shape)
 
@@ -285,9 +324,8 @@ class Critic(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.network = _mlp(
-            [encoder.features, *hidden, 1], activation, 1.0, generator, orthogonal
-        )
+        sizes = [encoder.features, *hidden, 1]
+        self.network = _mlp(sizes, activation, 1.0, generator, orthogonal)
 
     def forward(self, observations: Tensor) -> Tensor:
         """Return V(s) for raw observations ``[..., *observation shape]``, shape
@@ -336,22 +374,15 @@ def make_policy(
     encoder = ObservationEncoder(observation_space, normalize=normalize_observations)
 
     def network(outputs: int) -> nn.Sequential:
-        return _mlp(
-            [encoder.features, *hidden, outputs],
-            activation,
-            0.01,
-            generator,
-            orthogonal,
-        )
+        sizes = [encoder.features, *hidden, outputs]
+        return _mlp(sizes, activation, 0.01, generator, orthogonal)
 
     if isinstance(action_space, spaces.Discrete):
         return CategoricalPolicy(encoder, action_space, network(int(action_space.n)))
-    if isinstance(action_space, spaces.Box) and np.issubdtype(
-        action_space.dtype, np.floating
-    ):
-        return GaussianPolicy(
-            encoder, action_space, network(math.prod(action_space.shape)), log_std
-        )
+    floating = np.issubdtype(action_space.dtype, np.floating)
+    if isinstance(action_space, spaces.Box) and floating:
+        outputs = math.prod(action_space.shape)
+        return GaussianPolicy(encoder, action_space, network(outputs), log_std)
     raise ValueError(
         f"action space must be Discrete or a floating-point Box, got {action_space}; "
         "wrap the environment or give a policy of your own"

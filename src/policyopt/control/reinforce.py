@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from policyopt.control.config import ControlConfig
 from policyopt.control.environments import EnvLike
 from policyopt.control.policies import Policy
 from policyopt.control.results import TrainResult, Update
 from policyopt.control.rollouts import Rollout
-from policyopt.control.training import Callback, Run
-from policyopt.estimators import discounted_returns, explained_variance, normalize
-from policyopt.losses import aggregate, entropy_loss, policy_gradient_loss, value_loss
+from policyopt.control.steps import Steps, critic_fit, critic_loss
+from policyopt.control.training import Run
+from policyopt.estimators import discounted_returns, normalize
+from policyopt.frame import Callback
+from policyopt.losses import (
+    Loss,
+    aggregate,
+    check_loss,
+    item_losses,
+    policy_gradient_loss,
+)
+from policyopt.runs import Count, NonNegative, Positive
 
-__all__ = ["ReinforceConfig", "ReinforceUpdate", "reinforce_weights", "train_reinforce"]
+__all__ = [
+    "ReinforceConfig",
+    "ReinforceUpdate",
+    "reinforce_loss",
+    "reinforce_weights",
+    "train_reinforce",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReinforceConfig(ControlConfig):
     """Settings of :func:`train_reinforce`."""
 
-    num_envs: int = 16
+    num_envs: Count = 16
     """Episodes per update, run side by side. 1 is the textbook's one-episode loop."""
-    learning_rate: float = 1e-2
+    learning_rate: Positive = 1e-2
     """Adam's step size."""
     reward_to_go: bool = True
     """w_t from rewards after t only; False weighs every step with the whole episode's
@@ -38,20 +55,14 @@ class ReinforceConfig(ControlConfig):
     """
     normalize_weights: bool = True
     """Shift and scale w_t to mean 0 and standard deviation 1 over the batch."""
-    entropy_coef: float = 0.0
+    entropy_coef: NonNegative = 0.0
     """Weight of the entropy bonus, ≥ 0."""
-    critic_epochs: int = 10
+    critic_epochs: Count = 10
     """Gradient steps on V_φ per update, with baseline "learned"."""
     bootstrap_truncated: bool = True
     """With a learned baseline, add V of the final observation where an episode was cut
     by a limit. Without one there is nothing to bootstrap with, and the future after the
     cut counts as 0."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check("learning_rate", self.learning_rate > 0, "> 0")
-        self._check("entropy_coef", self.entropy_coef >= 0, ">= 0")
-        self._check("critic_epochs", self.critic_epochs >= 1, ">= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +86,7 @@ def reinforce_weights(
     gamma: float,
     reward_to_go: bool = True,
     baseline: Literal["none", "mean", "learned"] = "none",
+    normalized: bool = False,
     values: Tensor | None = None,
     next_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -90,6 +102,8 @@ def reinforce_weights(
     ----------
     rollout : Rollout
         Whole episodes, one per column, ``[T, N]`` (:meth:`Collector.collect_episodes`).
+    normalized : bool
+        Shift and scale the weights to mean 0 and standard deviation 1 over the batch.
     values, next_values : Tensor, optional
         V(s_t) and V(s_{t+1}), ``[T, N]``; ``values`` is the baseline "learned", and
         ``next_values`` is bootstrapped where an episode was truncated.
@@ -111,7 +125,15 @@ def reinforce_weights(
         if values is None:
             raise ValueError("values must be given with baseline='learned'")
         weights = weights - values
-    return torch.where(rollout.valid, weights, 0.0), returns
+    weights = torch.where(rollout.valid, weights, 0.0)
+    return normalize(weights, rollout.valid) if normalized else weights, returns
+
+
+def reinforce_loss(steps: Steps) -> Tensor:
+    """REINFORCE's objective: :func:`~policyopt.losses.policy_gradient_loss` of each
+    step.
+    """
+    return policy_gradient_loss(steps.log_prob, steps.advantages)
 
 
 def train_reinforce(
@@ -120,7 +142,9 @@ def train_reinforce(
     *,
     seed: int = 0,
     policy: Policy | None = None,
-    resume: TrainResult[ReinforceConfig, ReinforceUpdate] | None = None,
+    weigh: Callable[..., tuple[Tensor, Tensor]] = reinforce_weights,
+    loss: Loss | None = None,
+    checkpoint_dir: str | Path | None = None,
     callback: Callback | None = None,
     progress: bool = True,
 ) -> TrainResult[ReinforceConfig, ReinforceUpdate]:
@@ -137,9 +161,22 @@ def train_reinforce(
         ≥ 0; decides everything random. Two runs with one seed are equal on the CPU.
     policy : Policy, optional
         Start from this policy (trained in place) instead of a new one.
-    resume : TrainResult, optional
-        Go on from an earlier result until ``config.total_steps`` in all. Environments
-        start afresh.
+    weigh : callable
+        Where the weights w_t come from: called as :func:`reinforce_weights` is, with a
+        rollout and the settings as keywords.
+    loss : callable, optional
+        The policy's objective: a function from :class:`~policyopt.control.Steps`, whose
+        ``log_prob`` has just been computed, to one loss per step, as a tensor or in the
+        field ``loss`` of a named tuple. By default :func:`reinforce_loss`. The entropy
+        bonus and the value function's loss are added to its mean.
+    checkpoint_dir : path, optional
+        Write a checkpoint there every ``config.checkpoint_every`` updates and at the
+        end, and go on from one that is there. A run that was killed and started again
+        then ends as if nothing had happened, bit for bit on the CPU; one that was
+        finished goes on when ``config.total_steps`` is larger. To make that possible
+        the environments are reset after each checkpoint, with a seed made from ``seed``
+        and the number of the update: episodes that are under way are dropped. What an
+        environment or a wrapper remembers beyond a reset is not saved.
     callback : callable, optional
         Gets every :class:`ReinforceUpdate`; a true return value stops.
     progress : bool
@@ -160,63 +197,65 @@ def train_reinforce(
     ----------
     Williams (1992), doi:10.1007/BF00992696.
     """
-    learned = config.baseline == "learned"
-    run: Run[ReinforceConfig, ReinforceUpdate] = Run(
-        "reinforce", env, config, seed=seed, critic=learned, policy=policy, resume=resume, callback=callback,
+    loss = check_loss(loss, reinforce_loss, "Steps of a batch")
+    run = Run(
+        "reinforce",
+        env,
+        config,
+        ReinforceUpdate,
+        seed=seed,
+        critic=config.baseline == "learned",
+        policy=policy,
+        checkpoint_dir=checkpoint_dir,
+        callback=callback,
         progress=progress,
-    )  # fmt: skip
+    )
     policy, critic = run.policy, run.critic
     optimizer = run.adam(run.trainable(), config.learning_rate)
 
     with run:
-        while run.unfinished:
+        for _ in run.updates():
             rollout = run.collect(None)
-            values, next_values = (
-                (None, None) if critic is None else rollout.evaluate(critic)
-            )
-            weights, returns = reinforce_weights(
+            values, next_values = rollout.evaluate(critic)
+            weights, returns = weigh(
                 rollout,
                 gamma=config.gamma,
                 reward_to_go=config.reward_to_go,
                 baseline=config.baseline,
+                normalized=config.normalize_weights,
                 values=values,
                 next_values=next_values if config.bootstrap_truncated else None,
             )
-            if config.normalize_weights:
-                weights = normalize(weights, rollout.valid)
-
             observations = rollout.flat(rollout.observations)
+            actions = rollout.flat(rollout.actions)
             distribution = policy(observations)
-            policy_term = aggregate(
-                policy_gradient_loss(
-                    distribution.log_prob(rollout.flat(rollout.actions)),
-                    rollout.flat(weights),
-                ).loss
+            log_prob = distribution.log_prob(actions)
+            steps = Steps(
+                observations=observations,
+                actions=actions,
+                advantages=rollout.flat(weights),
+                log_prob=log_prob,
+                old_log_prob=log_prob.detach(),
+                targets=rollout.flat(returns),
+                old_values=rollout.flat(values),
             )
-            entropy_term = aggregate(entropy_loss(distribution.entropy()).loss)
+            policy_loss = aggregate(item_losses(loss, steps, log_prob.shape).loss)
+            entropy = aggregate(distribution.entropy())
             optimizer.zero_grad()
-            (policy_term + config.entropy_coef * entropy_term).backward()
-            norm = torch.nn.utils.get_total_norm(
-                [p.grad for p in policy.parameters() if p.grad is not None]
-            )
+            (policy_loss - config.entropy_coef * entropy).backward()
+            gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
             optimizer.step()
 
-            explained = torch.nan
-            if critic is not None and values is not None:
-                targets = rollout.flat(returns)
-                explained = explained_variance(rollout.flat(values), targets).item()
-                for _ in range(config.critic_epochs):
-                    optimizer.zero_grad()
-                    aggregate(value_loss(critic(observations), targets).loss).backward()
-                    optimizer.step()
+            for _ in range(config.critic_epochs if critic else 0):
+                optimizer.zero_grad()
+                critic_loss(critic, steps).backward()
+                optimizer.step()
 
             run.log(
-                ReinforceUpdate(
-                    **run.next_row(),
-                    policy_loss=policy_term.item(),
-                    entropy=-entropy_term.item(),
-                    gradient_norm=norm.item(),
-                    explained_variance=explained,
-                )
+                policy_loss=policy_loss.item(),
+                entropy=entropy.item(),
+                gradient_norm=norm.item(),
+                explained_variance=critic_fit(critic, steps),
             )
     return run.result()

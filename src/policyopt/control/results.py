@@ -4,34 +4,34 @@ and loaded.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import gymnasium as gym
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from policyopt.checkpoint import load_checkpoint, save_checkpoint
+from policyopt.checkpoint import rows_from_json, save_checkpoint, strip
 from policyopt.control.config import ControlConfig, build_networks
 from policyopt.control.policies import Critic, Policy
 from policyopt.control.rollouts import Episodes
+from policyopt.frame import Row, read_run, run_metadata
 from policyopt.runs import History
 
 __all__ = ["ConfigT", "RowT", "TrainResult", "Update"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Update:
+class Update(Row):
     """One row of the history: what every algorithm reports after an update."""
 
-    update: int
-    """Number of the update, from 1."""
+    headline: ClassVar[tuple[str, ...]] = ("return_mean",)
+    # Undefined before the first episode, and for targets that do not vary.
+    may_be_nan: ClassVar[tuple[str, ...]] = ("return_mean", "explained_variance")
+
     steps: int
     """Environment steps so far."""
     episodes: int
@@ -44,6 +44,7 @@ class Update:
 
 RowT = TypeVar("RowT", bound=Update)
 ConfigT = TypeVar("ConfigT", bound=ControlConfig)
+_SPACES = ("observation_space", "action_space")
 
 
 @dataclass
@@ -53,16 +54,17 @@ class TrainResult(Generic[ConfigT, RowT]):
     algorithm: str
     """"reinforce", "trpo" or "ppo"."""
     environment: str
+    num_envs: int
+    """Copies of the environment."""
     seed: int
     config: ConfigT
     policy: Policy
     critic: Critic | None
-    optimizer_state: dict[str, Any]
-    """State of the Adam optimiser, for resuming."""
     history: History[RowT]
     episodes: Episodes
     stop_reason: str
-    """"budget", "callback", "interrupted", or what went wrong."""
+    """"budget", "callback", "interrupted", or what went wrong; "unfinished" in a
+    checkpoint from the middle of a run."""
     seconds: float
     """Wall-clock time of the training."""
     steps: int
@@ -80,8 +82,8 @@ class TrainResult(Generic[ConfigT, RowT]):
                 network.cpu()
 
     def save(self, folder: str | Path) -> Path:
-        """Write weights and optimiser state (safetensors) and all the rest (JSON),
-        atomically; return the folder.
+        """Write the networks (safetensors) and all the rest (JSON), atomically; return
+        the folder.
 
         Raises
         ------
@@ -89,157 +91,154 @@ class TrainResult(Generic[ConfigT, RowT]):
             If the policy is of your own making: only its ``state_dict`` could be saved,
             not how to rebuild it.
         """
-        rebuilt, _ = build_networks(
-            *self.spaces, self.config, critic=False, generator=torch.Generator()
-        )
-        if _structure(self.policy) != _structure(rebuilt):
+        tensors, state = parts_of(self)
+        if not state["built_in"]:
             raise ValueError(
                 "policy must be the one that the config describes to be saved whole, "
                 f"got a {type(self.policy).__name__} of another structure; save its "
                 "state_dict() with safetensors.torch.save_file instead"
             )
-        tensors = {f"policy.{k}": v for k, v in self.policy.state_dict().items()}
-        if self.critic is not None:
-            tensors |= {f"critic.{k}": v for k, v in self.critic.state_dict().items()}
-        state = self.optimizer_state
-        for index, slot in state.get("state", {}).items():
-            tensors |= {
-                f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in slot.items()
-            }
-        for name, column in self.episodes.table().items():
-            tensors[f"episodes.{name}"] = torch.from_numpy(column)
-        metadata = {
-            "format": 1,
-            "algorithm": self.algorithm,
-            "environment": self.environment,
-            "seed": self.seed,
-            "config": dataclasses.asdict(self.config),
-            "has_critic": self.critic is not None,
-            "optimizer_groups": state.get("param_groups", []),
-            "history": [_without_nan(dataclasses.asdict(row)) for row in self.history],
-            "stop_reason": self.stop_reason,
-            "seconds": self.seconds,
-            "steps": self.steps,
-            "spaces": [_space_to_json(space) for space in self.spaces],
-            "reward_statistics": list(self.reward_statistics),
-        }
+        metadata = run_metadata(self, identity_of(self), state)
         return save_checkpoint(folder, tensors, metadata)
 
     @staticmethod
     def load(folder: str | Path) -> TrainResult[Any, Any]:
-        """Read what :meth:`save` wrote. The policy is on the CPU; move it with
-        ``.to(device)``.
+        """Read what :meth:`save` wrote, or the checkpoint in a trainer's
+        ``checkpoint_dir``.
+
+        The policy is on the CPU; move it with ``.to(device)``.
+
+        Raises
+        ------
+        ValueError
+            If the checkpoint's policy was of your own making.
         """
-        tensors, meta = load_checkpoint(folder)
-        if meta.get("format") != 1:
+        tensors, metadata = read_run(folder)
+        identity, state = metadata["identity"], metadata["state"]
+        config_type, row_type = _algorithm_types(identity["algorithm"])
+        if not state["built_in"]:
             raise ValueError(
-                f"{folder} has format {meta.get('format')!r}, this version reads "
-                "format 1"
+                f"{folder} holds a {identity['policy']} of your own making, which "
+                "cannot be rebuilt from here; start its training again with this "
+                "checkpoint_dir to get the result"
             )
-        config_type, row_type = _algorithm_types(meta["algorithm"])
-        fields: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()
-        }
-        config = config_type(**fields)
-        observation_space, action_space = (_space_from_json(s) for s in meta["spaces"])
+        settings = identity["config"]
+        config = config_type(**settings | {"hidden": tuple(settings["hidden"])})
+        observations, actions = (_space_of(strip(tensors, f"{n}.")) for n in _SPACES)
         policy, critic = build_networks(
-            observation_space,
-            action_space,
+            observations,
+            actions,
             config,
-            critic=meta["has_critic"],
+            critic=any(name.startswith("critic.") for name in tensors),
             generator=torch.Generator(),
         )
-        policy.load_state_dict(_strip(tensors, "policy."))
-        if critic is not None:
-            critic.load_state_dict(_strip(tensors, "critic."))
-        slots: dict[int, dict[str, Tensor]] = {}
-        for key, value in _strip(tensors, "optimizer.").items():
-            index, _, name = key.partition(".")
-            slots.setdefault(int(index), {})[name] = value
-        episodes = _strip(tensors, "episodes.")
+        load_networks(policy, critic, tensors)
         return TrainResult(
-            algorithm=meta["algorithm"],
-            environment=meta["environment"],
-            seed=meta["seed"],
+            algorithm=identity["algorithm"],
+            environment=identity["environment"],
+            num_envs=identity["copies"],
+            seed=identity["seed"],
             config=config,
             policy=policy,
             critic=critic,
-            optimizer_state={"state": slots, "param_groups": meta["optimizer_groups"]}
-            if slots
-            else {},
-            history=History(row_type(**_with_nan(row)) for row in meta["history"]),
-            episodes=Episodes(
-                *(episodes[k].numpy() for k in ("steps", "return", "length"))
-            ),
-            stop_reason=meta["stop_reason"],
-            seconds=meta["seconds"],
-            steps=meta["steps"],
-            spaces=(observation_space, action_space),
-            reward_statistics=tuple(meta["reward_statistics"]),
+            history=History(rows_from_json(row_type, metadata["history"])),
+            episodes=episodes_of(tensors),
+            stop_reason=state["stop_reason"],
+            seconds=state["seconds"],
+            steps=state["steps"],
+            spaces=(observations, actions),
+            reward_statistics=tuple(state["reward_statistics"]),
         )
 
 
+def identity_of(result: TrainResult[Any, Any]) -> dict[str, Any]:
+    """Return what a run that goes on from a result's checkpoint must share with it,
+    besides algorithm, seed and config.
+    """
+    return {
+        "environment": result.environment,
+        "observation_space": str(result.spaces[0]),
+        "action_space": str(result.spaces[1]),
+        "copies": result.num_envs,
+        "policy": type(result.policy).__name__,
+    }
+
+
+def parts_of(result: TrainResult[Any, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what a checkpoint holds of a result, as tensors and as JSON."""
+    tensors = {f"policy.{k}": v for k, v in result.policy.state_dict().items()}
+    if result.critic is not None:
+        tensors |= {f"critic.{k}": v for k, v in result.critic.state_dict().items()}
+    for name, column in result.episodes.table().items():
+        tensors[f"episodes.{name}"] = torch.from_numpy(column)
+    built_in = _is_built_in(result)
+    if built_in:
+        for name, space in zip(_SPACES, result.spaces, strict=True):
+            tensors |= {f"{name}.{k}": v for k, v in _space_tensors(space).items()}
+    return tensors, {
+        "built_in": built_in,
+        "stop_reason": result.stop_reason,
+        "seconds": result.seconds,
+        "steps": result.steps,
+        "reward_statistics": list(result.reward_statistics),
+    }
+
+
+def _is_built_in(result: TrainResult[Any, Any]) -> bool:
+    """Whether the policy can be built again from the spaces and the config."""
+    try:
+        rebuilt, _ = build_networks(
+            *result.spaces, result.config, critic=False, generator=torch.Generator()
+        )
+    except ValueError:  # other spaces than those of the built-in policies
+        return False
+    return _structure(rebuilt) == _structure(result.policy)
+
+
+def load_networks(
+    policy: Policy, critic: Critic | None, tensors: Mapping[str, Tensor]
+) -> None:
+    """Take over the weights and statistics of a checkpoint."""
+    policy.load_state_dict(strip(tensors, "policy."))
+    if critic is not None:
+        critic.load_state_dict(strip(tensors, "critic."))
+
+
+def episodes_of(tensors: Mapping[str, Tensor]) -> Episodes:
+    """Return the record of episodes in a checkpoint."""
+    columns = strip(tensors, "episodes.")
+    return Episodes(*(columns[name].numpy() for name in ("steps", "return", "length")))
+
+
 def _structure(module: nn.Module) -> tuple[Any, ...]:
-    return (
-        type(module),
-        str(module),
-        {name: tensor.shape for name, tensor in module.state_dict().items()},
-    )
-
-
-def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
-    # JSON has no NaN, and readers in other languages stop at Python's.
-    return {
-        k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()
-    }
-
-
-def _with_nan(row: dict[str, Any]) -> dict[str, Any]:
-    return {k: math.nan if v is None else v for k, v in row.items()}
-
-
-def _strip(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {
-        key.removeprefix(prefix): value
-        for key, value in tensors.items()
-        if key.startswith(prefix)
-    }
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    return type(module), str(module), shapes
 
 
 def _algorithm_types(algorithm: str) -> tuple[type[ControlConfig], type[Update]]:
-    names = {
-        "reinforce": ("ReinforceConfig", "ReinforceUpdate"),
-        "trpo": ("TRPOConfig", "TRPOUpdate"),
-        "ppo": ("PPOConfig", "PPOUpdate"),
-    }
-    if algorithm not in names:
-        raise ValueError(f"algorithm must be one of {sorted(names)}, got {algorithm!r}")
+    prefixes = {"reinforce": "Reinforce", "trpo": "TRPO", "ppo": "PPO"}
+    if algorithm not in prefixes:
+        raise ValueError(
+            f"algorithm must be one of {sorted(prefixes)}, got {algorithm!r}"
+        )
     # Looked up late: the algorithms' modules import this one.
     module = importlib.import_module(f"policyopt.control.{algorithm}")
-    config, row = names[algorithm]
-    return getattr(module, config), getattr(module, row)
+    prefix = prefixes[algorithm]
+    return getattr(module, f"{prefix}Config"), getattr(module, f"{prefix}Update")
 
 
-def _space_to_json(space: gym.Space[Any]) -> dict[str, Any]:
+def _space_tensors(space: gym.Space[Any]) -> dict[str, Tensor]:
     if isinstance(space, gym.spaces.Discrete):
-        return {"type": "Discrete", "n": int(space.n), "start": int(space.start)}
+        return {
+            "n": torch.tensor(int(space.n)),
+            "start": torch.tensor(int(space.start)),
+        }
     assert isinstance(space, gym.spaces.Box)
-    return {
-        "type": "Box",
-        # JSON has no infinity: bounds travel as text.
-        "low": [str(v) for v in space.low.flatten()],
-        "high": [str(v) for v in space.high.flatten()],
-        "shape": list(space.shape),
-        "dtype": str(space.dtype),
-    }
+    return {"low": torch.from_numpy(space.low), "high": torch.from_numpy(space.high)}
 
 
-def _space_from_json(data: Mapping[str, Any]) -> gym.Space[Any]:
-    if data["type"] == "Discrete":
-        return gym.spaces.Discrete(data["n"], start=data["start"])
-    dtype = np.dtype(data["dtype"])
-    low, high = (
-        np.array([float(v) for v in data[k]]).astype(dtype).reshape(data["shape"])
-        for k in ("low", "high")
-    )
-    return gym.spaces.Box(low, high, dtype=dtype.type)
+def _space_of(tensors: Mapping[str, Tensor]) -> gym.Space[Any]:
+    if "n" in tensors:
+        return gym.spaces.Discrete(int(tensors["n"]), start=int(tensors["start"]))
+    low, high = tensors["low"].numpy(), tensors["high"].numpy()
+    return gym.spaces.Box(low, high, dtype=low.dtype.type)

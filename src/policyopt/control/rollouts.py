@@ -1,4 +1,4 @@
-"""Collect experience from a vector environment into preallocated ``[T, N]`` buffers.
+"""Collect experience from a vector environment into ``[T, N]`` tensors.
 
 Gymnasium's vector environments reset a copy by themselves when its episode ends, in one
 of two ways, and both are handled so that the *final* observation of an episode is what
@@ -10,7 +10,7 @@ next-step
     it is marked ``valid = False``.
 same-step
     ``step`` returns the first observation of the next episode at once and hides the
-    final one in ``info["final_obs"]``. It is picked out and kept beside the buffer.
+    final one in ``info["final_obs"]``. It is picked out and kept beside them.
 """
 
 from __future__ import annotations
@@ -110,10 +110,14 @@ class Rollout:
         return x.flatten(0, 1) if bool(self.valid.all()) else x[self.valid]
 
     @torch.no_grad()
-    def evaluate(self, critic: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def evaluate(
+        self, critic: Callable[[Tensor], Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
         """Return V(s_t) and V(s_{t+1}), both ``[T, N]``; the successor of a cut row is
-        its final observation.
+        its final observation. Without a critic V = 0.
         """
+        if critic is None:
+            return torch.zeros_like(self.rewards), torch.zeros_like(self.rewards)
         values = critic(
             torch.cat([self.observations, self.last_observations.unsqueeze(0)])
         )
@@ -161,9 +165,10 @@ class Collector:
         self.name = name
         self.steps = 0
         self._same_step = env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
-        self._reset(seed)
+        self.reset(seed)
 
-    def _reset(self, seed: int | None) -> None:
+    def reset(self, seed: int | None = None) -> None:
+        """Begin every copy's next episode; those under way are dropped."""
         n = self.env.num_envs
         self._observation: NDArray[Any] = np.asarray(self.env.reset(seed=seed)[0])
         self._pending_reset = np.zeros(n, dtype=bool)
@@ -198,62 +203,39 @@ class Collector:
         ValueError
             If an episode is not over after ``max_steps`` steps.
         """
-        self._reset(None)
+        self.reset()
         return self._run(max_steps, deterministic=deterministic, one_episode=True)
 
     def _run(self, steps: int, *, deterministic: bool, one_episode: bool) -> Rollout:
-        n, first = self.env.num_envs, self._observation
-        # Whole episodes have no known length: grow by doubling instead of reserving for
-        # the limit.
-        capacity = min(steps, 512) if one_episode else steps
-        observations = np.empty((capacity, *first.shape), first.dtype)
-        rewards = np.empty((capacity, n), np.float32)
-        terminated = np.empty((capacity, n), bool)
-        truncated = np.empty((capacity, n), bool)
-        valid = np.empty((capacity, n), bool)
-        actions: Tensor | None = None
+        env, device = self.env, self.generator.device
+        act, to_env = self.policy.act, self.policy.to_env
+        dtype = self._observation.dtype
+        running = np.ones(env.num_envs, bool)
+        rows: list[tuple[NDArray[Any], ...]] = []
+        actions: list[Tensor] = []
         finals: list[tuple[int, int, NDArray[Any]]] = []
-        running = np.ones(n, dtype=bool)
-        device = self.generator.device
-        env, act, to_env = self.env, self.policy.act, self.policy.to_env
-
-        t = 0
-        while t < steps:
-            if t == capacity:
-                capacity = min(steps, 2 * capacity)
-                observations, rewards, terminated, truncated, valid = (
-                    _grown(a, capacity)
-                    for a in (observations, rewards, terminated, truncated, valid)
-                )
-                actions = None if actions is None else _grown_tensor(actions, capacity)
-            observations[t] = self._observation
+        for t in range(steps):
+            # A copy: some environments return the same array in every step.
+            seen = np.array(self._observation, dtype)
             action = act(
-                torch.from_numpy(observations[t]).to(device),
+                torch.from_numpy(seen).to(device),
                 self.generator,
                 deterministic=deterministic,
             )
-            if actions is None:
-                actions = torch.empty(
-                    (capacity, *action.shape), dtype=action.dtype, device=action.device
-                )
-            actions[t] = action
-            result = env.step(to_env(action))
-            self._observation, rewards[t], terminated[t], truncated[t] = result[:4]
-            done = terminated[t] | truncated[t]
-            valid[t] = running if one_episode else ~self._pending_reset
-            if self._same_step:
-                if done.any():
-                    finals += [
-                        (t, int(i), np.asarray(result[4]["final_obs"][i]))
-                        for i in np.flatnonzero(done)
-                    ]
-            else:
+            self._observation, reward, *ends, info = env.step(to_env(action))
+            ended, cut = (np.array(end, bool) for end in ends)
+            valid = running if one_episode else ~self._pending_reset
+            rows.append((seen, np.array(reward, np.float32), ended, cut, valid))
+            actions.append(action)
+            done = ended | cut
+            if not self._same_step:
                 self._pending_reset = done
-            t += 1
-            if one_episode:
-                running &= ~done
-                if not running.any():
-                    break
+            elif done.any():
+                last = info["final_obs"]
+                finals.extend((t, int(i), last[i]) for i in np.flatnonzero(done))
+            running = running & ~done
+            if one_episode and not running.any():
+                break
         else:
             if one_episode:
                 raise ValueError(
@@ -261,60 +243,52 @@ class Collector:
                     "steps; raise max_steps or give the environment a time limit "
                     "(gymnasium.wrappers.TimeLimit)"
                 )
-        if actions is None:  # unreachable: steps >= 1
-            raise AssertionError
-        observations, rewards, valid = observations[:t], rewards[:t], valid[:t]
-        terminated, truncated = terminated[:t], truncated[:t]
-        last = np.array(self._observation)
-        final = (
-            np.stack([f[2] for f in finals])
-            if finals
-            else np.empty((0, *first.shape[1:]), first.dtype)
+        observations, rewards, terminated, truncated, valid = (
+            np.stack(column) for column in zip(*rows, strict=True)
         )
-        self._check_finite(observations, rewards)
-        # Neither is a row of the buffer, but both are bootstrapped from.
-        for array in (last, final):
+        after = np.array(self._observation)
+        final = np.array([f[2] for f in finals], dtype).reshape(-1, *after.shape[1:])
+        self._check_finite("observation", observations)
+        self._check_finite("reward", rewards)
+        # Neither is a row of the rollout, but both are bootstrapped from.
+        for array in (after, final):
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise ValueError(
                     f"{self.name} returned a NaN or infinite last or final "
-                    "observation; mend the environment or wrap it so that every "
+                    "observation; fix the environment or wrap it so that every "
                     "observation is finite"
                 )
         episodes = self._close_episodes(rewards, terminated | truncated, valid)
 
-        def to_device(array: NDArray[Any]) -> Tensor:
-            return torch.from_numpy(array).to(device)
+        def tensor(array: Any, dtype: torch.dtype | None = None) -> Tensor:
+            return torch.as_tensor(array, dtype=dtype, device=device)
 
         return Rollout(
-            observations=to_device(observations),
-            actions=actions[:t],
-            rewards=to_device(rewards),
-            terminated=to_device(terminated),
-            truncated=to_device(truncated),
-            valid=to_device(valid),
-            last_observations=to_device(last),
+            observations=tensor(observations),
+            actions=torch.stack(actions),
+            rewards=tensor(rewards),
+            terminated=tensor(terminated),
+            truncated=tensor(truncated),
+            valid=tensor(valid),
+            last_observations=tensor(after),
             final_index=(
-                torch.tensor([f[0] for f in finals], dtype=torch.long, device=device),
-                torch.tensor([f[1] for f in finals], dtype=torch.long, device=device),
+                tensor([f[0] for f in finals], torch.long),
+                tensor([f[1] for f in finals], torch.long),
             ),
-            final_observations=to_device(final),
+            final_observations=tensor(final),
             episodes=episodes,
         )
 
-    def _check_finite(
-        self, observations: NDArray[Any], rewards: NDArray[np.float32]
-    ) -> None:
-        for what, array in (("observation", observations), ("reward", rewards)):
-            # One sum is cheaper than a mask; look closer only when it fails.
-            if array.dtype.kind == "f" and not np.isfinite(array.sum(dtype=np.float64)):
-                bad = np.argwhere(~np.isfinite(array))
-                if len(bad):
-                    t, i = bad[0][:2]
-                    raise ValueError(
-                        f"{self.name} returned a NaN or infinite {what} "
-                        f"({array[t, i]}) at step {t} of the rollout in copy {i}; mend "
-                        f"the environment or wrap it so that every {what} is finite"
-                    )
+    def _check_finite(self, what: str, array: NDArray[Any]) -> None:
+        # One sum is cheaper than a mask; look closer only when it fails.
+        if array.dtype.kind != "f" or np.isfinite(array.sum(dtype=np.float64)):
+            return
+        for t, i in np.argwhere(~np.isfinite(array))[:1, :2]:
+            raise ValueError(
+                f"{self.name} returned a NaN or infinite {what} ({array[t, i]}) at "
+                f"step {t} of the rollout in copy {i}; fix the environment or wrap it "
+                f"so that every {what} is finite"
+            )
 
     def _close_episodes(
         self,
@@ -328,44 +302,19 @@ class Collector:
         returns = np.cumsum(rewards * valid, axis=0, dtype=np.float64) + self._returns
         lengths = np.cumsum(valid, axis=0) + self._lengths
         steps = self.steps + np.cumsum(valid.sum(axis=1))
-        ends = np.argwhere(done & valid)
-        base_return, base_length = (
-            np.zeros(len(self._returns)),
-            np.zeros_like(self._lengths),
-        )
-        record: list[tuple[int, float, int]] = []
-        for t, i in ends:
-            record.append(
-                (
-                    steps[t],
-                    returns[t, i] - base_return[i],
-                    lengths[t, i] - base_length[i],
-                )
+        before, begun = np.zeros_like(returns[0]), np.zeros_like(lengths[0])
+        ended: list[tuple[int, float, int]] = []
+        for t, i in np.argwhere(done & valid):
+            ended.append(
+                (steps[t], returns[t, i] - before[i], lengths[t, i] - begun[i])
             )
-            base_return[i], base_length[i] = returns[t, i], lengths[t, i]
-        self._returns, self._lengths = (
-            returns[-1] - base_return,
-            lengths[-1] - base_length,
-        )
+            before[i], begun[i] = returns[t, i], lengths[t, i]
+        self._returns, self._lengths = returns[-1] - before, lengths[-1] - begun
         self.steps = int(steps[-1])
-        ended, totals, durations = zip(*record, strict=True) if record else ((), (), ())
+        at, totals, sizes = zip(*ended, strict=True) if ended else ((), (), ())
         return Episodes(
-            np.array(ended, np.int64),
-            np.array(totals, np.float64),
-            np.array(durations, np.int64),
+            np.array(at, np.int64), np.array(totals, float), np.array(sizes, np.int64)
         )
-
-
-def _grown(array: NDArray[Any], capacity: int) -> NDArray[Any]:
-    grown = np.empty((capacity, *array.shape[1:]), array.dtype)
-    grown[: len(array)] = array
-    return grown
-
-
-def _grown_tensor(tensor: Tensor, capacity: int) -> Tensor:
-    grown = tensor.new_empty((capacity, *tensor.shape[1:]))
-    grown[: len(tensor)] = tensor
-    return grown
 
 
 def sample_episodes(

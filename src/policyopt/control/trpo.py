@@ -6,56 +6,61 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from policyopt.control.config import ActorCriticConfig
 from policyopt.control.environments import EnvLike
-from policyopt.control.policies import Policy
+from policyopt.control.policies import Critic, Policy
 from policyopt.control.results import TrainResult, Update
-from policyopt.control.training import Callback, Run, estimate_advantages, minibatches
-from policyopt.losses import Surrogate, aggregate, surrogate_loss, value_loss
-from policyopt.trust_region import trust_region_step
+from policyopt.control.steps import Steps, critic_fit, critic_loss, estimate_advantages
+from policyopt.control.training import Run
+from policyopt.distributions import Distribution
+from policyopt.frame import Callback, Statistics
+from policyopt.losses import (
+    Loss,
+    Surrogate,
+    aggregate,
+    check_loss,
+    item_losses,
+    surrogate_loss,
+)
+from policyopt.runs import Bound, Count, NonNegative, Positive
+from policyopt.trust_region import TrustRegionStep, trust_region_step
 
-__all__ = ["TRPOConfig", "TRPOUpdate", "train_trpo"]
-
-SurrogateLoss = Callable[[Tensor, Tensor, Tensor], Surrogate]
+__all__ = ["TRPOConfig", "TRPOUpdate", "train_trpo", "trpo_loss"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TRPOConfig(ActorCriticConfig):
     """Settings of :func:`train_trpo`."""
 
-    kl_limit: float = 0.01
+    renamed: ClassVar[dict[str, str]] = {"critic_minibatch": "critic_minibatch_size"}
+
+    kl_limit: Positive = 0.01
     """δ_KL: largest mean KL(π_old ‖ π_new) of an update, in nats."""
-    damping: float = 0.1
+    damping: NonNegative = 0.1
     """Added to the Fisher matrix's diagonal, ≥ 0."""
-    cg_iterations: int = 10
+    cg_iterations: Count = 10
     """Iterations of conjugate gradient per update, ≥ 1."""
-    backtracks: int = 10
+    backtracks: Count = 10
     """Trials of the line search, ≥ 1."""
-    shrink: float = 0.8
+    shrink: Annotated[float, Bound("in (0, 1)", lambda x: 0 < x < 1)] = 0.8
     """Factor between two trials, in (0, 1)."""
-    accept_ratio: float = 0.1
+    accept_ratio: Annotated[float, Bound("in [0, 1)", lambda x: 0 <= x < 1)] = 0.1
     """Share of the predicted improvement that must be real, in [0, 1)."""
-    critic_learning_rate: float = 1e-3
-    critic_epochs: int = 10
+    critic_learning_rate: Positive = 1e-3
+    critic_epochs: Count = 10
     """Passes over the batch per update to fit V."""
-    critic_minibatch: int = 256
-    """Items per gradient step of the critic."""
+    critic_minibatch_size: Count = 256
+    """Steps per gradient step of the critic."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("kl_limit", self.kl_limit > 0, "> 0")
-        self._check("damping", self.damping >= 0, ">= 0")
-        self._check("cg_iterations", self.cg_iterations >= 1, ">= 1")
-        self._check("backtracks", self.backtracks >= 1, ">= 1")
-        self._check("shrink", 0 < self.shrink < 1, "in (0, 1)")
-        self._check("accept_ratio", 0 <= self.accept_ratio < 1, "in [0, 1)")
-        self._check("critic_learning_rate", self.critic_learning_rate > 0, "> 0")
-        self._check("critic_epochs", self.critic_epochs >= 1, ">= 1")
-        self._check("critic_minibatch", self.critic_minibatch >= 1, ">= 1")
         # Double backward does not go through compiled graphs, and the Fisher-vector
         # product needs it.
         self._check("compile", not self.compile, "False with TRPO")
@@ -83,9 +88,44 @@ class TRPOUpdate(Update):
     entropy: float
     """Mean entropy of the old policy over the batch's states, nats."""
     value_loss: float
-    """Mean ½ (V − target)² over the last pass (NaN-free 0 without a critic)."""
+    """Mean ½ (V − target)² over the critic's last pass; 0 without a critic."""
     explained_variance: float
     """Of the targets, by the critic before its update; NaN without one."""
+
+
+def trpo_loss(steps: Steps) -> Surrogate:
+    """TRPO's objective: :func:`~policyopt.losses.surrogate_loss` of each step."""
+    return surrogate_loss(steps.log_prob, steps.old_log_prob, steps.advantages)
+
+
+def surrogate_and_kl(
+    policy: Policy, old: Distribution, steps: Steps, loss: Loss
+) -> tuple[Tensor, Tensor]:
+    """Return the mean loss and the mean KL(π_old ‖ π) of some steps."""
+    new = policy(steps.observations)
+    items = item_losses(loss, steps.scored(new), steps.advantages.shape)
+    return aggregate(items.loss), aggregate(old.kl(new))
+
+
+def fit_critic(
+    critic: Critic | None,
+    optimizer: torch.optim.Optimizer | None,
+    steps: Steps,
+    config: TRPOConfig,
+    generator: torch.Generator,
+) -> float:
+    """Regress V on the targets; return the mean loss of the last pass."""
+    if critic is None or optimizer is None:
+        return 0.0
+    for _ in range(config.critic_epochs):
+        seen = Statistics()
+        for part in steps.minibatches(config.critic_minibatch_size, generator):
+            value_loss = critic_loss(critic, part)
+            optimizer.zero_grad()
+            value_loss.backward()
+            optimizer.step()
+            seen.add(value_loss=value_loss)
+    return seen.means()["value_loss"]
 
 
 def train_trpo(
@@ -94,8 +134,9 @@ def train_trpo(
     *,
     seed: int = 0,
     policy: Policy | None = None,
-    surrogate: SurrogateLoss = surrogate_loss,
-    resume: TrainResult[TRPOConfig, TRPOUpdate] | None = None,
+    loss: Loss | None = None,
+    step: Callable[..., TrustRegionStep] = trust_region_step,
+    checkpoint_dir: str | Path | None = None,
     callback: Callback | None = None,
     progress: bool = True,
 ) -> TrainResult[TRPOConfig, TRPOUpdate]:
@@ -104,52 +145,47 @@ def train_trpo(
 
     Parameters
     ----------
-    env, config, seed, policy, resume, callback, progress
-        As in :func:`~policyopt.control.reinforce.train_reinforce`.
-    surrogate : callable
-        (log_prob, old_log_prob, advantages) ↦ a named tuple with ``loss``; replace it
-        to study another objective.
+    env, config, seed, policy, loss, checkpoint_dir, callback, progress
+        As in :func:`~policyopt.control.reinforce.train_reinforce`; the loss is
+        :func:`trpo_loss` by default.
+    step : callable
+        What moves the parameters: called as
+        :func:`~policyopt.trust_region.trust_region_step` is, with parameters, a
+        function () ↦ (loss, KL), and the settings as keywords.
 
     References
     ----------
     Schulman et al. (2015), Trust region policy optimization, arXiv:1502.05477.
     """
-    run: Run[TRPOConfig, TRPOUpdate] = Run(
-        "trpo", env, config, seed=seed, critic=config.use_critic, policy=policy, resume=resume, callback=callback,
+    loss = check_loss(loss, trpo_loss, "Steps of a batch")
+    run = Run(
+        "trpo",
+        env,
+        config,
+        TRPOUpdate,
+        seed=seed,
+        critic=config.use_critic,
+        policy=policy,
+        checkpoint_dir=checkpoint_dir,
+        callback=callback,
         progress=progress,
-    )  # fmt: skip
+    )
     policy, critic = run.policy, run.critic
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = (
-        None
-        if critic is None
-        else run.adam(list(critic.parameters()), config.critic_learning_rate)
-    )
+    rate = config.critic_learning_rate
+    optimizer = run.adam(critic.parameters(), rate) if critic else None
 
     with run:
-        while run.unfinished:
+        for _ in run.updates():
             rollout = run.collect(config.rollout_steps)
-            advantages, targets, _, explained = estimate_advantages(
-                rollout, critic, config
-            )
-            observations, actions = (
-                rollout.flat(rollout.observations),
-                rollout.flat(rollout.actions),
-            )
+            steps = estimate_advantages(rollout, policy, critic, config)
             with torch.no_grad():
                 # A copy: a Gaussian's log σ is itself a parameter, and the step moves
                 # parameters in place.
-                old = policy(observations).detach()
-                old_log_prob = old.log_prob(actions)
-
-            def loss_and_kl() -> tuple[Tensor, Tensor]:
-                new = policy(observations)  # noqa: B023 - called within this iteration only
-                items = surrogate(new.log_prob(actions), old_log_prob, advantages)  # noqa: B023
-                return aggregate(items.loss), aggregate(old.kl(new))  # noqa: B023
-
-            step = trust_region_step(
+                old = policy(steps.observations).detach()
+            taken = step(
                 parameters,
-                loss_and_kl,
+                partial(surrogate_and_kl, policy, old, steps, loss),
                 kl_limit=config.kl_limit,
                 damping=config.damping,
                 cg_iterations=config.cg_iterations,
@@ -157,33 +193,17 @@ def train_trpo(
                 shrink=config.shrink,
                 accept_ratio=config.accept_ratio,
             )
-
-            critic_loss = torch.zeros(())
-            if critic is not None and optimizer is not None:
-                for _ in range(config.critic_epochs):
-                    for index in minibatches(
-                        len(targets), config.critic_minibatch, run.generator
-                    ):
-                        critic_loss = aggregate(
-                            value_loss(critic(observations[index]), targets[index]).loss
-                        )
-                        optimizer.zero_grad()
-                        critic_loss.backward()
-                        optimizer.step()
-
+            value_loss = fit_critic(critic, optimizer, steps, config, run.generator)
             run.log(
-                TRPOUpdate(
-                    **run.next_row(),
-                    kl=step.search.kl,
-                    improvement=step.search.improvement,
-                    expected_improvement=step.expected_improvement,
-                    step_fraction=step.search.fraction,
-                    line_search=step.search.reason,
-                    cg_residual=step.residual,
-                    gradient_norm=step.gradient_norm,
-                    entropy=aggregate(old.entropy()).item(),
-                    value_loss=critic_loss.item(),
-                    explained_variance=explained,
-                )
+                kl=taken.search.kl,
+                improvement=taken.search.improvement,
+                expected_improvement=taken.expected_improvement,
+                step_fraction=taken.search.fraction,
+                line_search=taken.search.reason,
+                cg_residual=taken.residual,
+                gradient_norm=taken.gradient_norm,
+                entropy=aggregate(old.entropy()).item(),
+                value_loss=value_loss,
+                explained_variance=critic_fit(critic, steps),
             )
     return run.result()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from policyopt.estimators import sequence_log_prob
-from policyopt.frame import Callback
+from policyopt.frame import Callback, Statistics
 from policyopt.lm.batches import Pairs, Tokens
 from policyopt.lm.config import OfflineConfig
 from policyopt.lm.data import Pair, Prompt, Records, batch_indices, preference_pairs
@@ -22,15 +22,8 @@ from policyopt.lm.policies import PolicyNetwork, Reference
 from policyopt.lm.results import LMResult, LMUpdate
 from policyopt.lm.reward_model import pad_pairs
 from policyopt.lm.sequences import Sequences, evaluating
-from policyopt.lm.training import Run, Statistics
-from policyopt.losses import (
-    DPO,
-    aggregate,
-    check_loss,
-    dpo_loss,
-    item_losses,
-    statistic,
-)
+from policyopt.lm.training import Run
+from policyopt.losses import DPO, aggregate, check_loss, dpo_loss, item_losses
 from policyopt.runs import Bound, NonNegative, Positive
 
 __all__ = ["DPOConfig", "DPOUpdate", "ImplicitReward", "pair_loss", "train_dpo"]
@@ -266,24 +259,26 @@ def train_dpo(
                 pair = Pairs(
                     scores[0::2], scores[1::2], theirs[0::2], theirs[1::2], tokens
                 )
-                items = item_losses(objective, pair, scores[0::2].shape)
+                items = item_losses(
+                    objective, pair, scores[0::2].shape, statistics=DPO._fields[1:]
+                )
                 run.backward(aggregate(items.loss, denominator=count))
-                margin = statistic(items, "margin")
+                right = torch.where(items.margin.isnan(), torch.nan, items.margin > 0)
                 statistics.add(
                     loss=items.loss.sum(),
-                    margin=margin.sum(),
-                    accuracy=torch.where(margin.isnan(), margin, margin > 0).sum(),
-                    chosen_reward=statistic(items, "chosen_reward").sum(),
-                    rejected_reward=statistic(items, "rejected_reward").sum(),
+                    margin=items.margin.sum(),
+                    accuracy=right.sum(),
+                    chosen_reward=items.chosen_reward.sum(),
+                    rejected_reward=items.rejected_reward.sum(),
                     chosen_log_prob=pair.chosen_log_prob.sum(),
                     rejected_log_prob=pair.rejected_log_prob.sum(),
-                    weight=statistic(items, "weight").sum(),
+                    weight=items.weight.sum(),
                 )
             norm = run.descend()
             run.log(
                 tokens=int(run.sum(batch.completion_mask.sum())),
                 gradient_norm=norm,
-                **statistics.means(run, count),
+                **run.means(statistics, count),
             )
     return run.result()
 

@@ -19,7 +19,7 @@ from policyopt.estimators import (
     kl_estimate,
     leave_one_out_advantages,
 )
-from policyopt.frame import Callback
+from policyopt.frame import Callback, Statistics
 from policyopt.lm.batches import Completions
 from policyopt.lm.config import LMConfig
 from policyopt.lm.data import Records, prompt_examples
@@ -28,7 +28,7 @@ from policyopt.lm.policies import PolicyNetwork
 from policyopt.lm.results import LMResult, LMUpdate
 from policyopt.lm.rewards import RewardFunctions
 from policyopt.lm.sampling import Sampler, SamplingConfig
-from policyopt.lm.training import SamplingRun, Statistics
+from policyopt.lm.training import SamplingRun
 from policyopt.losses import (
     ClippedSurrogate,
     aggregate,
@@ -36,7 +36,6 @@ from policyopt.losses import (
     clipped_surrogate_loss,
     item_losses,
     sequence_log_ratio,
-    statistic,
 )
 from policyopt.runs import Bound, Count, NonNegative, Positive
 
@@ -302,7 +301,7 @@ def train_grpo(
             if config.drop_unfinished:
                 batch = replace(batch, mask=batch.mask & batch.finished[:, None])
 
-            statistics = Statistics("loss", "clipped", "tokens")
+            statistics, norm = Statistics(), 0.0
             for part in run.minibatches(batch):
                 mean, count = _mean(part.mask, config, run)
                 used = part.select(part.advantages != 0) if skips else part
@@ -311,28 +310,36 @@ def train_grpo(
                     now = run.network(piece.sequences, **run.scoring).log_probs
                     old = piece.old_log_probs if several_steps else now.detach()
                     piece = replace(piece, log_probs=now, old_log_probs=old)
-                    items = item_losses(objective, piece, piece.mask.shape)
+                    items = item_losses(
+                        objective,
+                        piece,
+                        piece.mask.shape,
+                        statistics=("ratio", "clipped"),
+                    )
                     total = aggregate(
                         items.loss, piece.mask, reduction=mean, denominator=count
                     )
                     run.backward(total)
-                    clipped = (statistic(items, "clipped") * piece.mask).sum()
-                    statistics.add(loss=total, clipped=clipped, tokens=piece.mask.sum())
-                    statistics.peak(statistic(items, "ratio")[piece.mask])
+                    statistics.add(
+                        loss=total,
+                        clipped=(items.clipped * piece.mask).sum(),
+                        tokens=piece.mask.sum(),
+                        ratio=torch.where(piece.mask, items.ratio, 0.0).max(),
+                    )
                 norm = run.descend() if len(used) else 0.0
             run.tell_sampler()
 
             equal = (groups == groups[:, :1]).all(dim=1)
-            sums = statistics.sums(run)
+            loss_sum, clipped, seen = run.sums(statistics, "loss", "clipped", "tokens")
             run.log(
                 **run.summary(batch),
                 gradient_norm=norm,
                 reward_std=run.mean(groups.std(dim=1)),
                 zero_variance=run.mean(equal),
-                loss=sums["loss"],
+                loss=loss_sum,
                 kl=run.kl(batch, batch.sampler_log_probs),
-                clip_fraction=sums["clipped"] / max(sums["tokens"], 1),
-                ratio_max=statistics.largest(run),
+                clip_fraction=clipped / max(seen, 1),
+                ratio_max=run.processes.max(statistics["ratio"].max()),
             )
     return run.result()
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from policyopt.estimators import adaptive_kl_coefficient, gae, kl_shaped_rewards
-from policyopt.frame import Callback
+from policyopt.frame import Callback, Statistics
 from policyopt.lm.batches import Completions
 from policyopt.lm.config import LMConfig, Natural
 from policyopt.lm.data import Records, prompt_examples
@@ -25,14 +25,13 @@ from policyopt.lm.results import LMResult, LMUpdate
 from policyopt.lm.rewards import RewardFunctions
 from policyopt.lm.sampling import Sampler, SamplingConfig
 from policyopt.lm.sequences import Sequences, hidden_states
-from policyopt.lm.training import SamplingRun, Statistics
+from policyopt.lm.training import SamplingRun
 from policyopt.losses import (
     ClippedSurrogate,
     aggregate,
     check_loss,
     clipped_surrogate_loss,
     item_losses,
-    statistic,
     value_loss,
 )
 from policyopt.runs import Bound, Count, NonNegative, Positive, Share
@@ -312,14 +311,19 @@ def train_ppo(
                 advantages = run.processes.normalize(advantages, mask)
             batch = replace(batch, advantages=advantages, targets=targets)
 
-            statistics = Statistics("policy", "value", "clipped", "tokens")
+            statistics = Statistics()
             for part in run.minibatches(batch):
                 tokens = run.sum(part.mask.sum())
                 for rows in run.micro_batches(len(part), config.samples_per_prompt):
                     piece = part.select(rows)
                     now = run.network(piece.sequences, **run.scoring)
                     piece = replace(piece, log_probs=now.log_probs, values=now.values)
-                    items = item_losses(objective, piece, piece.mask.shape)
+                    items = item_losses(
+                        objective,
+                        piece,
+                        piece.mask.shape,
+                        statistics=("ratio", "clipped"),
+                    )
                     errors = value_loss(
                         now.values,
                         piece.targets,
@@ -332,14 +336,16 @@ def train_ppo(
                     statistics.add(
                         policy=(items.loss * piece.mask).sum(),
                         value=(errors.loss * piece.mask).sum(),
-                        clipped=(statistic(items, "clipped") * piece.mask).sum(),
+                        clipped=(items.clipped * piece.mask).sum(),
                         tokens=piece.mask.sum(),
+                        ratio=items.ratio[piece.mask].max(),
                     )
-                    statistics.peak(statistic(items, "ratio")[piece.mask])
                 norm = run.descend()
             run.tell_sampler()
 
-            kl, sums = run.kl(batch, old), statistics.sums(run)
+            kl = run.kl(batch, old)
+            names = ("policy", "value", "clipped", "tokens")
+            policy, value, clipped, seen = run.sums(statistics, *names)
             if config.target_kl is not None:
                 run.state["beta"] = adaptive_kl_coefficient(
                     beta, kl, target=config.target_kl, gain=config.kl_gain
@@ -349,11 +355,11 @@ def train_ppo(
                 gradient_norm=norm,
                 kl=kl,
                 beta=beta,
-                policy_loss=sums["policy"] / sums["tokens"],
-                value_loss=sums["value"] / sums["tokens"],
+                policy_loss=policy / seen,
+                value_loss=value / seen,
                 explained_variance=explained,
-                clip_fraction=sums["clipped"] / sums["tokens"],
-                ratio_max=statistics.largest(run),
+                clip_fraction=clipped / seen,
+                ratio_max=run.processes.max(statistics["ratio"].max()),
             )
     result = run.result()
     result.actor_critic = network

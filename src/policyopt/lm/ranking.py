@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from policyopt.estimators import kl_estimate, sequence_log_prob
-from policyopt.frame import Callback
+from policyopt.frame import Callback, Statistics
 from policyopt.lm.batches import Completions, RankedGroup
 from policyopt.lm.config import LMConfig, OfflineConfig
 from policyopt.lm.data import RankedList, Records, prompt_examples, ranked_lists
@@ -27,15 +27,8 @@ from policyopt.lm.results import LMResult, LMUpdate
 from policyopt.lm.rewards import RewardFunctions
 from policyopt.lm.sampling import Sampler, SamplingConfig
 from policyopt.lm.sequences import Sequences
-from policyopt.lm.training import Run, SamplingRun, Statistics
-from policyopt.losses import (
-    Ranking,
-    aggregate,
-    check_loss,
-    item_losses,
-    ranking_loss,
-    statistic,
-)
+from policyopt.lm.training import Run, SamplingRun
+from policyopt.losses import Ranking, aggregate, check_loss, item_losses, ranking_loss
 from policyopt.runs import NonNegative, Positive
 
 __all__ = ["OnlineRankingConfig", "RankingConfig", "RankingUpdate", "train_ranking"]
@@ -238,14 +231,16 @@ def train_ranking(
                 )
             if pairs > 0 or kl_coef > 0:
                 norm = run.descend()
-            sums, count = statistics.sums(run), max(float(pairs), 1.0)
+            names = ("loss", "accuracy", "margin", "best")
+            loss_sum, right_sum, margin, best = run.sums(statistics, *names)
+            count = max(float(pairs), 1.0)
             run.log(
                 tokens=int(tokens),
                 gradient_norm=norm,
-                loss=sums["loss"] / count,
-                accuracy=sums["accuracy"] / count if pairs else math.nan,
-                margin=sums["margin"] / count if pairs else math.nan,
-                best_log_prob=sums["best"] / float(run.sum(len(sizes))),
+                loss=loss_sum / count,
+                accuracy=right_sum / count if pairs else math.nan,
+                margin=margin / count if pairs else math.nan,
+                best_log_prob=best / float(run.sum(len(sizes))),
                 reward=run.mean(batch.rewards) if batch.parts else math.nan,
                 kl=run.kl(batch, batch.sampler_log_probs),
             )
@@ -310,7 +305,7 @@ def _untied(
     losses, margins = [], []
     for group in groups:
         above = _is_above(group.rewards)
-        items = item_losses(objective, group, above.shape)
+        items = item_losses(objective, group, above.shape, statistics=["margin"])
         losses.append(items.loss[above])
-        margins.append(statistic(items, "margin")[above])
+        margins.append(items.margin[above])
     return torch.cat(losses), torch.cat(margins)

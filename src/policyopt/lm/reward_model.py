@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from policyopt.frame import Callback
+from policyopt.frame import Callback, Statistics
 from policyopt.lm.batches import ScoredPairs
 from policyopt.lm.config import OfflineConfig
 from policyopt.lm.data import Pair, Records, preference_pairs
@@ -19,14 +19,13 @@ from policyopt.lm.models import LanguageModel, RewardModel
 from policyopt.lm.results import LMResult, LMUpdate
 from policyopt.lm.sequences import Sequences, evaluating
 from policyopt.lm.sharding import gathered
-from policyopt.lm.training import Run, Statistics
+from policyopt.lm.training import Run
 from policyopt.losses import (
     BradleyTerry,
     aggregate,
     bradley_terry_loss,
     check_loss,
     item_losses,
-    statistic,
 )
 from policyopt.runs import Count, NonNegative
 
@@ -141,13 +140,14 @@ def train_reward_model(
             for rows in run.micro_batches(len(batch), 2):
                 scores: Tensor = run.network(batch.select(rows))
                 piece = ScoredPairs(scores[0::2], scores[1::2])
-                items = item_losses(objective, piece, scores[0::2].shape)
+                items = item_losses(
+                    objective, piece, scores[0::2].shape, statistics=["margin"]
+                )
                 run.backward(aggregate(items.loss, denominator=count))
-                margin = statistic(items, "margin")
                 statistics.add(
                     loss=items.loss.sum(),
-                    accuracy=_accuracy(margin).sum(),
-                    margin=margin.sum(),
+                    accuracy=_accuracy(items.margin).sum(),
+                    margin=items.margin.sum(),
                 )
             norm = run.descend()
             measured = held_out and run.is_due(config.eval_every)
@@ -157,7 +157,7 @@ def train_reward_model(
                 eval_accuracy=_pairs_accuracy(reward_model, held_out, config)
                 if measured
                 else math.nan,
-                **statistics.means(run, count),
+                **run.means(statistics, count),
             )
     result = run.result()
     result.reward_model = reward_model

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from policyopt.frame import Callback
+from policyopt.frame import Callback, Statistics
 from policyopt.lm.batches import Tokens
 from policyopt.lm.config import OfflineConfig
 from policyopt.lm.data import Example, Records, sft_examples
@@ -19,7 +19,7 @@ from policyopt.lm.models import LanguageModel
 from policyopt.lm.policies import PolicyNetwork
 from policyopt.lm.results import LMResult, LMUpdate
 from policyopt.lm.sequences import Sequences
-from policyopt.lm.training import Run, Statistics
+from policyopt.lm.training import Run
 from policyopt.losses import aggregate, check_loss, item_losses
 from policyopt.runs import Count
 
@@ -113,7 +113,7 @@ def train_sft(
         for _ in run.updates():
             batch = _pad(run.batch(), language_model)
             tokens = run.sum(batch.completion_mask.sum())
-            statistics = Statistics("loss")
+            statistics = Statistics()
             for rows in run.micro_batches(len(batch)):
                 sequences = batch.select(rows)
                 mask = sequences.completion_mask
@@ -127,7 +127,7 @@ def train_sft(
             run.log(
                 tokens=int(tokens),
                 gradient_norm=norm,
-                loss=statistics.sums(run)["loss"],
+                loss=run.sums(statistics, "loss")[0],
                 eval_loss=_mean_loss(run, held_out) if measured else math.nan,
             )
     return run.result()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from policyopt.checkpoint import optimizer_slots, optimizer_tensors, strip
-from policyopt.frame import Callback, Frame
+from policyopt.frame import Callback, Frame, Statistics
 from policyopt.lm.batches import Completions
 from policyopt.lm.data import batch_indices, encode_prompt, fingerprint
 from policyopt.lm.models import LanguageModel
@@ -31,39 +31,6 @@ from policyopt.lm.sampling import (
 )
 from policyopt.lm.sequences import Sequences, widen
 from policyopt.runs import derive_seed
-
-
-class Statistics:
-    """Named sums over the pieces of an update, and over the processes at its end."""
-
-    def __init__(self, *names: str) -> None:
-        self._sums: dict[str, Tensor | float] = dict.fromkeys(names, 0.0)
-        self._largest: Tensor | float = 0.0
-
-    def add(self, **values: Tensor) -> None:
-        """Add a number to each of some sums."""
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach()
-
-    def peak(self, values: Tensor) -> None:
-        """Keep the largest of some numbers, of which there may be none."""
-        if values.numel():
-            top = values.detach().max()
-            self._largest = torch.maximum(top, torch.as_tensor(self._largest).to(top))
-
-    def sums(self, run: Run[Any, Any]) -> dict[str, float]:
-        """Return the sums over all processes, by name."""
-        values = [torch.as_tensor(v, device=run.device) for v in self._sums.values()]
-        total = run.sum(torch.stack([value.float() for value in values]))
-        return dict(zip(self._sums, total.tolist(), strict=True))
-
-    def means(self, run: Run[Any, Any], count: Tensor) -> dict[str, float]:
-        """Return the sums over all processes, divided by a count."""
-        return {name: total / float(count) for name, total in self.sums(run).items()}
-
-    def largest(self, run: Run[Any, Any]) -> float:
-        """Return the largest number over all processes; 0 if there was none."""
-        return run.processes.max(torch.as_tensor(self._largest).to(run.device))
 
 
 class Run(Frame[ConfigT, RowT]):
@@ -179,6 +146,17 @@ class Run(Frame[ConfigT, RowT]):
     def sum(self, value: Tensor | float) -> Tensor:
         """Add up a number (or tensor of numbers) over all processes; no gradient."""
         return self.processes.sum(value)
+
+    def means(self, statistics: Statistics, count: Tensor) -> dict[str, float]:
+        """Return the sums of all that was noted, divided by a count."""
+        names = statistics.names
+        sums = zip(names, self.sums(statistics, *names), strict=True)
+        return {name: total / float(count) for name, total in sums}
+
+    def sums(self, statistics: Statistics, *names: str) -> list[float]:
+        """Return sums over the pieces of an update and over all processes."""
+        pieces = [statistics[name].sum().float().to(self.device) for name in names]
+        return self.sum(torch.stack(pieces)).tolist()
 
     def mean(self, values: Tensor) -> float:
         """Return the mean of numbers of which each process has as many."""

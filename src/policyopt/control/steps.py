@@ -1,0 +1,126 @@
+"""The steps that a policy learns from, in one object that can be cut by rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from policyopt.control.config import ActorCriticConfig
+from policyopt.control.policies import Policy
+from policyopt.control.rollouts import Rollout
+from policyopt.distributions import Distribution
+from policyopt.estimators import explained_variance, gae, normalize
+from policyopt.losses import aggregate, value_loss
+
+__all__ = ["Steps", "critic_fit", "critic_loss", "estimate_advantages"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """``B`` steps of experience; what a trainer's ``loss=`` is called with."""
+
+    observations: Tensor
+    """Raw observations s_t, ``[B, *observation shape]``."""
+    actions: Tensor
+    """Actions a_t of the policy's distribution, ``[B, ...]``."""
+    advantages: Tensor
+    """The weight w_t of ∇ log π(a_t|s_t), ``[B]``: an estimate of the advantage, in
+    REINFORCE the return minus the baseline."""
+    log_prob: Tensor
+    """log π_θ(a_t|s_t) of the policy being trained, with gradient, ``[B]``."""
+    old_log_prob: Tensor
+    """The same of the policy that collected the steps, ``[B]``."""
+    targets: Tensor
+    """Regression targets of the value function, ``[B]``."""
+    old_values: Tensor
+    """V(s_t) at collection time, ``[B]``; 0 without a critic."""
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    def select(self, rows: Tensor) -> Self:
+        """Return the steps that an index or a mask picks."""
+        return type(self)(**{name: x[rows] for name, x in vars(self).items()})
+
+    def minibatches(self, size: int, generator: torch.Generator) -> Iterator[Self]:
+        """Shuffle the steps and cut them into near-equal pieces of at most ``size``.
+
+        Near-equal, because a small leftover batch would count as much as a full one in
+        the mean that is descended.
+        """
+        order = torch.randperm(len(self), generator=generator, device=generator.device)
+        for rows in order.tensor_split(math.ceil(len(self) / size)):
+            yield self.select(rows)
+
+    def scored(self, distribution: Distribution) -> Self:
+        """Return the steps with the ``log_prob`` of another distribution of actions."""
+        return dataclasses.replace(self, log_prob=distribution.log_prob(self.actions))
+
+
+def estimate_advantages(
+    rollout: Rollout,
+    policy: Policy,
+    critic: Callable[[Tensor], Tensor] | None,
+    config: ActorCriticConfig,
+) -> Steps:
+    """Turn a rollout into steps with advantages by GAE; without a critic V = 0.
+
+    The targets are unnormalised advantages + V. ``policy`` is the one that collected
+    the rollout; its log-probabilities are the old ones, and for now the present ones.
+    """
+    values, next_values = rollout.evaluate(critic)
+    ended = rollout.terminated
+    if not config.bootstrap_truncated:
+        ended = ended | rollout.truncated
+    advantages = gae(
+        rollout.rewards,
+        values,
+        next_values,
+        ended,
+        rollout.truncated,
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+    )
+    flat = rollout.flat(advantages)
+    observations = rollout.flat(rollout.observations)
+    actions = rollout.flat(rollout.actions)
+    with torch.no_grad():
+        log_prob = policy(observations).log_prob(actions)
+    return Steps(
+        observations=observations,
+        actions=actions,
+        advantages=normalize(flat) if config.normalize_advantages else flat,
+        log_prob=log_prob,
+        old_log_prob=log_prob,
+        targets=rollout.flat(advantages + values),
+        old_values=rollout.flat(values),
+    )
+
+
+def critic_loss(
+    critic: Callable[[Tensor], Tensor] | None,
+    steps: Steps,
+    *,
+    clip: float | None = None,
+) -> Tensor:
+    """Mean :func:`~policyopt.losses.value_loss` over some steps; 0 without a critic."""
+    if critic is None:
+        return torch.zeros_like(steps.targets[0])
+    values = critic(steps.observations)
+    items = value_loss(values, steps.targets, steps.old_values, clip=clip)
+    return aggregate(items.loss)
+
+
+def critic_fit(critic: object | None, steps: Steps) -> float:
+    """Explained variance of the targets by V at collection time; NaN without a
+    critic.
+    """
+    if critic is None:
+        return math.nan
+    return explained_variance(steps.old_values, steps.targets).item()
