@@ -303,7 +303,7 @@ EXERCISES: tuple[Exercise, ...] = (
                 better=torch.maximum
             ),
             "Nothing is clipped": _wrong_clipped(better=_first),
-            "The sign is turned round: a loss is minimised": _wrong_clipped(sign=-1.0),
+            "The sign is reversed: a loss is minimised": _wrong_clipped(sign=-1.0),
             "The ratio is upside down: the new probability goes on top": _wrong_clipped(
                 upside_down=True
             ),

@@ -287,7 +287,7 @@ EXERCISES: tuple[Exercise, ...] = (
                     _fisher_product(features, theta, v) * len(features)
                 )
             ),
-            "The actions count alike; each must count with its "
+            "All actions count the same; each must count with its "
             "probability": _uniform_fisher,
         },
     ),
