@@ -676,7 +676,6 @@ def item_losses(
     loss: Loss,
     batch: Any,
     shape: Sequence[int],
-    *,
     statistics: Sequence[str] = (),
     required: Sequence[str] = (),
 ) -> Any:

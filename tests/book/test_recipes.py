@@ -268,7 +268,7 @@ def kill_after(process: subprocess.Popen[str], line: str) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "line", "checkpoint"),
     [
-        ("resume_control", ("--steps", 24_000, "--save-every", 8_000), "saved at step", "."),
+        ("resume_control", ("--steps", 24_000, "--save-every", 4), "update 6", "."),
         ("resume_lm", ("--steps", 5, "--save-every", 2), "step 3", "checkpoints"),
     ],
 )
@@ -282,7 +282,10 @@ def test_a_killed_run_goes_on(
         kill_after(process, line)
     assert has_checkpoint(tmp_path / "killed" / checkpoint)
     text = run(tmp_path, name, "--output", "killed", *options)
-    assert "starting at step 0" not in text if name == "resume_control" else text.startswith("step 3")
+    if name == "resume_control":  # the process may have got further than the line that it was killed for
+        assert text.startswith(("update 5:", "update 9:"))
+    else:
+        assert text.startswith("step 3")
     run(tmp_path, name, "--output", "whole", *options)
     killed, whole = (load_checkpoint(tmp_path / folder / checkpoint)[0] for folder in ("killed", "whole"))
     assert furthest(killed, whole) == 0
