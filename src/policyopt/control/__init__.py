@@ -2,59 +2,24 @@
 functions.
 """
 
-from policyopt.control.config import ActorCriticConfig, ControlConfig
-from policyopt.control.environments import EnvLike, make_vector_env
-from policyopt.control.evaluation import Evaluation, evaluate
-from policyopt.control.policies import (
-    CategoricalPolicy,
-    Critic,
-    GaussianPolicy,
-    ObservationEncoder,
-    Policy,
-    make_policy,
-)
-from policyopt.control.ppo import PPOConfig, PPOUpdate, train_ppo
-from policyopt.control.reinforce import (
-    ReinforceConfig,
-    ReinforceUpdate,
-    reinforce_weights,
-    train_reinforce,
-)
-from policyopt.control.results import TrainResult, Update
-from policyopt.control.rollouts import Collector, Episodes, Rollout, sample_episodes
-from policyopt.control.trpo import TRPOConfig, TRPOUpdate, train_trpo
-from policyopt.runs import History, TrainingDivergedError, train_seeds
+import typing as _typing
 
-__all__ = [
-    "ActorCriticConfig",
-    "CategoricalPolicy",
-    "Collector",
-    "ControlConfig",
-    "Critic",
-    "EnvLike",
-    "Episodes",
-    "Evaluation",
-    "GaussianPolicy",
-    "History",
-    "ObservationEncoder",
-    "PPOConfig",
-    "PPOUpdate",
-    "Policy",
-    "ReinforceConfig",
-    "ReinforceUpdate",
-    "Rollout",
-    "TRPOConfig",
-    "TRPOUpdate",
-    "TrainResult",
-    "TrainingDivergedError",
-    "Update",
-    "evaluate",
-    "make_policy",
-    "make_vector_env",
-    "reinforce_weights",
-    "sample_episodes",
-    "train_ppo",
-    "train_reinforce",
-    "train_seeds",
-    "train_trpo",
-]
+from policyopt import _public_names
+from policyopt.control.config import ActorCriticConfig as ActorCriticConfig
+from policyopt.control.config import ControlConfig as ControlConfig
+from policyopt.control.environments import EnvLike as EnvLike
+from policyopt.control.environments import make_vector_env as make_vector_env
+from policyopt.control.evaluation import *
+from policyopt.control.policies import *
+from policyopt.control.ppo import *
+from policyopt.control.reinforce import *
+from policyopt.control.results import TrainResult as TrainResult
+from policyopt.control.results import Update as Update
+from policyopt.control.rollouts import *
+from policyopt.control.trpo import *
+from policyopt.runs import History as History
+from policyopt.runs import TrainingDivergedError as TrainingDivergedError
+from policyopt.runs import train_seeds as train_seeds
+
+if not _typing.TYPE_CHECKING:  # type checkers follow the stars
+    __all__ = _public_names(globals())
