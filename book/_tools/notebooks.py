@@ -279,11 +279,7 @@ def setup_is_current(name: str) -> bool:
     """Say whether a notebook opens with the present setup cell."""
     notebook = read(notebook_path(name))
     first = next((c for c in notebook.cells if c.cell_type == "code"), None)
-    return (
-        first is not None
-        and first.source == setup_source()
-        and first.metadata.get("tags") == SETUP_TAGS
-    )
+    return first is not None and first.source == setup_source() and first.metadata.get("tags") == SETUP_TAGS
 
 
 def write_setup(name: str) -> None:

@@ -1,13 +1,9 @@
-r"""GRPO on grade-school mathematics: a complete recipe for one GPU.
+r"""GRPO on grade-school mathematics, for one GPU: ``python gsm8k.py --output runs/gsm8k``.
 
-.. code-block:: console
-
-    pip install 'policyopt[lm]' datasets
-    python gsm8k.py --output runs/gsm8k
-
-GSM8K (Cobbe et al. 2021, arXiv:2110.14168; MIT) has 7,473 training and 1,319 test problems in words. A rule reads the
-number behind the last ``####`` (or in the last ``\boxed{}``) of a solution: right is worth 1, wrong nothing, and an
-answer in the asked form a little, so that a model that has not found the form yet has something to learn from.
+Needs ``pip install 'policyopt[lm]' datasets``. GSM8K (Cobbe et al. 2021, arXiv:2110.14168; MIT) has 7,473 training
+and 1,319 test problems in words. A rule reads the number after the last ``####`` (or in the last ``\boxed{}``) of a
+solution: right is worth 1, wrong nothing, and an answer in the form asked for a little, so that a model that has not
+found the form yet has something to learn from.
 
 The run can be stopped and started again with the same command: it goes on from its last checkpoint.
 """
@@ -23,31 +19,27 @@ from typing import Any
 
 from tqdm import tqdm
 
-from policyopt.lm.data import Records, encode_prompt, read_records
-from policyopt.lm.grpo import GRPOConfig, train_grpo
+from policyopt.lm import (
+    GRPOConfig,
+    LanguageModel,
+    LMResult,
+    Sampler,
+    SamplingConfig,
+    TransformersSampler,
+    VLLMSampler,
+    load,
+    read_records,
+    train_grpo,
+)
+from policyopt.lm.data import Records, encode_prompt
 from policyopt.lm.memory import estimate_memory
-from policyopt.lm.models import LanguageModel, load
 from policyopt.lm.rewards import RewardFunction, final_number, final_number_reward
-from policyopt.lm.sampling import Sampler, SamplingConfig, TransformersSampler, VLLMSampler
-from policyopt.lm.training import LMResult
-
-__all__ = [
-    "CONFIG",
-    "INSTRUCTION",
-    "MODEL",
-    "REWARDS",
-    "accuracy",
-    "form_reward",
-    "main",
-    "math_records",
-    "read_gsm8k",
-]
 
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 """Apache-2.0, 0.49 billion parameters; any chat model will do."""
 
 INSTRUCTION = "Reason step by step. Write the answer, a number alone, on the last line after ####."
-"""Stands in front of every problem."""
+"""The system message of every problem."""
 
 
 def form_reward(completions: Sequence[str], finished: Sequence[bool]) -> list[float]:

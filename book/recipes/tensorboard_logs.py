@@ -57,7 +57,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     rewards = {"right": addition.answer_reward}
     train_grpo(
-        load_model("addition-base"), problems, rewards, config, callback=TensorBoard(options.output / "addition")
+        load_model("addition-base"),
+        problems,
+        rewards,
+        config,
+        callback=TensorBoard(options.output / "addition"),
     )
 
 

@@ -22,9 +22,9 @@ from PIL import Image
 
 import notebooks
 from build_book import EXTERNAL
+from policyopt import mdp
 from policyopt.estimators import group_relative_advantages, leave_one_out_advantages
 from policyopt.losses import clipped_surrogate_loss, dpo_loss
-from policyopt import mdp
 from policyopt_book import figures
 from policyopt_book.figures import Change, Control, Interactive, Panel, Readout
 from repository import ROOT

@@ -1,4 +1,4 @@
-"""The recipes' own code paths, from the command line, on a tiny model."""
+"""The recipe for GSM8K, from the command line, on a tiny model; and the settings that the chapter on a real model shows."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import notebooks
 from policyopt.lm import GRPOConfig, LanguageModel, LoRA, add_lora, generate, load, train_grpo
 from policyopt.lm.memory import estimate_memory
 from policyopt.lm.sampling import SamplingConfig
@@ -56,7 +57,7 @@ def command(tmp_path: Path) -> list[str]:
     return [
         "--model", str(tmp_path / "tiny-chat"), "--train", str(train), "--test", str(test), "--test-limit", "4",
         "--output", str(tmp_path / "run"), "--device", "cpu", "--steps", "40", "--batch-size", "8",
-        "--group-size", "16", "--micro-batch-size", "64", "--max-new-tokens", "6", "--learning-rate", "0.02",
+        "--group-size", "16", "--micro-batch-size", "64", "--max-new-tokens", "3", "--learning-rate", "0.02",
     ]  # fmt: skip
 
 
@@ -67,7 +68,7 @@ def test_gsm8k_runs_from_the_command_line_and_learns(
     # Everything else is the recipe's own configuration.
     expected = replace(
         gsm8k.CONFIG, steps=40, batch_size=8, group_size=16, micro_batch_size=64, learning_rate=0.02,
-        sampling=SamplingConfig(max_new_tokens=6),
+        sampling=SamplingConfig(max_new_tokens=3),
     )  # fmt: skip
     assert result.config == expected
     assert result.config.autocast == "bfloat16"
@@ -83,9 +84,17 @@ def test_gsm8k_runs_from_the_command_line_and_learns(
     (texts,) = generate(
         load(tmp_path / "run" / "model", device="cpu"),
         [[{"role": "user", "content": "is the answer"}]],
-        SamplingConfig(temperature=0.0, max_new_tokens=6),
+        SamplingConfig(temperature=0.0, max_new_tokens=3),
     )
     assert "#### 7" in texts[0]
+
+
+def test_the_chapter_shows_the_settings_of_the_recipe() -> None:
+    cells = notebooks.read(notebooks.notebook_path("real-model")).cells
+    (shown,) = [cell.source for cell in cells if cell.source.startswith("gsm8k_config = ")]
+    names: dict[str, Any] = {"GRPOConfig": GRPOConfig, "SamplingConfig": SamplingConfig}
+    exec(shown, names)
+    assert names["gsm8k_config"] == gsm8k.CONFIG
 
 
 def test_gsm8k_goes_on_where_it_stopped(command: list[str], tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 
-from policyopt import mdp, plotting
+from policyopt import mdp
+from policyopt_book import plotting
 
 
 @pytest.fixture

@@ -92,7 +92,7 @@ def dpo_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 @pytest.fixture(scope="module")
 def lora_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("lora")
-    text = run(folder, "lora_one_gpu", "--data", data / "examples.jsonl", "--output", "run", "--model", "news-base",
+    text = run(folder, "lora_one_gpu", "--data", data / "examples.jsonl", "--output", "run", "--model", model_path("news-base"),
                "--rank", 8, "--steps", 12, "--batch-size", 16, "--micro-batch-size", 8)  # fmt: skip
     return folder / "run", text
 
@@ -193,7 +193,7 @@ def test_estimates_without_sampling_need_a_length() -> None:
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_many_processes_learn_what_one_learns(launcher: str, data: Path, tmp_path: Path) -> None:
-    arguments = [str(RECIPES / "many_gpus.py"), "--data", str(data / "pairs.jsonl"), "--model", "news-sft", "--steps",
+    arguments = [str(RECIPES / "many_gpus.py"), "--data", str(data / "pairs.jsonl"), "--model", str(model_path("news-sft")), "--steps",
                  "3", "--batch-size", "8", "--learning-rate", "1e-3", "--output"]  # fmt: skip
     processes = {
         "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
@@ -231,7 +231,7 @@ def test_vllm_missing_is_said_with_the_remedy(tmp_path: Path) -> None:
         "--output",
         "run",
         "--model",
-        "news-sft",
+        model_path("news-sft"),
         code=1,
     )
     assert "error: VLLMSampler needs vLLM, on Linux with a GPU: pip install vllm" in text
