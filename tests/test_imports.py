@@ -142,7 +142,9 @@ def test_a_half_offers_what_its_modules_call_public(half: str) -> None:
     }
     assert names == sorted(set(names))
     assert set(names) <= public
-    assert {"History", "train_seeds", "train_" + ("trpo" if half.endswith("control") else "dpo")} <= set(names)
+    assert {"History", "train_seeds", "train_" + ("trpo" if half.endswith("control") else "dpo")} <= set(
+        names
+    )
 
 
 BLOCKED = """

@@ -190,7 +190,9 @@ def test_the_api_pages_cover_every_public_module() -> None:
     }
     public = {"policyopt_book"}
     for package in (ROOT / "src" / "policyopt", ROOT / "src" / "policyopt_book"):
-        modules = [p.stem for p in package.glob("*.py")] + [p.parent.name for p in package.glob("*/__init__.py")]
+        modules = [p.stem for p in package.glob("*.py")] + [
+            p.parent.name for p in package.glob("*/__init__.py")
+        ]
         public |= {f"{package.name}.{name}" for name in modules if not name.startswith("_")}
     public.discard("policyopt_book.make_models")  # the script behind `make models`
     assert documented == public

@@ -1,4 +1,4 @@
-"""The recipe for GSM8K, from the command line, on a tiny model; and the settings that the chapter on a real model shows."""
+"""The recipe for GSM8K, from the command line, on a tiny model; its settings are those that a chapter shows."""
 
 from __future__ import annotations
 

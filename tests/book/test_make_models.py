@@ -1,4 +1,4 @@
-"""The embedded models: as good as their record says, and the script that makes them is deterministic."""
+"""The tiny models: as good as their record says, and the script that makes them is deterministic."""
 
 from __future__ import annotations
 
