@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from policyopt import lm
 from repository import ROOT
 
 LIBRARY = ROOT / "src" / "policyopt"
@@ -128,18 +129,21 @@ def test_the_names_are_offered(steps: dict[str, list[str]]) -> None:
     assert not {"Any", "import_module", "TYPE_CHECKING"} & set(steps["names"])
 
 
+def public_names(file: Path) -> set[str]:
+    """What a module lists in ``__all__``; its functions and classes if there is no list."""
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    for statement in body:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__all__":
+            return set(ast.literal_eval(statement.value))
+    return {s.name for s in body if isinstance(s, (ast.ClassDef, ast.FunctionDef)) and s.name[0] != "_"}
+
+
 @pytest.mark.parametrize("half", HALVES)
 def test_a_half_offers_what_its_modules_call_public(half: str) -> None:
     """Every name is there and public where it is defined, and none is a module or a helper of the imports."""
     names = json.loads(run(f"import json, {half} as half; print(json.dumps(half.__all__))"))
-    public = {
-        name
-        for module, file in MODULES.items()
-        if within(module, half, "policyopt.runs") and module != half
-        for statement in ast.parse(file.read_text(encoding="utf-8")).body
-        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__all__"
-        for name in ast.literal_eval(statement.value)
-    }
+    modules = [m for m in MODULES if within(m, half, "policyopt.runs") and m != half]
+    public = {name for module in modules for name in public_names(MODULES[module])}
     assert names == sorted(set(names))
     assert set(names) <= public
     assert {"History", "train_seeds", "train_" + ("trpo" if half.endswith("control") else "dpo")} <= set(
@@ -168,3 +172,11 @@ except ImportError as error:
 
 def test_each_half_works_without_what_the_other_needs() -> None:
     assert "pip install 'policyopt[lm]'" in run(BLOCKED)
+
+
+@pytest.mark.parametrize("name", ["train_ppo", "PPOConfig", "PPOUpdate"])
+def test_old_names_of_ppo_are_understood_for_one_version(name: str) -> None:
+    old = name.replace("PPO", "PPOLM").replace("_ppo", "_ppo_lm")
+    with pytest.warns(DeprecationWarning, match=f"policyopt.lm: {old} is called {name} now"):
+        assert getattr(lm, old) is getattr(lm, name)
+    assert old not in lm.__all__

@@ -9,8 +9,10 @@ divided by, so that a batch cut into pieces gives the gradient of the whole.
 
 from __future__ import annotations
 
+import inspect
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,12 +31,15 @@ __all__ = [
     "ValueLoss",
     "aggregate",
     "bradley_terry_loss",
+    "check_loss",
     "clipped_surrogate_loss",
     "dpo_loss",
     "entropy_loss",
+    "item_losses",
     "policy_gradient_loss",
     "ranking_loss",
     "sequence_log_ratio",
+    "statistic",
     "surrogate_loss",
     "value_loss",
 ]
@@ -654,3 +659,75 @@ def _positive_count(
             "skip the batch"
         )
     return count
+
+
+def check_loss(
+    loss: Callable[[Any], Any] | None, default: Callable[[Any], Any], batch: str
+) -> Callable[[Any], Any]:
+    """Return a trainer's ``loss``, or its default; refuse what cannot be one.
+
+    Parameters
+    ----------
+    loss : callable, optional
+        A function of one argument, the batch.
+    default : callable
+        What None stands for.
+    batch : str
+        Name of the batch's class, for the message.
+
+    Raises
+    ------
+    TypeError
+        If ``loss`` is not callable, or cannot be called with one argument.
+    """
+    if loss is None:
+        return default
+    try:
+        inspect.signature(loss).bind(None)
+    except TypeError as error:
+        raise TypeError(
+            f"loss must be a function of one argument, a {batch}, that returns one "
+            f"number per item, got {loss!r}: {error}"
+        ) from error
+    except ValueError:
+        pass  # a built-in function does not say what it takes
+    return loss
+
+
+class _OnlyLoss(NamedTuple):
+    loss: Tensor
+
+
+def item_losses(loss: Callable[[Any], Any], batch: Any, shape: torch.Size) -> Any:
+    """Call a trainer's ``loss`` and check what it returns.
+
+    Returns
+    -------
+    named tuple or dataclass
+        What the loss returned, or a tuple around the tensor that it returned. Its
+        ``loss`` has one number per item.
+
+    Raises
+    ------
+    ValueError
+        If the losses are not a tensor of this shape.
+    """
+    items = loss(batch)
+    items = _OnlyLoss(items) if isinstance(items, Tensor) else items
+    values = getattr(items, "loss", None)
+    if not isinstance(values, Tensor) or values.shape != shape:
+        got = (
+            tuple(values.shape) if isinstance(values, Tensor) else type(items).__name__
+        )
+        raise ValueError(
+            "loss must return one number per item, a tensor of the shape "
+            f"{tuple(shape)}, alone or as the field 'loss' of a named tuple, got {got}; "
+            "leave the mean to the trainer"
+        )
+    return items
+
+
+def statistic(items: Any, name: str) -> Tensor:
+    """Return a field of a loss's items, NaN where the loss does not report it."""
+    value = getattr(items, name, None)
+    return torch.full_like(items.loss, torch.nan) if value is None else value

@@ -17,14 +17,14 @@ from policyopt.lm import (
     GRPOConfig,
     LanguageModel,
     LMResult,
-    PPOLMConfig,
+    PPOConfig,
     RankingConfig,
     RewardConfig,
     SamplingConfig,
     SFTConfig,
     train_dpo,
     train_grpo,
-    train_ppo_lm,
+    train_ppo,
     train_ranking,
     train_reward_model,
     train_sft,
@@ -72,7 +72,7 @@ def count_ones(completions: list[str], **columns: Any) -> list[float]:
 
 
 COMMON: dict[str, Any] = {
-    "steps": 3,
+    "updates": 3,
     "batch_size": 4,
     "learning_rate": 3e-3,
     "schedule": "linear",
@@ -115,8 +115,8 @@ def run_grpo(model: LanguageModel, **options: Any) -> LMResult[Any, Any]:
 
 def run_ppo(model: LanguageModel, **options: Any) -> LMResult[Any, Any]:
     changes = {"samples_per_prompt": 2, "sampling": SHORT, "target_kl": 2.0, "value_clip": 0.5}
-    config = PPOLMConfig(**{**COMMON, **changes, **options.pop("changes", {})})
-    return train_ppo_lm(model, _prompts(), count_ones, config, progress=False, **options)
+    config = PPOConfig(**{**COMMON, **changes, **options.pop("changes", {})})
+    return train_ppo(model, _prompts(), count_ones, config, progress=False, **options)
 
 
 TRAINERS: dict[str, Train] = {
@@ -133,8 +133,8 @@ def weights(result: LMResult[Any, Any]) -> dict[str, torch.Tensor]:
     network = result.language_model.model
     if result.reward_model is not None:
         network = result.reward_model.network
-    if result.critic is not None:
-        network = result.critic
+    if result.actor_critic is not None:
+        network = result.actor_critic
     return {name: p.detach().clone() for name, p in network.named_parameters()}
 
 
@@ -147,7 +147,7 @@ def main(folder: str, names: str, kill_at: int | None = None) -> None:
     for name in names.split(","):
 
         def die(row: Any) -> None:
-            if row.step == kill_at:
+            if row.update == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         result = TRAINERS[name](

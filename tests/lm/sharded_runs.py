@@ -101,7 +101,7 @@ def saved(folder: Path) -> Result:
 def resumed(folder: Path) -> Result:
     """Stops after two steps and takes up the checkpoint with a new model."""
     where, changes = folder / "checkpoint", {"checkpoint_every": 1}
-    run_ppo(tiny_model(), checkpoint_dir=where, changes=changes, callback=lambda row: row.step == 2)
+    run_ppo(tiny_model(), checkpoint_dir=where, changes=changes, callback=lambda row: row.update == 2)
     if os.environ.get("RANK", "0") == "0":
         shutil.copytree(where, folder / "after-two-steps")
     return run_ppo(tiny_model(), checkpoint_dir=where, changes=changes)
@@ -112,7 +112,7 @@ def uneven(folder: Path) -> Result:
     lists = [{"prompt": "one", "ranked": ["one", "two", "three"][:size]} for size in (3, 2)]
     order = epoch_order(4, 0, 0)
     data = [lists[order.index(i) // 2] for i in range(4)]
-    config = RankingConfig(steps=1, batch_size=4, micro_batch_size=4)
+    config = RankingConfig(updates=1, batch_size=4, micro_batch_size=4)
     return train_ranking(tiny_model(), data, config, progress=False)
 
 

@@ -20,7 +20,7 @@ from policyopt.lm import (
     DPOConfig,
     GRPOConfig,
     LanguageModel,
-    PPOLMConfig,
+    PPOConfig,
     RankingConfig,
     RewardConfig,
     SamplingConfig,
@@ -28,14 +28,14 @@ from policyopt.lm import (
     load,
     train_dpo,
     train_grpo,
-    train_ppo_lm,
+    train_ppo,
     train_ranking,
     train_reward_model,
     train_sft,
 )
 
 SHORT = SamplingConfig(max_new_tokens=4)
-COMMON: dict[str, Any] = {"steps": 3, "batch_size": 2, "learning_rate": 1e-3, "checkpoint_every": 1}
+COMMON: dict[str, Any] = {"updates": 3, "batch_size": 2, "learning_rate": 1e-3, "checkpoint_every": 1}
 
 
 def zero(completions: list[str], **columns: Any) -> list[float]:
@@ -54,7 +54,7 @@ def run(
         config = GRPOConfig(group_size=2, sampling=SHORT, **settings)
         return train_grpo(model, data, reward, config, **options)
     if name == "ppo":
-        return train_ppo_lm(model, data, reward, PPOLMConfig(sampling=SHORT, **settings), **options)
+        return train_ppo(model, data, reward, PPOConfig(sampling=SHORT, **settings), **options)
     trainer, config_type = {
         "sft": (train_sft, SFTConfig),
         "reward": (train_reward_model, RewardConfig),
@@ -120,7 +120,7 @@ def test_prompts_longer_than_the_context(name: str) -> None:
         ValueError, match=r"item 5: the prompt has 70 tokens .*context of 64 \(1 of 12 .*set max_prompt"
     ):
         run(name, data)
-    assert run(name, data, max_prompt_tokens=20).steps == 3
+    assert run(name, data, max_prompt_tokens=20).updates == 3
 
 
 @every_trainer
@@ -153,7 +153,7 @@ def test_equal_texts_have_no_order(name: str) -> None:
 def test_empty_completions_are_eos_alone(name: str) -> None:
     data = [{**record, "completion": "", "rejected": "", "ranked": ["", "one"]} for record in records()]
     result = run(name, data)
-    assert result.steps == 3
+    assert result.updates == 3
     assert math.isfinite(result.history[-1].loss)
 
 
@@ -218,13 +218,13 @@ def test_a_bad_reward_costs_nothing_that_was_learned(name: str, kind: str, tmp_p
         run(name, data_for(name), reward={"judge": judge}, folder=tmp_path)
 
     result = caught.value.result  # type: ignore[attr-defined]
-    assert len(result.history) == result.steps == 2
+    assert len(result.history) == result.updates == 2
     assert f"the last checkpoint is in {tmp_path}" in caught.value.__notes__[0]
     assert len(load_checkpoint(tmp_path)[1]["history"]) == 2
 
     resumed = run(name, data_for(name), reward={"judge": honest}, folder=tmp_path)
     uninterrupted = run(name, data_for(name), reward={"judge": honest})
-    assert resumed.steps == 3
+    assert resumed.updates == 3
     for key, value in weights(uninterrupted).items():
         assert torch.equal(weights(resumed)[key], value)
 
@@ -294,7 +294,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
 
     assert str(tmp_path) in str(caught.value)
     assert caught.value.__cause__ is error
-    assert caught.value.result.steps == 2, "the step itself was made"  # type: ignore[attr-defined]
+    assert caught.value.result.updates == 2, "the step itself was made"  # type: ignore[attr-defined]
     assert len(list(tmp_path.iterdir())) == 2, "nothing half-written stays"
     assert len(load_checkpoint(tmp_path)[1]["history"]) == 1
 
@@ -308,7 +308,7 @@ def test_a_disk_that_really_refuses(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
     train_sft(
-        tiny_model(), records(), SFTConfig(steps=1), progress=False, checkpoint_dir=tmp_path / "measure"
+        tiny_model(), records(), SFTConfig(updates=1), progress=False, checkpoint_dir=tmp_path / "measure"
     )
     size = max(path.stat().st_size for path in (tmp_path / "measure").iterdir())
 
@@ -321,7 +321,7 @@ def test_a_disk_that_really_refuses(tmp_path: Path) -> None:
             OSError, match=r"no checkpoint could be written to .*still holds the one of before"
         ):
             train_sft(
-                tiny_model(), records(), SFTConfig(steps=2, checkpoint_every=1), callback=fill, progress=False,
+                tiny_model(), records(), SFTConfig(updates=2, checkpoint_every=1), callback=fill, progress=False,
                 checkpoint_dir=tmp_path / "run",
             )  # fmt: skip
     finally:

@@ -10,14 +10,14 @@ from policyopt.lm import (
     DPOConfig,
     GRPOConfig,
     LanguageModel,
-    PPOLMConfig,
+    PPOConfig,
     RankingConfig,
     SamplingConfig,
     SFTConfig,
     generate,
     train_dpo,
     train_grpo,
-    train_ppo_lm,
+    train_ppo,
     train_ranking,
     train_sft,
 )
@@ -63,7 +63,7 @@ def test_there_is_a_gap_to_close() -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_grpo_closes_two_thirds_of_the_gap(seed: int) -> None:
     config = GRPOConfig(
-        steps=14, batch_size=16, group_size=8, learning_rate=5e-4, sampling=SAMPLING, beta=0.01
+        updates=14, batch_size=16, group_size=8, learning_rate=5e-4, sampling=SAMPLING, beta=0.01
     )
     result = train_grpo(
         load_model("news-sft", device="cpu"), PROMPTS, news.utility_reward, config, seed=seed, progress=False
@@ -75,11 +75,11 @@ def test_grpo_closes_two_thirds_of_the_gap(seed: int) -> None:
 
 @pytest.mark.parametrize("critic", ["head", "separate"])
 def test_ppo_closes_two_thirds_of_the_gap(critic: str) -> None:
-    config = PPOLMConfig(
-        steps=14, batch_size=32, samples_per_prompt=4, learning_rate=5e-4, epochs_per_batch=1, sampling=SAMPLING,
+    config = PPOConfig(
+        updates=14, batch_size=32, samples_per_prompt=4, learning_rate=5e-4, epochs_per_batch=1, sampling=SAMPLING,
         critic=critic,  # type: ignore[arg-type]
     )  # fmt: skip
-    result = train_ppo_lm(
+    result = train_ppo(
         load_model("news-sft", device="cpu"), PROMPTS, news.utility_reward, config, progress=False
     )
     assert closed(result.language_model) > 2 / 3
@@ -97,7 +97,7 @@ def test_dpo_closes_half_the_gap_in_one_pass() -> None:
 
 def test_ranking_learns_the_order_of_lists() -> None:
     ranked = news.ranked_records(ITEMS, samples(), seed=3)
-    config = RankingConfig(steps=25, batch_size=16, learning_rate=5e-4)
+    config = RankingConfig(updates=25, batch_size=16, learning_rate=5e-4)
     result = train_ranking(load_model("news-sft", device="cpu"), ranked, config, progress=False)
     assert result.history.column("accuracy")[-5:].mean() > result.history.column("accuracy")[:5].mean() + 0.03
     assert utility(result.language_model) > gap()[0] + 0.5
@@ -105,7 +105,7 @@ def test_ranking_learns_the_order_of_lists() -> None:
 
 def test_sft_on_complete_summaries_repairs_the_model() -> None:
     records = news.sft_records(ITEMS, news.COMPLETE, seed=4)
-    config = SFTConfig(steps=40, batch_size=32, learning_rate=1e-3)
+    config = SFTConfig(updates=40, batch_size=32, learning_rate=1e-3)
     result = train_sft(
         load_model("news-sft", device="cpu"), records, config, eval_data=records[:64], progress=False
     )
@@ -116,7 +116,7 @@ def test_sft_on_complete_summaries_repairs_the_model() -> None:
 def test_grpo_finds_out_that_thinking_pays() -> None:
     problems = addition.prompt_records(addition.make_problems(2000, seed=7))
     config = GRPOConfig(
-        steps=25, batch_size=32, group_size=8, learning_rate=3e-4, sampling=SamplingConfig(max_new_tokens=48)
+        updates=25, batch_size=32, group_size=8, learning_rate=3e-4, sampling=SamplingConfig(max_new_tokens=48)
     )
     shares: list[float] = []
 

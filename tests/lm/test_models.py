@@ -306,7 +306,7 @@ def test_a_gguf_model_is_trained_and_saved_like_any_other(gguf_file: Path, tmp_p
     model = load(gguf_file, device="cpu")
     assert model.num_trainable_parameters == model.num_parameters
     before = scores(model)
-    run_dpo(model, changes={"steps": 2})
+    run_dpo(model, changes={"updates": 2})
     assert not torch.equal(scores(model), before)
     again = load(model.save(tmp_path / "trained"), device="cpu")
     assert torch.equal(scores(again), scores(model))

@@ -628,7 +628,7 @@ def test_vllm_samples_the_current_weights(config: SamplingConfig) -> None:
 def test_vllm_samples_for_a_trainer_and_gets_the_weights_once_a_step() -> None:
     lm = tiny()
     sampler = VLLMSampler(lm)
-    config = GRPOConfig(steps=2, batch_size=2, group_size=2, sampling=SamplingConfig(max_new_tokens=4))
+    config = GRPOConfig(updates=2, batch_size=2, group_size=2, sampling=SamplingConfig(max_new_tokens=4))
     prompts = [{"prompt": text} for text in ("w3 w4 w5", "w6", "w7 w8")]
     train_grpo(lm, prompts, lambda completions, **_: [len(t) for t in completions], config,
                sampler=sampler, progress=False)  # fmt: skip

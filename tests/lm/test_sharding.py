@@ -65,7 +65,7 @@ def test_one_process_goes_on_with_the_checkpoint_of_two(folders: tuple[Path, Pat
     steps: list[int] = []
     result = run_ppo(
         tiny_model(), checkpoint_dir=folders[1] / "after-two-steps", changes={"checkpoint_every": 1},
-        callback=lambda row: steps.append(row.step),
+        callback=lambda row: steps.append(row.update),
     )  # fmt: skip
     assert steps == [3]
     whole = weights(run_ppo(tiny_model()))
@@ -102,4 +102,4 @@ def test_what_is_not_supported_is_refused(
 def test_gathering_a_model_that_is_not_sharded_does_nothing() -> None:
     model = tiny_model()
     with gathered(model.model):
-        run_dpo(model, changes={"steps": 1})
+        run_dpo(model, changes={"updates": 1})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from lm_runs import (
     SHORT,
     TRAINERS,
     count_ones,
+    main,
     records,
     run_dpo,
     run_grpo,
@@ -43,7 +45,7 @@ from policyopt.lm import (
     LanguageModel,
     LMConfig,
     LoRA,
-    PPOLMConfig,
+    PPOConfig,
     RewardModel,
     SamplingConfig,
     TrainingDivergedError,
@@ -56,8 +58,16 @@ from policyopt.lm import (
     train_grpo,
     train_seeds,
 )
+from policyopt.lm.batches import Pairs
+from policyopt.lm.dpo import pair_loss
+from policyopt.lm.policies import PolicyNetwork
 from policyopt.lm.ppo import token_advantages
+from policyopt.lm.results import LMUpdate
+from policyopt.lm.training import Run
 
+# Forked from a server that has imported everything once.
+KILLED = multiprocessing.get_context("forkserver")
+KILLED.set_forkserver_preload(["lm_runs"])
 SCRIPT = Path(__file__).with_name("lm_runs.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -124,16 +134,56 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(name: str, tmp_path: Path) -> None:
-    killed = subprocess.run([sys.executable, SCRIPT, tmp_path, name, "2"], env=ENVIRONMENT, check=False)
-    assert killed.returncode == -signal.SIGKILL
+    process = KILLED.Process(target=main, args=(str(tmp_path), name, 2))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
     seen: list[int] = []
     resumed = TRAINERS[name](
-        tiny_model(), checkpoint_dir=tmp_path / name, callback=lambda row: seen.append(row.step)
+        tiny_model(), checkpoint_dir=tmp_path / name, callback=lambda row: seen.append(row.update)
     )
     whole = TRAINERS[name](tiny_model())
     assert seen == [3]
     assert furthest(weights(resumed), weights(whole)) == 0
     assert str(rows(resumed)) == str(rows(whole))
+
+
+def test_a_checkpoint_knows_its_data(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"progress": False, "checkpoint_dir": tmp_path}
+    config, data = DPOConfig(updates=1, batch_size=4), records()
+    train_dpo(tiny_model(), data, config, **options)
+    train_dpo(tiny_model(), [dict(record) for record in data], config, **options)
+    for other in (data[::-1], [*data[:-1], {**data[-1], "chosen": "one one one"}]):
+        with pytest.raises(ValueError, match=r"holds a run with data '\w+', this one has '\w+'"):
+            train_dpo(tiny_model(), other, config, **options)
+
+
+def test_the_reference_is_the_policy_before_the_checkpoint_is_read(tmp_path: Path) -> None:
+    """A run that goes on has the reference of the run that stopped: the policy at the start."""
+    whole = run_grpo(tiny_model(), changes={"checkpoint_every": 1})
+    run_grpo(
+        tiny_model(), checkpoint_dir=tmp_path, changes={"checkpoint_every": 1}, callback=lambda row: row.update == 2
+    )
+    resumed = run_grpo(tiny_model(), checkpoint_dir=tmp_path, changes={"checkpoint_every": 1})
+    assert resumed.history[-1].kl == whole.history[-1].kl != 0
+    assert furthest(weights(resumed), weights(whole)) == 0
+
+
+def test_a_reference_cannot_be_made_or_asked_too_late() -> None:
+    model = tiny_model()
+    run: Run[LMConfig, LMUpdate] = Run(
+        "test", model, PolicyNetwork(model.model), LMConfig(), LMUpdate, [1], seed=0, callback=None,
+        progress=False, checkpoint_dir=None,
+    )  # fmt: skip
+    borrowed, kept = run.reference(None, copy=False), run.reference(None)
+    sequences = model.encode(["one"], ["two"])
+    assert torch.equal(borrowed.log_probs(sequences), kept.log_probs(sequences))
+    with run:
+        kept.log_probs(sequences)
+        with pytest.raises(RuntimeError, match="kept no copy of the policy, whose training has begun"):
+            borrowed.log_probs(sequences)
+        with pytest.raises(RuntimeError, match="make the reference before"):
+            run.reference(None)
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
@@ -146,7 +196,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     run_dpo(tiny_model(), checkpoint_dir=tmp_path)
     with pytest.raises(ValueError, match=r"seed 0, this one has 1; give another folder"):
         run_dpo(tiny_model(), checkpoint_dir=tmp_path, seed=1)
-    with pytest.raises(ValueError, match=r"learning_rate=0.003, the config says 0.1"):
+    with pytest.raises(ValueError, match=r"learning_rate 0.003, this one has 0.1"):
         run_dpo(tiny_model(), checkpoint_dir=tmp_path, changes={"learning_rate": 0.1})
     with pytest.raises(ValueError, match="algorithm 'dpo', this one has 'sft'"):
         run_sft(tiny_model(), checkpoint_dir=tmp_path)
@@ -188,7 +238,7 @@ def test_other_architectures_go_through_every_trainer(name: str, build: Any) -> 
 
 
 def test_dpo_starts_with_a_margin_of_exactly_zero() -> None:
-    result = run_dpo(tiny_model(), changes={"steps": 2})
+    result = run_dpo(tiny_model(), changes={"updates": 2})
     first = result.history[0]
     assert first.margin == first.chosen_reward == first.rejected_reward == 0.0
     assert first.loss == pytest.approx(math.log(2), rel=1e-6)
@@ -240,7 +290,7 @@ def test_groups_of_equal_rewards_teach_nothing() -> None:
     result = run_grpo(model, changes={"beta": 0.0})
     assert furthest(weights(result), {f"{k}": v for k, v in before.items()}) > 0
     model = tiny_model()
-    config = GRPOConfig(steps=2, batch_size=4, group_size=4, sampling=SHORT, learning_rate=0.1)
+    config = GRPOConfig(updates=2, batch_size=4, group_size=4, sampling=SHORT, learning_rate=0.1)
     prompts = [{"prompt": record["prompt"]} for record in records()]
     equal = train_grpo(
         model, prompts, lambda completions, **_: [1.0] * len(completions), config, progress=False
@@ -255,7 +305,7 @@ def test_skipping_completions_without_advantage_changes_nothing() -> None:
 
     prompts = [{"prompt": record["prompt"]} for record in records()]
     common: dict[str, Any] = {
-        "steps": 3,
+        "updates": 3,
         "batch_size": 4,
         "group_size": 4,
         "sampling": SHORT,
@@ -271,10 +321,10 @@ def test_skipping_completions_without_advantage_changes_nothing() -> None:
 def test_the_reference_stays_where_training_started() -> None:
     model = tiny_model()
     other = tiny_model(seed=5)
-    result = run_grpo(model, changes={"steps": 6, "learning_rate": 0.02, "beta": 1e-9})
+    result = run_grpo(model, changes={"updates": 6, "learning_rate": 0.02, "beta": 1e-9})
     assert abs(result.history[0].kl) < 1e-5
     assert result.history[-1].kl > 0.05
-    elsewhere = run_grpo(tiny_model(), changes={"beta": 0.0, "steps": 1}, reference=other)
+    elsewhere = run_grpo(tiny_model(), changes={"beta": 0.0, "updates": 1}, reference=other)
     assert elsewhere.history[0].kl > 0.1
 
 
@@ -300,7 +350,7 @@ def test_lora_trains_adapters_and_its_reference_is_the_bare_model() -> None:
 def test_a_lora_run_is_resumed_bit_for_bit(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     stop = run_dpo(add_lora(tiny_model(), LoRA(rank=2)), checkpoint_dir=tmp_path, changes={"checkpoint_every": 1},
-                   callback=lambda row: row.step == 2)  # fmt: skip
+                   callback=lambda row: row.update == 2)  # fmt: skip
     assert stop.stop_reason == "callback"
     resumed = run_dpo(add_lora(tiny_model(), LoRA(rank=2)), checkpoint_dir=tmp_path)
     whole = run_dpo(add_lora(tiny_model(), LoRA(rank=2)))
@@ -308,8 +358,8 @@ def test_a_lora_run_is_resumed_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_callback_stops_and_the_result_tells() -> None:
-    result = run_sft(tiny_model(), callback=lambda row: row.step == 2)
-    assert (result.steps, result.stop_reason, len(result.history)) == (2, "callback", 2)
+    result = run_sft(tiny_model(), callback=lambda row: row.update == 2)
+    assert (result.updates, result.stop_reason, len(result.history)) == (2, "callback", 2)
     assert result.history[-1].tokens == sum(result.history.column("tokens")[:1]) + (
         result.history[1].tokens - result.history[0].tokens
     )
@@ -325,8 +375,8 @@ def test_interruption_returns_what_was_learned() -> None:
         return count_ones(completions)
 
     prompts = [{"prompt": record["prompt"]} for record in records()]
-    config = GRPOConfig(steps=5, batch_size=4, group_size=4, sampling=SHORT)
-    with pytest.warns(UserWarning, match="interrupted after 2 of 5 steps"):
+    config = GRPOConfig(updates=5, batch_size=4, group_size=4, sampling=SHORT)
+    with pytest.warns(UserWarning, match="interrupted after 2 of 5 updates"):
         result = train_grpo(tiny_model(), prompts, interrupt, config, progress=False)
     assert result.stop_reason == "interrupted"
     assert len(result.history) == 2
@@ -336,16 +386,14 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_of_before() -> None:
     model = tiny_model()
     before = {k: p.detach().clone() for k, p in model.model.named_parameters()}
 
-    def broken(*log_probs: torch.Tensor) -> Any:
-        from policyopt.losses import dpo_loss
-
-        items = dpo_loss(*log_probs)
+    def broken(pairs: Pairs) -> Any:
+        items = pair_loss(pairs, DPOConfig())
         return items._replace(loss=items.loss * torch.nan)
 
     with pytest.raises(
-        TrainingDivergedError, match=r"gradient is not finite in step 1 .*lower learning rate"
+        TrainingDivergedError, match=r"gradient is not finite in update 1 .*lower learning rate"
     ) as caught:
-        train_dpo(model, records(), DPOConfig(steps=2, batch_size=4), loss=broken, progress=False)
+        train_dpo(model, records(), DPOConfig(updates=2, batch_size=4), loss=broken, progress=False)
     assert furthest(weights(caught.value.result), before) == 0
 
 
@@ -359,7 +407,7 @@ def test_what_was_learned_is_not_lost_with_a_reward_function() -> None:
         return count_ones(completions)
 
     prompts = [{"prompt": record["prompt"]} for record in records()]
-    config = GRPOConfig(steps=5, batch_size=4, group_size=4, sampling=SHORT)
+    config = GRPOConfig(updates=5, batch_size=4, group_size=4, sampling=SHORT)
     with pytest.raises(
         RuntimeError, match="reward function 'fails' raised OSError: the judge is down"
     ) as caught:
@@ -368,7 +416,7 @@ def test_what_was_learned_is_not_lost_with_a_reward_function() -> None:
 
 
 def test_samples_are_recorded_before_and_after() -> None:
-    result = run_sft(tiny_model(), changes={"logged_samples": 2, "learning_rate": 0.05, "steps": 8})
+    result = run_sft(tiny_model(), changes={"logged_samples": 2, "learning_rate": 0.05, "updates": 8})
     assert len(result.samples) == 2
     assert any(sample.before != sample.after for sample in result.samples)
     assert [sample.prompt for sample in result.samples] == [record["prompt"] for record in records()[:2]]
@@ -382,7 +430,7 @@ def test_results_are_saved_for_load_and_tables(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("**/*.bin"))
     lines = (tmp_path / "model" / "history.csv").read_text().splitlines()
     assert len(lines) == 4
-    assert lines[0].startswith("step,tokens")
+    assert lines[0].startswith("update,tokens")
     reward = TRAINERS["reward"](tiny_model())
     reward.save(tmp_path / "reward")
     loaded = RewardModel.load(tmp_path / "reward", device="cpu")
@@ -407,17 +455,17 @@ def test_16_bit_weights_are_warned_about() -> None:
 
 
 def test_learning_rate_schedules() -> None:
-    linear = LMConfig(learning_rate=1.0, schedule="linear", warmup_steps=2)
+    linear = LMConfig(learning_rate=1.0, schedule="linear", warmup_updates=2)
     assert [round(linear.learning_rate_at(s, 6), 3) for s in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     cosine = LMConfig(learning_rate=1.0, schedule="cosine")
     assert [round(cosine.learning_rate_at(s, 4), 3) for s in range(4)] == [1.0, 0.854, 0.5, 0.146]
-    assert LMConfig(epochs=2, batch_size=8).total_steps(12) == 3
+    assert LMConfig(epochs=2, batch_size=8).total_updates(12) == 3
 
 
 def test_the_adaptive_kl_moves_beta_by_its_gain() -> None:
     """At the start the KL is 0, far below the target, so the first batch takes the largest step down."""
     for gain in (0.1, 2.0):
-        history = run_ppo(tiny_model(), changes={"steps": 2, "kl_gain": gain}).history
+        history = run_ppo(tiny_model(), changes={"updates": 2, "kl_gain": gain}).history
         assert history[1].beta == pytest.approx(history[0].beta * (1 - 0.2 * gain))
 
 
@@ -431,8 +479,8 @@ def test_the_adaptive_kl_moves_beta_by_its_gain() -> None:
         ),
         (GRPOConfig, {"sampling": SamplingConfig(temperature=0.0)}, "sampling must be of a temperature > 0"),
         (GRPOConfig, {"minibatches": 20, "batch_size": 4}, "minibatches must be <= batch_size"),
-        (PPOLMConfig, {"target_kl": 1.0, "beta": 0.0}, "beta must be > 0 where target_kl"),
-        (PPOLMConfig, {"kl_gain": 5.0}, r"kl_gain must be in \(0, 5\)"),
+        (PPOConfig, {"target_kl": 1.0, "beta": 0.0}, "beta must be > 0 where target_kl"),
+        (PPOConfig, {"kl_gain": 5.0}, r"kl_gain must be in \(0, 5\)"),
         (DPOConfig, {"loss": "ipo", "target_margin": 1.0}, "target_margin must be 0 with loss='ipo'"),
         (DPOConfig, {"loss": "hing"}, "loss must be"),
         (LMConfig, {"learning_rate": -1.0}, "learning_rate must be > 0"),
@@ -491,7 +539,7 @@ def test_a_sampler_that_lies_is_corrected_for() -> None:
             hot = SamplingConfig(max_new_tokens=config.max_new_tokens, temperature=3.0)
             return super().sample(prompts, samples_per_prompt, hot, **options)
 
-    changes: dict[str, Any] = {"steps": 1, "minibatches": 1, "epochs_per_batch": 1, "max_gradient_norm": None}
+    changes: dict[str, Any] = {"updates": 1, "minibatches": 1, "epochs_per_batch": 1, "max_gradient_norm": None}
     norms = []
     for cap in (2.0, None):
         model = tiny_model()
@@ -512,6 +560,6 @@ def test_seeds_in_parallel_do_not_share_a_model() -> None:
 
 
 def run_grpo_quiet(model: LanguageModel, *, seed: int, progress: bool) -> Any:
-    config = GRPOConfig(steps=2, batch_size=4, group_size=4, sampling=SHORT, learning_rate=3e-3)
+    config = GRPOConfig(updates=2, batch_size=4, group_size=4, sampling=SHORT, learning_rate=3e-3)
     prompts = [{"prompt": record["prompt"]} for record in records()]
     return train_grpo(model, prompts, count_ones, config, seed=seed, progress=progress)

@@ -134,7 +134,7 @@ def test_dpo_is_trls(case: str, beta: float, tmp_path: Path) -> None:
 
     ours = policy()
     gradients = gradients_of(ours.model)
-    config = DPOConfig(steps=1, batch_size=len(ITEMS), micro_batch_size=4, beta=beta, **our_options)
+    config = DPOConfig(updates=1, batch_size=len(ITEMS), micro_batch_size=4, beta=beta, **our_options)
     result = train_dpo(ours, pairs(), config, reference=load_model("news-base", device="cpu"), progress=False)
 
     assert result.history[0].loss == pytest.approx(theirs[0], rel=1e-4)
@@ -200,7 +200,7 @@ GRPO_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 def our_config(beta: float, options: dict[str, Any]) -> GRPOConfig:
     return GRPOConfig(
-        steps=1,
+        updates=1,
         batch_size=len(ITEMS),
         group_size=GROUP,
         sampling=SamplingConfig(max_new_tokens=LONGEST),

@@ -9,7 +9,8 @@ if _find_spec("transformers") is None:
     raise ImportError("policyopt.lm needs transformers: pip install 'policyopt[lm]'")
 
 from policyopt import _public_names
-from policyopt.lm.config import *
+from policyopt.lm.batches import *
+from policyopt.lm.config import LMConfig as LMConfig
 from policyopt.lm.data import Prompt as Prompt
 from policyopt.lm.data import read_records as read_records
 from policyopt.lm.dpo import *
@@ -23,18 +24,30 @@ from policyopt.lm.models import add_lora as add_lora
 from policyopt.lm.models import load as load
 from policyopt.lm.ppo import *
 from policyopt.lm.ranking import *
+from policyopt.lm.results import LMResult as LMResult
+from policyopt.lm.results import LMUpdate as LMUpdate
+from policyopt.lm.results import LoggedSample as LoggedSample
 from policyopt.lm.reward_model import *
 from policyopt.lm.rewards import *
 from policyopt.lm.sampling import *
 from policyopt.lm.sequences import Sequences as Sequences
 from policyopt.lm.sequences import hidden_states as hidden_states
 from policyopt.lm.sft import *
-from policyopt.lm.training import LMResult as LMResult
-from policyopt.lm.training import LMUpdate as LMUpdate
-from policyopt.lm.training import LoggedSample as LoggedSample
 from policyopt.runs import History as History
 from policyopt.runs import TrainingDivergedError as TrainingDivergedError
+from policyopt.runs import _warn_renamed
 from policyopt.runs import train_seeds as train_seeds
 
 if not _typing.TYPE_CHECKING:  # type checkers follow the stars
     __all__ = _public_names(globals())
+
+    def __getattr__(name):
+        renamed = {
+            "train_ppo_lm": "train_ppo",
+            "PPOLMConfig": "PPOConfig",
+            "PPOLMUpdate": "PPOUpdate",
+        }
+        if name not in renamed:
+            raise AttributeError(f"module 'policyopt.lm' has no attribute {name!r}")
+        _warn_renamed("policyopt.lm", name, renamed[name])
+        return globals()[renamed[name]]

@@ -440,13 +440,24 @@ def _completion_text(completion: Any, column: str = "completion") -> str:
 # --- records to examples ---
 
 
+@dataclass(frozen=True)
+class Limits:
+    """temporary"""
+
+    context_length: int | None = None
+    max_prompt_tokens: int | None = None
+    max_completion_tokens: int | None = None
+
+
+def fingerprint(items: Any) -> str:
+    """Temporary"""
+    import hashlib
+
+    return hashlib.sha256(repr(items).encode()).hexdigest()[:16]
+
+
 def sft_examples(
-    data: Records,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    context_length: int | None = None,
-    max_prompt_tokens: int | None = None,
-    max_completion_tokens: int | None = None,
+    data: Records, tokenizer: PreTrainedTokenizerBase, limits: Limits = Limits()
 ) -> list[Example]:
     """Read examples to imitate.
 
@@ -481,23 +492,20 @@ def sft_examples(
             )
         return Example(
             prompt,
-            _cut_prompt(encode_prompt(tokenizer, prompt), max_prompt_tokens),
-            encode_completion(tokenizer, completion, prompt)[:max_completion_tokens],
+            _cut_prompt(encode_prompt(tokenizer, prompt), limits.max_prompt_tokens),
+            encode_completion(tokenizer, completion, prompt)[
+                : limits.max_completion_tokens
+            ],
         )
 
     examples = _make_all(_named_records(data), make)
     lengths = [(name, len(e.prompt_ids), len(e.completion_ids)) for name, e in examples]
-    _check_lengths(lengths, context_length)
+    _check_lengths(lengths, limits.context_length)
     return [example for _, example in examples]
 
 
 def preference_pairs(
-    data: Records,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    context_length: int | None = None,
-    max_prompt_tokens: int | None = None,
-    max_completion_tokens: int | None = None,
+    data: Records, tokenizer: PreTrainedTokenizerBase, limits: Limits = Limits()
 ) -> list[Pair]:
     """Read preference pairs.
 
@@ -507,7 +515,7 @@ def preference_pairs(
         Columns ``prompt``, ``chosen`` and ``rejected``, texts or messages as in
         :func:`sft_examples`. Where ``chosen`` and ``rejected`` are whole conversations,
         what they have in common up to their last message is the prompt.
-    tokenizer, context_length, max_prompt_tokens, max_completion_tokens
+    tokenizer, limits.context_length, limits.max_prompt_tokens, max_completion_tokens
         As in :func:`sft_examples`.
 
     Raises
@@ -536,14 +544,14 @@ def preference_pairs(
             prompt = _column(record, "prompt")
         encoded = [
             encode_completion(tokenizer, _completion_text(text, column), prompt)[
-                :max_completion_tokens
+                : limits.max_completion_tokens
             ]
             for column, text in (("chosen", chosen), ("rejected", rejected))
         ]
-        _check_different(encoded, ["chosen", "rejected"], max_completion_tokens)
+        _check_different(encoded, ["chosen", "rejected"], limits.max_completion_tokens)
         return Pair(
             prompt,
-            _cut_prompt(encode_prompt(tokenizer, prompt), max_prompt_tokens),
+            _cut_prompt(encode_prompt(tokenizer, prompt), limits.max_prompt_tokens),
             *encoded,
         )
 
@@ -552,17 +560,12 @@ def preference_pairs(
         (name, len(p.prompt_ids), max(len(p.chosen_ids), len(p.rejected_ids)))
         for name, p in pairs
     ]
-    _check_lengths(lengths, context_length)
+    _check_lengths(lengths, limits.context_length)
     return [pair for _, pair in pairs]
 
 
 def ranked_lists(
-    data: Records,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    context_length: int | None = None,
-    max_prompt_tokens: int | None = None,
-    max_completion_tokens: int | None = None,
+    data: Records, tokenizer: PreTrainedTokenizerBase, limits: Limits = Limits()
 ) -> list[RankedList]:
     """Read ranked lists.
 
@@ -572,7 +575,7 @@ def ranked_lists(
         Columns ``prompt`` and ``ranked``, a list of two or more completions, the best
         first; or ``completions`` in any order with ``ranks``, one number each, of which
         the lowest is the best.
-    tokenizer, context_length, max_prompt_tokens, max_completion_tokens
+    tokenizer, limits.context_length, limits.max_prompt_tokens, max_completion_tokens
         As in :func:`sft_examples`.
 
     Raises
@@ -587,14 +590,14 @@ def ranked_lists(
         names = [f"completion {i} (from 0, best first)" for i in range(len(ranked))]
         encoded = [
             encode_completion(tokenizer, _completion_text(text, name), prompt)[
-                :max_completion_tokens
+                : limits.max_completion_tokens
             ]
             for name, text in zip(names, ranked, strict=True)
         ]
-        _check_different(encoded, names, max_completion_tokens)
+        _check_different(encoded, names, limits.max_completion_tokens)
         return RankedList(
             prompt,
-            _cut_prompt(encode_prompt(tokenizer, prompt), max_prompt_tokens),
+            _cut_prompt(encode_prompt(tokenizer, prompt), limits.max_prompt_tokens),
             encoded,
         )
 
@@ -603,18 +606,16 @@ def ranked_lists(
         (name, len(item.prompt_ids), max(map(len, item.ranked_ids)))
         for name, item in lists
     ]
-    _check_lengths(lengths, context_length)
+    _check_lengths(lengths, limits.context_length)
     return [item for _, item in lists]
 
 
 def prompt_examples(
     data: Records,
     tokenizer: PreTrainedTokenizerBase,
+    limits: Limits = Limits(),
     *,
     reserve: int = 0,
-    context_length: int | None = None,
-    max_prompt_tokens: int | None = None,
-    max_completion_tokens: int | None = None,
 ) -> list[PromptExample]:
     """Read prompts, with all other columns for the reward functions.
 
@@ -625,7 +626,7 @@ def prompt_examples(
     tokenizer : PreTrainedTokenizerBase
     reserve : int
         Tokens that must be left for the completion, ``max_new_tokens`` of the sampling.
-    context_length, max_prompt_tokens
+    limits.context_length, max_prompt_tokens
         As in :func:`sft_examples`.
     max_completion_tokens
         Of no effect: the sampling says how long completions get.
@@ -656,7 +657,7 @@ def prompt_examples(
             )
         example = PromptExample(
             prompt,
-            _cut_prompt(encode_prompt(tokenizer, prompt), max_prompt_tokens),
+            _cut_prompt(encode_prompt(tokenizer, prompt), limits.max_prompt_tokens),
             others,
         )
         examples.append(example)
@@ -666,7 +667,7 @@ def prompt_examples(
     named = _make_all(_named_records(data), make)
     _check_lengths(
         [(name, len(e.prompt_ids), reserve) for name, e in named],
-        context_length,
+        limits.context_length,
         sampled=True,
     )
     return examples

@@ -1,6 +1,4 @@
-"""DPO: preferences straight into the policy, without a reward model and without
-sampling.
-"""
+"""DPO: preferences straight into the policy, without a reward model and without sampling."""
 
 from __future__ import annotations
 
@@ -8,64 +6,68 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from policyopt.estimators import sequence_log_prob
-from policyopt.lm.config import LMConfig
+from policyopt.frame import Callback
+from policyopt.lm.batches import Pairs, Tokens
+from policyopt.lm.config import OfflineConfig
 from policyopt.lm.data import Pair, Prompt, Records, batch_indices, preference_pairs
 from policyopt.lm.log_probs import completion_log_probs
 from policyopt.lm.models import LanguageModel, is_adapted, text_batches
+from policyopt.lm.policies import PolicyNetwork, Reference
+from policyopt.lm.results import LMResult, LMUpdate
 from policyopt.lm.reward_model import pad_pairs
 from policyopt.lm.sequences import Sequences, evaluating
-from policyopt.lm.training import (
-    Callback,
-    LMResult,
-    LMUpdate,
-    PolicyNetwork,
-    Reference,
-    Run,
+from policyopt.lm.training import Run, Statistics
+from policyopt.losses import (
+    DPO,
+    aggregate,
+    check_loss,
+    dpo_loss,
+    item_losses,
+    statistic,
 )
-from policyopt.losses import DPO, aggregate, dpo_loss
+from policyopt.runs import Bound, NonNegative, Positive
 
-__all__ = ["DPOConfig", "DPOUpdate", "ImplicitReward", "train_dpo"]
+__all__ = ["DPOConfig", "DPOUpdate", "ImplicitReward", "pair_loss", "train_dpo"]
 
-PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor], DPO]
+Smoothing = Annotated[float, Bound("in [0, 0.5)", lambda x: 0 <= x < 0.5)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig(LMConfig):
+class DPOConfig(OfflineConfig):
     """Settings of :func:`train_dpo`.
 
     SimPO is ``reference_free=True, length_normalized=True`` with a ``target_margin``
     and a β of 2 or more.
     """
 
-    beta: float = 0.1
-    """β > 0: how dear it is to leave the reference."""
+    beta: Positive = 0.1
+    """β > 0: strength of the pull towards the reference."""
     loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
     """See :func:`~policyopt.losses.dpo_loss`."""
-    label_smoothing: float = 0.0
+    label_smoothing: Smoothing = 0.0
     """Share of preferences believed to be the wrong way round, in [0, 0.5)."""
     length_normalized: bool = False
     """Use the mean log-probability per token instead of the sum."""
     reference_free: bool = False
     """Leave the reference out: its log-probabilities count as 0."""
-    target_margin: float = 0.0
-    """γ ≥ 0: the margin, in units of reward, that counts as none."""
+    target_margin: NonNegative = 0.0
+    """Margin γ ≥ 0 subtracted before the loss, in units of reward (SimPO's γ)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("beta", self.beta > 0, "> 0")
-        self._check("label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)")
-        self._check("target_margin", self.target_margin >= 0, ">= 0")
-        self._check(
-            "target_margin",
-            self.target_margin == 0 or self.loss != "ipo",
-            "0 with loss='ipo'",
-        )
+        fits = self.target_margin == 0 or self.loss != "ipo"
+        self._check("target_margin", fits, "0 with loss='ipo'")
+
+    @property
+    def reduction(self) -> Literal["sum", "mean"]:
+        """How log-probabilities of tokens become one of the completion."""
+        return "mean" if self.length_normalized else "sum"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,13 @@ class DPOUpdate(LMUpdate):
     """Mean weight of ∇ log π in the gradient; β σ(−margin) for the sigmoid loss."""
 
     headline: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "margin")
+    may_be_nan: ClassVar[tuple[str, ...]] = (
+        "margin",
+        "accuracy",
+        "chosen_reward",
+        "rejected_reward",
+        "weight",
+    )
 
 
 class ImplicitReward:
@@ -141,7 +150,7 @@ class ImplicitReward:
                 "DPO started from"
             )
         self.policy, self.beta, self.batch_size = policy, beta, batch_size
-        self.reference = Reference(policy, reference, DPOConfig(), frozen=False)
+        self.reference = Reference(policy, reference, copy=False)
 
     @property
     def language_model(self) -> LanguageModel:
@@ -177,13 +186,27 @@ class ImplicitReward:
         ]
 
 
+def pair_loss(batch: Pairs, config: DPOConfig) -> DPO:
+    """Return :func:`~policyopt.losses.dpo_loss` of each pair as the config describes it."""
+    return dpo_loss(
+        batch.chosen_log_prob,
+        batch.rejected_log_prob,
+        batch.reference_chosen_log_prob,
+        batch.reference_rejected_log_prob,
+        beta=config.beta,
+        kind=config.loss,
+        label_smoothing=config.label_smoothing,
+        target_margin=config.target_margin,
+    )
+
+
 def train_dpo(
     language_model: LanguageModel,
     data: Records,
     config: DPOConfig = DPOConfig(),
     *,
     reference: LanguageModel | None = None,
-    loss: PairLoss | None = None,
+    loss: Callable[[Pairs], Any] | None = None,
     seed: int = 0,
     callback: Callback | None = None,
     progress: bool = True,
@@ -204,9 +227,9 @@ def train_dpo(
     reference : LanguageModel, optional
         π_ref; by default the policy as it is given (for LoRA: with the adapters off).
     loss : callable, optional
-        (chosen, rejected, reference chosen, reference rejected log-probabilities, each
-        ``[B]``) ↦
-        :class:`~policyopt.losses.DPO`; by default :func:`~policyopt.losses.dpo_loss` as the config describes it.
+        A function of the :class:`~policyopt.lm.batches.Pairs` of a micro-batch that
+        returns one loss per pair, ``[N]``: a :class:`~policyopt.losses.DPO`, another
+        named tuple with the field ``loss``, or a tensor. By default :func:`pair_loss`.
     seed, callback, progress, checkpoint_dir
         As in :func:`~policyopt.lm.sft.train_sft`.
 
@@ -214,102 +237,85 @@ def train_dpo(
     ----------
     Rafailov et al. (2023), Direct preference optimization, arXiv:2305.18290, eq. 7.
     """
-    pairs = preference_pairs(
-        data, language_model.tokenizer, **config.limits(language_model)
-    )
-    pair_loss = loss or partial(
-        dpo_loss, beta=config.beta, kind=config.loss, label_smoothing=config.label_smoothing,
-        target_margin=config.target_margin,
-    )  # fmt: skip
-    reference_log_probs = _reference_log_probs(
-        language_model, pairs, config, reference, seed
-    )
+    limits = config.limits(language_model)
+    pairs = preference_pairs(data, language_model.tokenizer, limits)
     run: Run[DPOConfig, DPOUpdate] = Run(
-        "dpo", language_model, PolicyNetwork(language_model.model), config, row_type=DPOUpdate, items=len(pairs),
-        seed=seed, callback=callback, progress=progress, checkpoint_dir=checkpoint_dir,
-        prompts=[pair.prompt for pair in pairs[: config.logged_samples]],
+        "dpo", language_model, PolicyNetwork(language_model.model), config, DPOUpdate,
+        pairs, seed=seed, callback=callback, progress=progress,
+        checkpoint_dir=checkpoint_dir,
     )  # fmt: skip
-    reduction: Literal["sum", "mean"] = "mean" if config.length_normalized else "sum"
+    reference_scores = _reference_log_probs(run, pairs, reference)
+    objective = check_loss(loss, partial(pair_loss, config=config), "Pairs")
 
     with run:
-        for _ in run.steps():
-            indices = run.batch()
-            batch = pad_pairs([pairs[i] for i in indices], language_model)
-            reference_scores = reference_log_probs[indices].to(run.device).flatten()
-            count = run.sum(len(indices))
-            totals = torch.zeros(8, device=run.device)
+        for _ in run.updates():
+            batch = pad_pairs(run.batch(), language_model)
+            reference_of = (
+                reference_scores[run.batch_numbers()].to(run.device).flatten()
+            )
+            count = run.sum(len(batch) // 2)
+            statistics = Statistics()
             for rows in run.micro_batches(len(batch), 2):
-                piece = batch.select(rows)
+                sequences = batch.select(rows)
+                mask = sequences.completion_mask
+                tokens = Tokens(sequences, mask, run.network(sequences).log_probs)
                 scores = sequence_log_prob(
-                    run.network(piece).log_probs,
-                    piece.completion_mask,
-                    reduction=reduction,
+                    tokens.log_probs, mask, reduction=config.reduction
                 )
-                chosen, rejected = scores[0::2], scores[1::2]
-                items = pair_loss(
-                    chosen,
-                    rejected,
-                    reference_scores[rows][0::2],
-                    reference_scores[rows][1::2],
+                theirs = reference_of[rows]
+                pair = Pairs(
+                    scores[0::2], scores[1::2], theirs[0::2], theirs[1::2], tokens
                 )
+                items = item_losses(objective, pair, scores[0::2].shape)
                 run.backward(aggregate(items.loss, denominator=count))
-                totals += torch.stack(
-                    [items.loss.sum(), items.margin.sum(), (items.margin > 0).sum(), items.chosen_reward.sum(),
-                     items.rejected_reward.sum(), chosen.sum(), rejected.sum(), items.weight.sum()]
-                ).detach()  # fmt: skip
+                margin = statistic(items, "margin")
+                statistics.add(
+                    loss=items.loss.sum(),
+                    margin=margin.sum(),
+                    accuracy=torch.where(margin.isnan(), margin, margin > 0).sum(),
+                    chosen_reward=statistic(items, "chosen_reward").sum(),
+                    rejected_reward=statistic(items, "rejected_reward").sum(),
+                    chosen_log_prob=pair.chosen_log_prob.sum(),
+                    rejected_log_prob=pair.rejected_log_prob.sum(),
+                    weight=statistic(items, "weight").sum(),
+                )
             norm = run.descend()
-            mean = (run.sum(totals) / count).tolist()
             run.log(
                 tokens=int(run.sum(batch.completion_mask.sum())),
                 gradient_norm=norm,
-                loss=mean[0],
-                margin=mean[1],
-                accuracy=mean[2],
-                chosen_reward=mean[3],
-                rejected_reward=mean[4],
-                chosen_log_prob=mean[5],
-                rejected_log_prob=mean[6],
-                weight=mean[7],
+                **statistics.means(run, count),
             )
     return run.result()
 
 
 def _reference_log_probs(
-    language_model: LanguageModel,
+    run: Run[DPOConfig, DPOUpdate],
     pairs: Sequence[Pair],
-    config: DPOConfig,
     reference: LanguageModel | None,
-    seed: int,
 ) -> Tensor:
-    """Return log π_ref of the chosen and the rejected completion of each pair, ``[N,
-    2]``, on the CPU.
+    """Return log π_ref of the chosen and the rejected completion of each pair,
+    ``[N, 2]``, on the CPU.
 
     The batches are those of the training's first pass, so that rounding is the same
     too: the first margin is exactly 0.
     """
+    config, model = run.config, run.language_model
     result = torch.zeros(len(pairs), 2)
     if config.reference_free:
         return result
-    model = Reference(language_model, reference, config, frozen=False)
-    reduction: Literal["sum", "mean"] = "mean" if config.length_normalized else "sum"
+    frozen = run.reference(reference, copy=False)
+    one_pass = min(run.total, -(-len(pairs) // config.batch_size))
     done: set[int] = set()
-    for step in range(
-        min(config.total_steps(len(pairs)), -(-len(pairs) // config.batch_size))
-    ):
-        batch = batch_indices(len(pairs), config.batch_size, step, seed)
+    for update in range(one_pass):
+        batch = batch_indices(len(pairs), config.batch_size, update, run.seed)
         if done.issuperset(batch):
             continue
         size = max(1, (config.micro_batch_size or 2 * len(batch)) // 2)
         for start in range(0, len(batch), size):
             part = batch[start : start + size]
-            sequences = pad_pairs([pairs[i] for i in part], language_model)
-            log_probs = model.log_probs(sequences)
-            result[part] = (
-                sequence_log_prob(
-                    log_probs, sequences.completion_mask, reduction=reduction
-                )
-                .view(-1, 2)
-                .cpu()
-            )
+            sequences = pad_pairs([pairs[i] for i in part], model)
+            log_probs, mask = frozen.log_probs(sequences), sequences.completion_mask
+            scores = sequence_log_prob(log_probs, mask, reduction=config.reduction)
+            result[part] = scores.view(-1, 2).cpu()
         done.update(batch)
     return result

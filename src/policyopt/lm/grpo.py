@@ -4,9 +4,11 @@ critic.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,47 +19,48 @@ from policyopt.estimators import (
     kl_estimate,
     leave_one_out_advantages,
 )
+from policyopt.frame import Callback
+from policyopt.lm.batches import Completions
 from policyopt.lm.config import LMConfig
 from policyopt.lm.data import Records, prompt_examples
 from policyopt.lm.models import LanguageModel
+from policyopt.lm.policies import PolicyNetwork
+from policyopt.lm.results import LMResult, LMUpdate
 from policyopt.lm.rewards import RewardFunctions
-from policyopt.lm.rollouts import collect, minibatches
-from policyopt.lm.sampling import (
-    Sampler,
-    SamplingConfig,
-    TransformersSampler,
-    UpdatedSampler,
-)
-from policyopt.lm.sequences import widen
-from policyopt.lm.training import (
-    Callback,
-    LMResult,
-    LMUpdate,
-    PolicyNetwork,
-    Reference,
-    Run,
-)
+from policyopt.lm.sampling import Sampler, SamplingConfig
+from policyopt.lm.training import SamplingRun, Statistics
 from policyopt.losses import (
     ClippedSurrogate,
     aggregate,
+    check_loss,
     clipped_surrogate_loss,
+    item_losses,
     sequence_log_ratio,
+    statistic,
 )
+from policyopt.runs import Bound, Count, NonNegative, Positive
 
 __all__ = [
     "GRPOConfig",
     "GRPOUpdate",
     "group_advantages",
+    "grpo_loss",
     "grpo_surrogate",
     "train_grpo",
 ]
+
+
+GroupSize = Annotated[
+    int, Bound(">= 2: one sample has nothing to be compared with", lambda x: x >= 2)
+]
+AtLeastOne = Annotated[float, Bound(">= 1", lambda x: x >= 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOConfig(LMConfig):
     """Settings of :func:`train_grpo`. ``batch_size`` counts prompts.
 
-    The defaults are those of DeepSeekMath but for the mean over tokens. Dr. GRPO:
+    Defaults: group mean and standard deviation (GRPO), mean over tokens (DAPO), no KL term, and a correction for the sampler capped at 2. Dr. GRPO:
     ``scale_rewards=False``, ``loss_mean="constant"``. DAPO's loss:
     ``clip_ratio_high=0.28``, ``loss_mean="token"``, ``beta=0``,
     ``drop_unfinished=True``. GSPO: ``ratio="sequence"``, ``loss_mean="sequence"``.
@@ -65,7 +68,7 @@ class GRPOConfig(LMConfig):
     """
 
     batch_size: int = 16
-    group_size: int = 8
+    group_size: GroupSize = 8
     """K ≥ 2 completions per prompt."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How completions are drawn, and scored likewise."""
@@ -85,21 +88,21 @@ class GRPOConfig(LMConfig):
     """Importance ratio of each token, or of the whole completion (GSPO, with a clip
     range of about 1e-3).
     """
-    clip_ratio: float = 0.2
+    clip_ratio: Positive = 0.2
     """ε of the clipped surrogate, > 0."""
-    clip_ratio_high: float | None = None
+    clip_ratio_high: Positive | None = None
     """Upper clip range, if it is another ("clip-higher")."""
-    beta: float = 0.0
+    beta: NonNegative = 0.0
     """Weight of KL(π_θ ‖ π_ref) in the loss, ≥ 0, per token; 0 needs no reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """See :func:`~policyopt.estimators.kl_estimate` for what the gradient of each
     is.
     """
-    epochs_per_batch: int = 1
+    epochs_per_batch: Count = 1
     """Passes over each batch of completions."""
-    minibatches: int = 1
+    minibatches: Count = 1
     """Optimiser steps per pass."""
-    importance_cap: float | None = 2.0
+    importance_cap: AtLeastOne | None = 2.0
     """Largest weight that corrects for a sampler whose probabilities differ from the
     trainer's; None: no correction.
     """
@@ -112,31 +115,11 @@ class GRPOConfig(LMConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        explores = self.sampling.temperature > 0
         self._check(
-            "group_size",
-            self.group_size >= 2,
-            ">= 2: one sample has nothing to be compared with",
+            "sampling", explores, "of a temperature > 0: equal samples teach nothing"
         )
-        self._check(
-            "sampling",
-            self.sampling.temperature > 0,
-            "of a temperature > 0: equal samples teach nothing",
-        )
-        self._check("clip_ratio", self.clip_ratio > 0, "> 0")
-        self._check(
-            "clip_ratio_high",
-            self.clip_ratio_high is None or self.clip_ratio_high > 0,
-            "> 0 or None",
-        )
-        self._check("beta", self.beta >= 0, ">= 0")
-        for name in ("epochs_per_batch", "minibatches"):
-            self._check(name, getattr(self, name) >= 1, ">= 1")
         self._check("minibatches", self.minibatches <= self.batch_size, "<= batch_size")
-        self._check(
-            "importance_cap",
-            self.importance_cap is None or self.importance_cap >= 1,
-            ">= 1 or None",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +158,7 @@ class GRPOUpdate(LMUpdate):
     """Largest ratio of the step; exactly 1 with one update per batch."""
 
     headline: ClassVar[tuple[str, ...]] = ("reward", "kl", "length")
-    may_be_nan: ClassVar[tuple[str, ...]] = ("kl",)
+    may_be_nan: ClassVar[tuple[str, ...]] = ("kl", "clip_fraction", "ratio_max")
 
 
 def group_advantages(rewards: Tensor, config: GRPOConfig) -> Tensor:
@@ -216,6 +199,38 @@ def grpo_surrogate(
     )
 
 
+def grpo_loss(batch: Completions, config: GRPOConfig) -> ClippedSurrogate:
+    r"""GRPO's loss of each token, ``[B, T]``, before any mean.
+
+    The clipped surrogate, weighted by min(π_old/π_sampler, cap), plus β times the
+    estimate of the KL divergence to the reference:
+
+    .. math:: -w_{i,t} \min(\rho_{i,t} A_i,\,
+              \operatorname{clip}(\rho_{i,t}, 1 - \varepsilon, 1 + \varepsilon_{high})
+              A_i) + \beta\,\mathrm{kl}_{i,t}
+
+    Parameters
+    ----------
+    batch : Completions
+        With ``log_probs``, ``old_log_probs``, ``sampler_log_probs``, ``advantages``
+        ``[B]``, and ``reference_log_probs`` where β > 0.
+
+    References
+    ----------
+    Shao et al. (2024), DeepSeekMath, arXiv:2402.03300, eq. 3; the weight: Yao et al.
+    (2025), Your efficient RL framework secretly brings you off-policy RL training.
+    """
+    old = batch.old_log_probs
+    items = grpo_surrogate(batch.log_probs, old, batch.advantages, batch.mask, config)
+    loss = items.loss
+    if (cap := config.importance_cap) is not None:
+        loss = loss * importance_weights(old, batch.sampler_log_probs, cap=cap)
+    if config.beta > 0:
+        reference, kind = batch.reference_log_probs, config.kl_estimator
+        loss = loss + config.beta * kl_estimate(batch.log_probs, reference, kind)
+    return items._replace(loss=loss)
+
+
 def train_grpo(
     language_model: LanguageModel,
     data: Records,
@@ -223,6 +238,7 @@ def train_grpo(
     config: GRPOConfig = GRPOConfig(),
     *,
     reference: LanguageModel | None = None,
+    loss: Callable[[Completions], Any] | None = None,
     sampler: Sampler | None = None,
     seed: int = 0,
     callback: Callback | None = None,
@@ -245,6 +261,11 @@ def train_grpo(
         π_ref. By default the policy as it is given (for LoRA: with the adapters off)
         when ``config.beta`` > 0, and none otherwise. One that is given is reported on
         even with β = 0.
+    loss : callable, optional
+        A function of the :class:`~policyopt.lm.batches.Completions` of a micro-batch
+        that returns one loss per token, ``[B, T]``: a named tuple with the field
+        ``loss`` (and ``ratio`` and ``clipped``, if it has them), or a tensor. By
+        default :func:`grpo_loss` as the config describes it.
     sampler : Sampler, optional
         By default the model itself.
     seed, callback, progress, checkpoint_dir
@@ -256,146 +277,68 @@ def train_grpo(
     (2025), arXiv:2503.20783. DAPO: Yu et al. (2025), arXiv:2503.14476. GSPO: Zheng et
     al. (2025), arXiv:2507.18071. RLOO: Ahmadian et al. (2024), arXiv:2402.14740.
     """
-    examples = prompt_examples(
-        data,
-        language_model.tokenizer,
-        reserve=config.sampling.max_new_tokens,
-        **config.limits(language_model),
-    )
-    frozen = (
-        Reference(language_model, reference, config)
-        if config.beta > 0 or reference is not None
-        else None
-    )
-    run: Run[GRPOConfig, GRPOUpdate] = Run(
-        "grpo", language_model, PolicyNetwork(language_model.model), config, row_type=GRPOUpdate, items=len(examples),
-        seed=seed, callback=callback, progress=progress, checkpoint_dir=checkpoint_dir,
-        prompts=[example.prompt for example in examples[: config.logged_samples]],
+    limits, room = config.limits(language_model), config.sampling.max_new_tokens
+    examples = prompt_examples(data, language_model.tokenizer, limits, reserve=room)
+    run: SamplingRun[GRPOConfig, GRPOUpdate] = SamplingRun(
+        "grpo", language_model, PolicyNetwork(language_model.model), config, GRPOUpdate,
+        examples, reward_functions=reward_functions, sampler=sampler,
+        group_size=config.group_size, seed=seed, callback=callback, progress=progress,
+        checkpoint_dir=checkpoint_dir,
     )  # fmt: skip
-    sampler = sampler or TransformersSampler(language_model)
-    size, sampling = config.group_size, config.sampling
-    scoring = {
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k,
-        "top_p": sampling.top_p,
-    }
-    one_update = config.epochs_per_batch * config.minibatches == 1
+    compared = config.beta > 0 or reference is not None
+    frozen = run.reference(reference) if compared else None
+    objective = check_loss(loss, partial(grpo_loss, config=config), "Completions")
+    several_steps = config.epochs_per_batch * config.minibatches > 1
+    # A completion of advantage 0 has no gradient then: it is counted, but not computed.
+    skips = loss is None and config.beta == 0 and run.world == 1
 
     with run:
-        for _ in run.steps():
-            indices = run.batch()
-            batch = collect(
-                language_model, sampler, [examples[i] for i in indices], size, sampling, reward_functions,
-                weights=config.reward_weights, seed=run.stream(), first_row=run.rank * len(indices) * size,
-            )  # fmt: skip
-            sequences, groups = batch.sequences, batch.rewards.view(-1, size)
-            advantages = group_advantages(groups, config).flatten()
-            counted = sequences.completion_mask
-            if config.drop_unfinished:
-                counted = counted & batch.finished[:, None]
-            reference_log_probs = None
-            if frozen is not None:
-                pieces = run.micro_batches(len(sequences))
-                reference_log_probs = frozen.log_probs(sequences, pieces, **scoring)
-            old_log_probs = None
-            if not one_update:
-                with torch.no_grad():
-                    old_log_probs = torch.cat(
-                        [widen(run.network(sequences.select(rows), **scoring).log_probs, counted)
-                         for rows in run.micro_batches(len(sequences), size)]
-                    )  # fmt: skip
-
-            totals, ratio_max = (
-                torch.zeros(3, device=run.device),
-                torch.zeros((), device=run.device),
+        for _ in run.updates():
+            batch = run.score(run.sample(), frozen, old=several_steps)
+            groups = batch.rewards.view(-1, config.group_size)
+            batch = replace(
+                batch, advantages=group_advantages(groups, config).flatten()
             )
-            for _ in range(config.epochs_per_batch):
-                for numbers in minibatches(len(sequences), config.minibatches, size):
-                    part = torch.tensor(numbers, device=run.device)
-                    reduction, denominator = _denominator(counted[part], config, run)
-                    # Without a KL term a completion of advantage 0 has no gradient: it
-                    # is counted but not computed.
-                    active = (
-                        part
-                        if config.beta > 0 or run.world > 1
-                        else part[advantages[part] != 0]
-                    )
-                    for places in run.micro_batches(len(active)):
-                        rows = active[places]
-                        piece = sequences.select(rows)
-                        T = piece.completion_ids.shape[1]
-                        mask = counted[rows, :T]
-                        log_probs = run.network(piece, **scoring).log_probs
-                        old = (
-                            log_probs.detach()
-                            if old_log_probs is None
-                            else old_log_probs[rows, :T]
-                        )
-                        items = grpo_surrogate(
-                            log_probs, old, advantages[rows], mask, config
-                        )
-                        losses = items.loss
-                        if config.importance_cap is not None:
-                            sampled = batch.sampler_log_probs[rows, :T]
-                            losses = losses * importance_weights(
-                                old, sampled, cap=config.importance_cap
-                            )
-                        if config.beta > 0 and reference_log_probs is not None:
-                            kl = kl_estimate(
-                                log_probs,
-                                reference_log_probs[rows, :T],
-                                config.kl_estimator,
-                            )
-                            losses = losses + config.beta * kl
-                        loss = aggregate(
-                            losses, mask, reduction=reduction, denominator=denominator
-                        )
-                        run.backward(loss)
-                        clipped = (items.clipped * mask).sum()
-                        totals += torch.stack(
-                            [loss.detach(), clipped, mask.sum().to(clipped)]
-                        )
-                        if mask.any():
-                            ratio_max = torch.maximum(
-                                ratio_max, items.ratio[mask].max()
-                            )
-                    norm = run.descend() if len(active) else 0.0
-            if isinstance(sampler, UpdatedSampler):
-                sampler.update_weights(language_model.model)
+            if config.drop_unfinished:
+                batch = replace(batch, mask=batch.mask & batch.finished[:, None])
 
-            count = float(run.sum(len(sequences)))
-            tokens = float(run.sum(sequences.completion_mask.sum()))
-            loss_sum, clipped_sum, seen = run.sum(totals).tolist()
-            kl_sum = torch.nan
-            if reference_log_probs is not None:
-                kl_sum = float(
-                    run.sum((batch.sampler_log_probs - reference_log_probs).sum())
-                )
+            statistics = Statistics("loss", "clipped", "tokens")
+            for part in run.minibatches(batch):
+                mean, count = _mean(part.mask, config, run)
+                used = part.select(part.advantages != 0) if skips else part
+                for rows in run.micro_batches(len(used)):
+                    piece = used.select(rows)
+                    now = run.network(piece.sequences, **run.scoring).log_probs
+                    old = piece.old_log_probs if several_steps else now.detach()
+                    piece = replace(piece, log_probs=now, old_log_probs=old)
+                    items = item_losses(objective, piece, piece.mask.shape)
+                    total = aggregate(
+                        items.loss, piece.mask, reduction=mean, denominator=count
+                    )
+                    run.backward(total)
+                    clipped = (statistic(items, "clipped") * piece.mask).sum()
+                    statistics.add(loss=total, clipped=clipped, tokens=piece.mask.sum())
+                    statistics.peak(statistic(items, "ratio")[piece.mask])
+                norm = run.descend() if len(used) else 0.0
+            run.tell_sampler()
+
+            equal = (groups == groups[:, :1]).all(dim=1)
+            sums = statistics.sums(run)
             run.log(
-                tokens=int(tokens),
+                **run.summary(batch),
                 gradient_norm=norm,
-                reward=float(run.sum(batch.rewards.sum())) / count,
-                rewards={
-                    name: float(run.sum(part.sum())) / count
-                    for name, part in batch.parts.items()
-                },
-                reward_std=float(run.sum(groups.std(dim=1).sum())) / count * size,
-                zero_variance=float(run.sum((groups == groups[:, :1]).all(dim=1).sum()))
-                / count
-                * size,
-                length=tokens / count,
-                finished=float(run.sum(batch.finished.sum())) / count,
-                loss=loss_sum,
-                kl=kl_sum / count,
-                entropy=-float(run.sum(batch.sampler_log_probs.sum())) / max(tokens, 1),
-                clip_fraction=clipped_sum / max(seen, 1),
-                ratio_max=run.max(ratio_max),
+                reward_std=run.mean(groups.std(dim=1)),
+                zero_variance=run.mean(equal),
+                loss=sums["loss"],
+                kl=run.kl(batch, batch.sampler_log_probs),
+                clip_fraction=sums["clipped"] / max(sums["tokens"], 1),
+                ratio_max=statistics.largest(run),
             )
     return run.result()
 
 
-def _denominator(
-    mask: Tensor, config: GRPOConfig, run: Run[GRPOConfig, GRPOUpdate]
+def _mean(
+    mask: Tensor, config: GRPOConfig, run: SamplingRun[GRPOConfig, GRPOUpdate]
 ) -> tuple[Literal["mean", "sequence-mean"], Tensor]:
     """Return the loss's reduction and its denominator over the minibatch of all
     processes.

@@ -36,11 +36,11 @@ __all__ = [
     "RewardModel",
     "ScoreNetwork",
     "add_lora",
+    "freeze_output_head_",
     "is_adapted",
     "load",
     "scalar_head",
     "text_batches",
-    "without_head",
 ]
 
 _DTYPES = {
@@ -390,7 +390,7 @@ def load(
     else:
         network.name_or_path = name  # what adapters will look for
     loaded = LanguageModel(network.to(place).eval(), tokenizer, name)
-    loaded.eos_ids  # noqa: B018 - says at once when nothing would stop a completion
+    loaded.eos_ids
     return loaded if lora is None else add_lora(loaded, lora, seed=seed)
 
 
@@ -441,7 +441,8 @@ class ScoreNetwork(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = without_head(model)
+        self.model = model
+        freeze_output_head_(model)
         # Zero: before training every text scores the same, and the first gradient goes
         # to the head alone.
         self.score = scalar_head(model)
@@ -456,7 +457,7 @@ class ScoreNetwork(nn.Module):
         return scores.float()
 
 
-def without_head(model: nn.Module) -> nn.Module:
+def freeze_output_head_(model: nn.Module) -> nn.Module:
     """Freeze the output head, unless its weights are the input's too: who reads hidden
     states has no use for it.
     """

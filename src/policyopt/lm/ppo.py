@@ -1,72 +1,83 @@
-"""RLHF's PPO: the score of a completion at its last token, a KL penalty at every token,
-a critic, clipped steps.
+"""RLHF's PPO: the score of a completion at its last token, a KL penalty at every token, a
+critic, clipped steps.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from policyopt.estimators import adaptive_kl_coefficient, gae, kl_shaped_rewards
-from policyopt.lm.config import LMConfig
+from policyopt.frame import Callback
+from policyopt.lm.batches import Completions
+from policyopt.lm.config import LMConfig, Natural
 from policyopt.lm.data import Records, prompt_examples
 from policyopt.lm.log_probs import completion_log_probs
-from policyopt.lm.models import LanguageModel, scalar_head, without_head
+from policyopt.lm.models import LanguageModel, freeze_output_head_, scalar_head
+from policyopt.lm.results import LMResult, LMUpdate
 from policyopt.lm.rewards import RewardFunctions
-from policyopt.lm.rollouts import collect, minibatches
-from policyopt.lm.sampling import (
-    Sampler,
-    SamplingConfig,
-    TransformersSampler,
-    UpdatedSampler,
+from policyopt.lm.sampling import Sampler, SamplingConfig
+from policyopt.lm.sequences import Sequences, hidden_states
+from policyopt.lm.training import SamplingRun, Statistics
+from policyopt.losses import (
+    ClippedSurrogate,
+    aggregate,
+    check_loss,
+    clipped_surrogate_loss,
+    item_losses,
+    statistic,
+    value_loss,
 )
-from policyopt.lm.sequences import Sequences, hidden_states, widen
-from policyopt.lm.training import Callback, LMResult, LMUpdate, Reference, Run
-from policyopt.losses import aggregate, clipped_surrogate_loss, value_loss
+from policyopt.runs import Bound, Count, NonNegative, Positive, Share
 
 __all__ = [
     "ActorCritic",
-    "PPOLMConfig",
-    "PPOLMUpdate",
+    "PPOConfig",
+    "PPOUpdate",
+    "ppo_loss",
     "token_advantages",
-    "train_ppo_lm",
+    "train_ppo",
 ]
+
+Gain = Annotated[float, Bound("in (0, 5)", lambda x: 0 < x < 5)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOLMConfig(LMConfig):
-    """Settings of :func:`train_ppo_lm`. ``batch_size`` counts prompts."""
+class PPOConfig(LMConfig):
+    """Settings of :func:`train_ppo`. ``batch_size`` counts prompts."""
 
-    warmup_steps: int = 5
-    """Steps over which the learning rate rises linearly. Adam's first steps are as long
+    warmup_updates: Natural = 5
+    """Updates over which the learning rate rises linearly. Adam's first steps are as long
     as all others, however small the gradient, and the value head starts from
     nothing."""
-    samples_per_prompt: int = 1
+    samples_per_prompt: Count = 1
     """Completions of each prompt. Several share the reading of the prompt, so they are
     cheaper than as many prompts.
     """
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How completions are drawn, and scored likewise."""
-    beta: float = 0.05
+    beta: NonNegative = 0.05
     """Weight of the penalty log(π/π_ref) in each token's reward, ≥ 0, in units of score
     per nat.
     """
-    target_kl: float | None = None
+    target_kl: Positive | None = None
     """KL(π_θ ‖ π_ref) of a completion, nats, that β is steered to after every batch;
     None leaves β alone.
     """
-    kl_gain: float = 0.1
+    kl_gain: Gain = 0.1
     """With ``target_kl``, one batch changes β by at most a factor of 1 ± 0.2 ·
     ``kl_gain``.
     """
-    gamma: float = 1.0
+    gamma: Share = 1.0
     """Discount per token, in [0, 1]."""
-    gae_lambda: float = 0.95
+    gae_lambda: Share = 0.95
     """λ of the advantage estimate, in [0, 1]."""
     normalize_advantages: bool = True
     """Shift and scale advantages to mean 0 and standard deviation 1 over the batch's
@@ -76,51 +87,33 @@ class PPOLMConfig(LMConfig):
     """A value head on the policy's own network, or a network of its own that starts as
     a copy of the policy.
     """
-    value_coef: float = 0.1
+    value_coef: NonNegative = 0.1
     """Weight of the value loss, ≥ 0."""
-    value_clip: float | None = None
+    value_clip: Positive | None = None
     """Clip range of the value loss in units of score; None does not clip."""
-    clip_ratio: float = 0.2
+    clip_ratio: Positive = 0.2
     """ε of the clipped surrogate, > 0."""
-    epochs_per_batch: int = 2
+    epochs_per_batch: Count = 2
     """Passes over each batch of completions."""
-    minibatches: int = 2
+    minibatches: Count = 2
     """Optimiser steps per pass."""
     reward_weights: tuple[float, ...] | None = None
     """One per reward function; None weighs each with 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("samples_per_prompt", "epochs_per_batch", "minibatches"):
-            self._check(name, getattr(self, name) >= 1, ">= 1")
+        explores = self.sampling.temperature > 0
         self._check(
-            "sampling",
-            self.sampling.temperature > 0,
-            "of a temperature > 0: the policy must explore",
+            "sampling", explores, "of a temperature > 0: the policy must explore"
         )
-        self._check("beta", self.beta >= 0, ">= 0")
-        self._check(
-            "target_kl", self.target_kl is None or self.target_kl > 0, "> 0 or None"
-        )
-        self._check(
-            "beta",
-            self.target_kl is None or self.beta > 0,
-            "> 0 where target_kl is to steer it",
-        )
-        self._check("kl_gain", 0 < self.kl_gain < 5, "in (0, 5)")
-        for name in ("gamma", "gae_lambda"):
-            self._check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        self._check("value_coef", self.value_coef >= 0, ">= 0")
-        self._check(
-            "value_clip", self.value_clip is None or self.value_clip > 0, "> 0 or None"
-        )
-        self._check("clip_ratio", self.clip_ratio > 0, "> 0")
+        steered = self.target_kl is None or self.beta > 0
+        self._check("beta", steered, "> 0 where target_kl is to steer it")
         self._check("minibatches", self.minibatches <= self.batch_size, "<= batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOLMUpdate(LMUpdate):
-    """One row of :func:`train_ppo_lm`'s history. Means are over the batch's completions
+class PPOUpdate(LMUpdate):
+    """One row of :func:`train_ppo`'s history. Means are over the batch's completions
     unless said otherwise.
     """
 
@@ -154,7 +147,20 @@ class PPOLMUpdate(LMUpdate):
     """Largest ratio of the step."""
 
     headline: ClassVar[tuple[str, ...]] = ("reward", "kl", "length")
-    may_be_nan: ClassVar[tuple[str, ...]] = ("explained_variance",)
+    may_be_nan: ClassVar[tuple[str, ...]] = (
+        "explained_variance",
+        "clip_fraction",
+        "ratio_max",
+    )
+
+
+class Judged(NamedTuple):
+    """What :class:`ActorCritic` says of completions."""
+
+    log_probs: Tensor
+    """log π_θ(y_t | s_t), ``[B, T]``, where s_t = (prompt, y_<t)."""
+    values: Tensor
+    """V(s_t), ``[B, T]``."""
 
 
 class ActorCritic(nn.Module):
@@ -165,23 +171,19 @@ class ActorCritic(nn.Module):
         self.model = model
         self.value_model: nn.Module | None = None
         if critic == "separate":
-            self.value_model = without_head(copy.deepcopy(model))
+            self.value_model = copy.deepcopy(model)
+            freeze_output_head_(self.value_model)
         self.value_head = scalar_head(model)
 
-    def forward(self, sequences: Sequences, **options: Any) -> tuple[Tensor, Tensor]:
-        """Return log π_θ(y_t | s_t) and V(s_t), both ``[B, T]``, where s_t = (prompt,
-        y_<t).
-        """
+    def forward(self, sequences: Sequences, **options: Any) -> Judged:
+        """Score the tokens of completions, and the states before them."""
         hidden = hidden_states(self.model, sequences)
-        log_probs = completion_log_probs(
-            self.model, sequences, hidden=hidden, **options
-        ).log_probs
+        said = completion_log_probs(self.model, sequences, hidden=hidden, **options)
         if self.value_model is not None:
             hidden = hidden_states(self.value_model, sequences)
-        states = hidden[:, : sequences.completion_ids.shape[1]].to(
-            self.value_head.weight.dtype
-        )
-        return log_probs, self.value_head(states).squeeze(-1).float()
+        states = hidden[:, : sequences.completion_ids.shape[1]]
+        values = self.value_head(states.to(self.value_head.weight.dtype))
+        return Judged(said.log_probs, values.squeeze(-1).float())
 
 
 def token_advantages(
@@ -214,19 +216,40 @@ def token_advantages(
     return advantages, advantages + values
 
 
-def train_ppo_lm(
+def ppo_loss(batch: Completions, config: PPOConfig) -> ClippedSurrogate:
+    """PPO's clipped surrogate of each token, ``[B, T]``.
+
+    The value loss is apart: the trainer adds ``value_coef`` times
+    :func:`~policyopt.losses.value_loss`.
+
+    Parameters
+    ----------
+    batch : Completions
+        With ``log_probs``, ``old_log_probs`` and ``advantages``, ``[B, T]`` each.
+    """
+    return clipped_surrogate_loss(
+        batch.log_probs,
+        batch.old_log_probs,
+        batch.advantages,
+        clip_ratio=config.clip_ratio,
+    )
+
+
+def train_ppo(
     language_model: LanguageModel,
     data: Records,
     reward_functions: RewardFunctions,
-    config: PPOLMConfig = PPOLMConfig(),
+    config: PPOConfig = PPOConfig(),
     *,
     reference: LanguageModel | None = None,
+    loss: Callable[[Completions], Any] | None = None,
+    shape_rewards: Callable[..., Tensor] = kl_shaped_rewards,
     sampler: Sampler | None = None,
     seed: int = 0,
     callback: Callback | None = None,
     progress: bool = True,
     checkpoint_dir: str | Path | None = None,
-) -> LMResult[PPOLMConfig, PPOLMUpdate]:
+) -> LMResult[PPOConfig, PPOUpdate]:
     """Train a policy on its own completions by PPO, towards a reward and not too far
     from a reference.
 
@@ -239,9 +262,17 @@ def train_ppo_lm(
     reward_functions : callable, sequence or mapping of callables
         Usually a :class:`~policyopt.lm.models.RewardModel`; see
         :func:`~policyopt.lm.rewards.compute_rewards`.
-    config : PPOLMConfig
+    config : PPOConfig
     reference : LanguageModel, optional
         π_ref; by default the policy as it is given (for LoRA: with the adapters off).
+    loss : callable, optional
+        A function of the :class:`~policyopt.lm.batches.Completions` of a micro-batch
+        that returns the policy's loss of each token, ``[B, T]``: a named tuple with the
+        field ``loss`` (and ``ratio`` and ``clipped``, if it has them), or a tensor. By
+        default :func:`ppo_loss`. The value loss stays.
+    shape_rewards : callable
+        (scores, log π_old, log π_ref, mask, beta=…) ↦ the reward of each token,
+        ``[B, T]``.
     sampler : Sampler, optional
         By default the model itself.
     seed, callback, progress, checkpoint_dir
@@ -253,126 +284,77 @@ def train_ppo_lm(
     arXiv:1909.08593, §2; Ouyang et al. (2022), arXiv:2203.02155, eq. 2; Huang et al.
     (2024), The N+ implementation details of RLHF with PPO, arXiv:2403.17031.
     """
-    examples = prompt_examples(
-        data,
-        language_model.tokenizer,
-        reserve=config.sampling.max_new_tokens,
-        **config.limits(language_model),
-    )
-    frozen = Reference(language_model, reference, config)
+    limits, room = config.limits(language_model), config.sampling.max_new_tokens
+    examples = prompt_examples(data, language_model.tokenizer, limits, reserve=room)
     network = ActorCritic(language_model.model, config.critic)
-    run: Run[PPOLMConfig, PPOLMUpdate] = Run(
-        "ppo", language_model, network, config, row_type=PPOLMUpdate, items=len(examples), seed=seed,
-        callback=callback, progress=progress, checkpoint_dir=checkpoint_dir, state={"beta": config.beta},
-        prompts=[example.prompt for example in examples[: config.logged_samples]],
+    run: SamplingRun[PPOConfig, PPOUpdate] = SamplingRun(
+        "ppo", language_model, network, config, PPOUpdate, examples,
+        reward_functions=reward_functions, sampler=sampler,
+        group_size=config.samples_per_prompt, seed=seed, callback=callback,
+        progress=progress, checkpoint_dir=checkpoint_dir, state={"beta": config.beta},
     )  # fmt: skip
-    sampler = sampler or TransformersSampler(language_model)
-    size, sampling = config.samples_per_prompt, config.sampling
-    scoring = {
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k,
-        "top_p": sampling.top_p,
-    }
+    frozen = run.reference(reference)
+    objective = check_loss(loss, partial(ppo_loss, config=config), "Completions")
 
     with run:
-        for _ in run.steps():
-            indices = run.batch()
-            batch = collect(
-                language_model, sampler, [examples[i] for i in indices], size, sampling, reward_functions,
-                weights=config.reward_weights, seed=run.stream(), first_row=run.rank * len(indices) * size,
-            )  # fmt: skip
-            sequences, mask = batch.sequences, batch.sequences.completion_mask
-            beta = run.state["beta"]
-            with torch.no_grad():
-                before = [run.network(sequences.select(rows), **scoring)
-                          for rows in run.micro_batches(len(sequences), size)]  # fmt: skip
-                old_log_probs = torch.cat(
-                    [widen(log_probs, mask) for log_probs, _ in before]
-                )
-                old_values = torch.cat([widen(values, mask) for _, values in before])
-                pieces = run.micro_batches(len(sequences), size)
-                reference_log_probs = frozen.log_probs(sequences, pieces, **scoring)
-                rewards = kl_shaped_rewards(
-                    batch.rewards, old_log_probs, reference_log_probs, mask, beta=beta
-                )
-                advantages, targets = token_advantages(
-                    rewards,
-                    old_values,
-                    mask,
-                    gamma=config.gamma,
-                    gae_lambda=config.gae_lambda,
-                )
-                explained = 1 - run.variance(targets - old_values, mask) / run.variance(
-                    targets, mask
-                )
-                if config.normalize_advantages:
-                    advantages = run.normalize(advantages, mask)
-
-            totals, ratio_max = (
-                torch.zeros(4, device=run.device),
-                torch.zeros((), device=run.device),
+        for _ in run.updates():
+            batch = run.score(run.sample(), frozen)
+            old, mask, beta = batch.old_log_probs, batch.mask, run.state["beta"]
+            rewards = shape_rewards(
+                batch.rewards, old, batch.reference_log_probs, mask, beta=beta
             )
-            for _ in range(config.epochs_per_batch):
-                for numbers in minibatches(len(sequences), config.minibatches, size):
-                    part = torch.tensor(numbers, device=run.device)
-                    tokens = run.sum(mask[part].sum())
-                    for places in run.micro_batches(len(part), size):
-                        rows = part[places]
-                        piece = sequences.select(rows)
-                        T = piece.completion_ids.shape[1]
-                        kept = piece.completion_mask
-                        log_probs, values = run.network(piece, **scoring)
-                        items = clipped_surrogate_loss(
-                            log_probs,
-                            old_log_probs[rows, :T],
-                            advantages[rows, :T],
-                            clip_ratio=config.clip_ratio,
-                        )
-                        errors = value_loss(
-                            values,
-                            targets[rows, :T],
-                            old_values[rows, :T],
-                            clip=config.value_clip,
-                        )
-                        policy_term = aggregate(items.loss, kept, denominator=tokens)
-                        value_term = aggregate(errors.loss, kept, denominator=tokens)
-                        run.backward(policy_term + config.value_coef * value_term)
-                        totals += torch.stack(
-                            [(items.loss * kept).sum(), (errors.loss * kept).sum(), (items.clipped * kept).sum(),
-                             kept.sum().to(values)]
-                        ).detach()  # fmt: skip
-                        ratio_max = torch.maximum(ratio_max, items.ratio[kept].max())
-                    norm = run.descend()
-            if isinstance(sampler, UpdatedSampler):
-                sampler.update_weights(language_model.model)
+            advantages, targets = token_advantages(
+                rewards, batch.old_values, mask, gamma=config.gamma,
+                gae_lambda=config.gae_lambda,
+            )  # fmt: skip
+            explained = run.explained_variance(batch.old_values, targets, mask)
+            if config.normalize_advantages:
+                advantages = run.processes.normalize(advantages, mask)
+            batch = replace(batch, advantages=advantages, targets=targets)
 
-            count = float(run.sum(len(sequences)))
-            batch_tokens = float(run.sum(mask.sum()))
-            kl = float(run.sum((old_log_probs - reference_log_probs).sum())) / count
+            statistics = Statistics("policy", "value", "clipped", "tokens")
+            for part in run.minibatches(batch):
+                tokens = run.sum(part.mask.sum())
+                for rows in run.micro_batches(len(part), config.samples_per_prompt):
+                    piece = part.select(rows)
+                    now = run.network(piece.sequences, **run.scoring)
+                    piece = replace(piece, log_probs=now.log_probs, values=now.values)
+                    items = item_losses(objective, piece, piece.mask.shape)
+                    errors = value_loss(
+                        now.values,
+                        piece.targets,
+                        piece.old_values,
+                        clip=config.value_clip,
+                    )
+                    policy_term = aggregate(items.loss, piece.mask, denominator=tokens)
+                    value_term = aggregate(errors.loss, piece.mask, denominator=tokens)
+                    run.backward(policy_term + config.value_coef * value_term)
+                    statistics.add(
+                        policy=(items.loss * piece.mask).sum(),
+                        value=(errors.loss * piece.mask).sum(),
+                        clipped=(statistic(items, "clipped") * piece.mask).sum(),
+                        tokens=piece.mask.sum(),
+                    )
+                    statistics.peak(statistic(items, "ratio")[piece.mask])
+                norm = run.descend()
+            run.tell_sampler()
+
+            kl, sums = run.kl(batch, old), statistics.sums(run)
             if config.target_kl is not None:
                 run.state["beta"] = adaptive_kl_coefficient(
                     beta, kl, target=config.target_kl, gain=config.kl_gain
                 )
-            policy_sum, value_sum, clipped_sum, seen = run.sum(totals).tolist()
             run.log(
-                tokens=int(batch_tokens),
+                **run.summary(batch),
                 gradient_norm=norm,
-                reward=float(run.sum(batch.rewards.sum())) / count,
-                rewards={
-                    name: float(run.sum(part.sum())) / count
-                    for name, part in batch.parts.items()
-                },
                 kl=kl,
                 beta=beta,
-                length=batch_tokens / count,
-                finished=float(run.sum(batch.finished.sum())) / count,
-                policy_loss=policy_sum / seen,
-                value_loss=value_sum / seen,
-                explained_variance=float(explained),
-                entropy=-float(run.sum(batch.sampler_log_probs.sum())) / batch_tokens,
-                clip_fraction=clipped_sum / seen,
-                ratio_max=run.max(ratio_max),
+                policy_loss=sums["policy"] / sums["tokens"],
+                value_loss=sums["value"] / sums["tokens"],
+                explained_variance=explained,
+                clip_fraction=sums["clipped"] / sums["tokens"],
+                ratio_max=statistics.largest(run),
             )
     result = run.result()
-    result.critic = network
+    result.actor_critic = network
     return result

@@ -1,145 +1,316 @@
-"""Pairwise ranking loss on ranked lists of completions: what some articles call
-GRPO.
+"""Ranking by the policy's own log-probabilities, which some articles call GRPO.
+
+Offline on ranked lists, or online: sample a group, rank it with a reward function.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
-from policyopt.estimators import sequence_log_prob
-from policyopt.lm.config import LMConfig
-from policyopt.lm.data import RankedList, Records, ranked_lists
+from policyopt.estimators import kl_estimate, sequence_log_prob
+from policyopt.frame import Callback
+from policyopt.lm.batches import Completions, RankedGroup
+from policyopt.lm.config import LMConfig, OfflineConfig
+from policyopt.lm.data import RankedList, Records, prompt_examples, ranked_lists
+from policyopt.lm.grpo import GroupSize
 from policyopt.lm.models import LanguageModel
+from policyopt.lm.policies import PolicyNetwork
+from policyopt.lm.results import LMResult, LMUpdate
+from policyopt.lm.rewards import RewardFunctions
+from policyopt.lm.sampling import Sampler, SamplingConfig
 from policyopt.lm.sequences import Sequences
-from policyopt.lm.training import Callback, LMResult, LMUpdate, PolicyNetwork, Run
-from policyopt.losses import aggregate, ranking_loss
+from policyopt.lm.training import Run, SamplingRun, Statistics
+from policyopt.losses import (
+    Ranking,
+    aggregate,
+    check_loss,
+    item_losses,
+    ranking_loss,
+    statistic,
+)
+from policyopt.runs import NonNegative, Positive
 
-__all__ = ["RankingConfig", "RankingUpdate", "train_ranking"]
+__all__ = ["OnlineRankingConfig", "RankingConfig", "RankingUpdate", "train_ranking"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankingConfig(LMConfig):
-    """Settings of :func:`train_ranking`. ``batch_size`` counts lists."""
+class RankingConfig(OfflineConfig):
+    """Settings of :func:`train_ranking` on ranked lists. ``batch_size`` counts lists."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     """β > 0: scale of the log-probabilities."""
     length_normalized: bool = False
     """Compare mean log-probabilities per token; sums favour short completions."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineRankingConfig(LMConfig):
+    """Settings of :func:`train_ranking` on groups of its own. ``batch_size`` counts
+    prompts.
+    """
+
+    batch_size: int = 16
+    group_size: GroupSize = 8
+    """K ≥ 2 completions per prompt."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How completions are drawn, and scored likewise."""
+    reward_weights: tuple[float, ...] | None = None
+    """One per reward function; None weighs each with 1."""
+    beta: Positive = 0.1
+    """β > 0: scale of the log-probabilities."""
+    length_normalized: bool = False
+    """Compare mean log-probabilities per token; sums favour short completions."""
+    kl_coef: NonNegative = 0.0
+    """Weight of KL(π_θ ‖ π_ref) per token (k3) in the loss; 0 needs no reference."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("beta", self.beta > 0, "> 0")
+        explores = self.sampling.temperature > 0
+        self._check(
+            "sampling", explores, "of a temperature > 0: equal samples have no order"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankingUpdate(LMUpdate):
-    """One row of :func:`train_ranking`'s history. Means are over all ordered pairs of
-    the batch's lists.
+    """One row of :func:`train_ranking`'s history.
+
+    Means are over the ordered pairs of the batch's lists, before the step.
     """
 
     loss: float
+    """Mean of the pairs' loss, without the KL term."""
     accuracy: float
-    """Share of pairs that the policy's log-probabilities order as the list does, before
-    the step.
-    """
+    """Share of pairs that the policy's log-probabilities order as the list does."""
     margin: float
     """Mean β (log π of the better − log π of the worse completion)."""
     best_log_prob: float
     """Mean log π of the first completion of each list, nats (per token if
-    normalised).
-    """
+    normalised)."""
+    reward: float
+    """Mean reward of the sampled completions; NaN offline."""
+    kl: float
+    """Estimate (k1) of KL(π_θ ‖ π_ref) of a completion, nats; NaN without a
+    reference."""
 
     headline: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
+    may_be_nan: ClassVar[tuple[str, ...]] = ("reward", "kl", "accuracy", "margin")
+
+
+AnyRankingConfig = RankingConfig | OnlineRankingConfig
+
+
+class _ListRun(Run[Any, RankingUpdate]):
+    """Offline: the lists are those of the data."""
+
+    def lists(self) -> tuple[Completions, list[int]]:
+        """Return the completions of this update, and how many each list has."""
+        lists: list[RankedList] = self.batch()
+        sizes = [len(ranked.ranked_ids) for ranked in lists]
+        sequences = Sequences.pad(
+            [ranked.prompt_ids for ranked in lists],
+            [ids for ranked in lists for ids in ranked.ranked_ids],
+            [i for i, size in enumerate(sizes) for _ in range(size)],
+            pad_id=self.language_model.pad_id,
+            device=self.language_model.device,
+        )
+        ranks = [torch.arange(size, 0, -1.0, device=self.device) for size in sizes]
+        mask = sequences.completion_mask
+        return Completions(sequences, mask, rewards=torch.cat(ranks)), sizes
+
+
+class _GroupRun(SamplingRun[Any, RankingUpdate]):
+    """Online: the lists are groups of samples, ordered by their rewards."""
+
+    def lists(self) -> tuple[Completions, list[int]]:
+        """Return the completions of this update, and how many each list has."""
+        batch, size = self.sample(), self.config.group_size
+        groups = batch.rewards.view(-1, size)
+        order = groups.argsort(dim=1, descending=True, stable=True)
+        first = torch.arange(0, len(batch), size, device=self.device)
+        return batch.select((order + first[:, None]).flatten()), [size] * len(groups)
 
 
 def train_ranking(
     language_model: LanguageModel,
     data: Records,
-    config: RankingConfig = RankingConfig(),
+    config: AnyRankingConfig = RankingConfig(),
     *,
+    reward_functions: RewardFunctions | None = None,
+    reference: LanguageModel | None = None,
+    loss: Callable[[RankedGroup], Any] | None = None,
+    sampler: Sampler | None = None,
     seed: int = 0,
     callback: Callback | None = None,
     progress: bool = True,
     checkpoint_dir: str | Path | None = None,
-) -> LMResult[RankingConfig, RankingUpdate]:
-    """Train a policy to order the completions of each list as the list does, by their
-    log-probabilities.
+) -> LMResult[AnyRankingConfig, RankingUpdate]:
+    """Train a policy to order completions by their log-probabilities.
 
-    Every ordered pair costs −log σ(β (log π(better) − log π(worse))). There is no
-    reference policy and nothing is sampled: it is RankNet's loss (Burges et al. 2005,
-    doi:10.1145/1102351.1102363) with the policy as the scorer, and with lists of two it
-    is reference-free DPO. It is not group relative policy optimisation, although
-    articles have given it that name.
+    Every ordered pair costs −log σ(β (log π(better) − log π(worse))). It is RankNet's
+    loss (Burges et al. 2005, doi:10.1145/1102351.1102363) with the policy as the scorer,
+    and with lists of two it is reference-free DPO. It is not group relative policy
+    optimisation, although articles have given it that name.
+
+    With a :class:`RankingConfig` the lists come from the data and nothing is sampled.
+    With an :class:`OnlineRankingConfig` the policy samples a group per prompt, and its
+    rewards rank it; completions with equal rewards are not compared.
 
     Parameters
     ----------
     language_model : LanguageModel
         Trained in place.
     data : records
-        Columns ``prompt`` and ``ranked`` (two or more completions, the best first).
-    config, seed, callback, progress, checkpoint_dir
+        Offline: columns ``prompt`` and ``ranked`` (two or more completions, the best
+        first). Online: column ``prompt``; all others are handed to the reward functions.
+    config : RankingConfig or OnlineRankingConfig
+    reward_functions : callable, sequence or mapping of callables
+        Online only; see :func:`~policyopt.lm.rewards.compute_rewards`.
+    reference : LanguageModel, optional
+        Online only: π_ref, by default the policy as it is given when
+        ``config.kl_coef`` > 0, and none otherwise.
+    loss : callable, optional
+        A function of one :class:`~policyopt.lm.batches.RankedGroup` that returns one
+        loss per ordered pair, in the order of :func:`~policyopt.losses.ranking_loss`,
+        which is the default: a named tuple with the field ``loss`` (and ``margin``, if
+        it has one), or a tensor.
+    sampler : Sampler, optional
+        Online only; by default the model itself.
+    seed, callback, progress, checkpoint_dir
         As in :func:`~policyopt.lm.sft.train_sft`.
+
+    Raises
+    ------
+    ValueError
+        If ``reward_functions`` and the kind of config do not belong together.
     """
-    lists = ranked_lists(
-        data, language_model.tokenizer, **config.limits(language_model)
-    )
-    run: Run[RankingConfig, RankingUpdate] = Run(
-        "ranking", language_model, PolicyNetwork(language_model.model), config, row_type=RankingUpdate,
-        items=len(lists), seed=seed, callback=callback, progress=progress, checkpoint_dir=checkpoint_dir,
-        prompts=[ranked.prompt for ranked in lists[: config.logged_samples]],
+    if isinstance(config, RankingConfig) and (reward_functions, reference, sampler) != (
+        None, None, None,
+    ):  # fmt: skip
+        raise ValueError(
+            "reward_functions, reference and sampler must be None with a RankingConfig, "
+            "whose lists are ranked already; give an OnlineRankingConfig to sample and rank"
+        )
+    run = _make_run(
+        language_model, data, config, reward_functions, sampler, seed=seed,
+        callback=callback, progress=progress, checkpoint_dir=checkpoint_dir,
     )  # fmt: skip
-    reduction: Literal["sum", "mean"] = "mean" if config.length_normalized else "sum"
+    kl_coef = getattr(config, "kl_coef", 0.0)
+    compared = kl_coef > 0 or reference is not None
+    frozen = run.reference(reference) if compared else None
+    objective = check_loss(loss, partial(_ranking, beta=config.beta), "RankedGroup")
 
     with run:
-        for _ in run.steps():
-            lists_of_step = [lists[i] for i in run.batch()]
-            sizes = [len(ranked.ranked_ids) for ranked in lists_of_step]
-            batch = _pad(lists_of_step, language_model)
-            pairs = run.sum(sum(size * (size - 1) // 2 for size in sizes))
-            totals = torch.zeros(4, device=run.device)
+        for _ in run.updates():
+            batch, sizes = run.lists()
+            if isinstance(run, _GroupRun):
+                batch = run.score(batch, frozen, old=False)
+            above = [_is_above(rewards) for rewards in batch.rewards.split(sizes)]
+            pairs = run.sum(sum(int(one.sum()) for one in above))
+            tokens, norm = run.sum(batch.mask.sum()), 0.0
+            statistics = Statistics()
             for rows in run.micro_batches(len(batch), sizes):
                 piece = batch.select(rows)
-                log_probs = run.network(piece).log_probs
-                scores = sequence_log_prob(
-                    log_probs, piece.completion_mask, reduction=reduction
+                now = run.network(piece.sequences, **run.scoring).log_probs
+                groups = _groups(piece, now, config)
+                losses, margins = _untied(groups, objective)
+                total = aggregate(losses, denominator=pairs.clamp(min=1))
+                if kl_coef > 0:
+                    kl = kl_estimate(now, piece.reference_log_probs, "k3")
+                    total = total + kl_coef * aggregate(
+                        kl, piece.mask, denominator=tokens
+                    )
+                run.backward(total)
+                right = torch.where(margins.isnan(), margins, margins > 0)
+                statistics.add(
+                    loss=losses.sum(),
+                    accuracy=right.sum(),
+                    margin=margins.sum(),
+                    best=torch.stack([group.log_prob[0] for group in groups]).sum(),
                 )
-                by_list = scores.split(torch.bincount(piece.prompt_index).tolist())
-                items = [
-                    ranking_loss(scores_of_list, beta=config.beta)
-                    for scores_of_list in by_list
-                ]
-                losses, margins = (
-                    torch.cat([i.loss for i in items]),
-                    torch.cat([i.margin for i in items]),
-                )
-                run.backward(aggregate(losses, denominator=pairs))
-                best = torch.stack([scores_of_list[0] for scores_of_list in by_list])
-                totals += torch.stack(
-                    [losses.sum(), (margins > 0).sum(), margins.sum(), best.sum()]
-                ).detach()
-            norm = run.descend()
-            loss, right, margin, best_sum = run.sum(totals).tolist()
+            if pairs > 0 or kl_coef > 0:
+                norm = run.descend()
+            sums, count = statistics.sums(run), max(float(pairs), 1.0)
             run.log(
-                tokens=int(run.sum(batch.completion_mask.sum())),
+                tokens=int(tokens),
                 gradient_norm=norm,
-                loss=loss / float(pairs),
-                accuracy=right / float(pairs),
-                margin=margin / float(pairs),
-                best_log_prob=best_sum / float(run.sum(len(sizes))),
+                loss=sums["loss"] / count,
+                accuracy=sums["accuracy"] / count if pairs else math.nan,
+                margin=sums["margin"] / count if pairs else math.nan,
+                best_log_prob=sums["best"] / float(run.sum(len(sizes))),
+                reward=run.mean(batch.rewards) if batch.parts else math.nan,
+                kl=run.kl(batch, batch.sampler_log_probs),
             )
     return run.result()
 
 
-def _pad(lists: Sequence[RankedList], language_model: LanguageModel) -> Sequences:
-    return Sequences.pad(
-        [ranked.prompt_ids for ranked in lists],
-        [ids for ranked in lists for ids in ranked.ranked_ids],
-        [i for i, ranked in enumerate(lists) for _ in ranked.ranked_ids],
-        pad_id=language_model.pad_id,
-        device=language_model.device,
+def _make_run(
+    language_model: LanguageModel,
+    data: Records,
+    config: AnyRankingConfig,
+    reward_functions: RewardFunctions | None,
+    sampler: Sampler | None,
+    **options: Any,
+) -> _ListRun | _GroupRun:
+    limits, tokenizer = config.limits(language_model), language_model.tokenizer
+    network = PolicyNetwork(language_model.model)
+    if isinstance(config, OnlineRankingConfig):
+        if reward_functions is None:
+            raise ValueError(
+                "reward_functions must be given with an OnlineRankingConfig"
+            )
+        room = config.sampling.max_new_tokens
+        examples = prompt_examples(data, tokenizer, limits, reserve=room)
+        return _GroupRun(
+            "ranking", language_model, network, config, RankingUpdate, examples,
+            reward_functions=reward_functions, sampler=sampler,
+            group_size=config.group_size, **options,
+        )  # fmt: skip
+    lists = ranked_lists(data, tokenizer, limits)
+    return _ListRun(
+        "ranking", language_model, network, config, RankingUpdate, lists, **options
     )
+
+
+def _is_above(rewards: Tensor) -> Tensor:
+    """Whether the first of each ordered pair has the higher reward, not an equal one."""
+    better, worse = torch.triu_indices(
+        len(rewards), len(rewards), 1, device=rewards.device
+    )
+    return rewards[better] > rewards[worse]
+
+
+def _groups(
+    piece: Completions, log_probs: Tensor, config: AnyRankingConfig
+) -> list[RankedGroup]:
+    mean = config.length_normalized
+    scores = sequence_log_prob(
+        log_probs, piece.mask, reduction="mean" if mean else "sum"
+    )
+    sizes = torch.bincount(piece.sequences.prompt_index).tolist()
+    return list(map(RankedGroup, scores.split(sizes), piece.rewards.split(sizes)))
+
+
+def _ranking(group: RankedGroup, beta: float) -> Ranking:
+    return ranking_loss(group.log_prob, beta=beta)
+
+
+def _untied(
+    groups: Sequence[RankedGroup], objective: Callable[[RankedGroup], Any]
+) -> tuple[Tensor, Tensor]:
+    """Return the losses and the margins of all ordered pairs that are no ties."""
+    losses, margins = [], []
+    for group in groups:
+        above = _is_above(group.rewards)
+        items = item_losses(objective, group, above.shape)
+        losses.append(items.loss[above])
+        margins.append(statistic(items, "margin")[above])
+    return torch.cat(losses), torch.cat(margins)

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from policyopt.lm.config import LMConfig
+from policyopt.frame import Callback
+from policyopt.lm.batches import ScoredPairs
+from policyopt.lm.config import OfflineConfig
 from policyopt.lm.data import Pair, Records, preference_pairs
 from policyopt.lm.models import LanguageModel, RewardModel
+from policyopt.lm.results import LMResult, LMUpdate
 from policyopt.lm.sequences import Sequences, evaluating
 from policyopt.lm.sharding import gathered
-from policyopt.lm.training import Callback, LMResult, LMUpdate, Run
-from policyopt.losses import aggregate, bradley_terry_loss
+from policyopt.lm.training import Run, Statistics
+from policyopt.losses import (
+    BradleyTerry,
+    aggregate,
+    bradley_terry_loss,
+    check_loss,
+    item_losses,
+    statistic,
+)
+from policyopt.runs import Count, NonNegative
 
 __all__ = [
     "RewardConfig",
@@ -29,26 +40,19 @@ __all__ = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardConfig(LMConfig):
+class RewardConfig(OfflineConfig):
     """Settings of :func:`train_reward_model`."""
 
-    centering: float = 0.0
-    """Weight of the squared sum of a pair's scores, which keeps scores around 0; ≥
-    0.
-    """
-    eval_every: int | None = None
-    """Steps between measurements on ``eval_data``; None measures after the last step
-    only.
-    """
+    centering: NonNegative = 0.0
+    """Weight of the squared sum of a pair's scores, which keeps scores around 0."""
+    eval_every: Count | None = None
+    """Updates between measurements on ``eval_data``; None measures after the last
+    only."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("centering", self.centering >= 0, ">= 0")
-        self._check(
-            "eval_every",
-            self.eval_every is None or self.eval_every >= 1,
-            ">= 1 or None",
-        )
+        writes = self.logged_samples > 0
+        self._check("logged_samples", not writes, "0: a reward model writes nothing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +71,7 @@ class RewardUpdate(LMUpdate):
     """Accuracy on held-out pairs; NaN where it was not measured."""
 
     headline: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
-    may_be_nan: ClassVar[tuple[str, ...]] = ("eval_accuracy",)
+    may_be_nan: ClassVar[tuple[str, ...]] = ("eval_accuracy", "accuracy", "margin")
 
 
 def train_reward_model(
@@ -76,6 +80,7 @@ def train_reward_model(
     config: RewardConfig = RewardConfig(),
     *,
     eval_data: Records | None = None,
+    loss: Callable[[ScoredPairs], Any] | None = None,
     seed: int = 0,
     callback: Callback | None = None,
     progress: bool = True,
@@ -92,6 +97,11 @@ def train_reward_model(
         Columns ``prompt``, ``chosen`` and ``rejected``.
     eval_data : records, optional
         Held-out pairs, whose accuracy is reported.
+    loss : callable, optional
+        A function of the :class:`~policyopt.lm.batches.ScoredPairs` of a micro-batch
+        that returns one loss per pair, ``[N]``: a named tuple with the field ``loss``
+        (and ``margin``, if it has one), or a tensor. By default
+        :func:`~policyopt.losses.bradley_terry_loss`.
     config, seed, callback, progress, checkpoint_dir
         As in :func:`~policyopt.lm.sft.train_sft`.
 
@@ -105,53 +115,49 @@ def train_reward_model(
     Bradley and Terry (1952), doi:10.2307/2334029; Ouyang et al. (2022),
     arXiv:2203.02155, eq. 1.
     """
-    limits = config.limits(language_model)
-    pairs = preference_pairs(data, language_model.tokenizer, **limits)
+    limits, tokenizer = config.limits(language_model), language_model.tokenizer
+    pairs = preference_pairs(data, tokenizer, limits)
     held_out = (
-        []
-        if eval_data is None
-        else preference_pairs(eval_data, language_model.tokenizer, **limits)
+        [] if eval_data is None else preference_pairs(eval_data, tokenizer, limits)
     )
     start = language_model.copy()
     reward_model = RewardModel(start)
     run: Run[RewardConfig, RewardUpdate] = Run(
-        "reward", start, reward_model.network, config, row_type=RewardUpdate, items=len(pairs), seed=seed,
+        "reward", start, reward_model.network, config, RewardUpdate, pairs, seed=seed,
         callback=callback, progress=progress, checkpoint_dir=checkpoint_dir,
     )  # fmt: skip
+
+    def bradley_terry(batch: ScoredPairs) -> BradleyTerry:
+        chosen, rejected = batch.chosen_scores, batch.rejected_scores
+        return bradley_terry_loss(chosen, rejected, centering=config.centering)
+
+    objective = check_loss(loss, bradley_terry, "ScoredPairs")
+
     with run:
-        for step in run.steps():
-            batch = pad_pairs([pairs[i] for i in run.batch()], start)
+        for _ in run.updates():
+            batch = pad_pairs(run.batch(), start)
             count = run.sum(len(batch) // 2)
-            totals = torch.zeros(3, device=run.device)
+            statistics = Statistics()
             for rows in run.micro_batches(len(batch), 2):
                 scores: Tensor = run.network(batch.select(rows))
-                items = bradley_terry_loss(
-                    scores[0::2], scores[1::2], centering=config.centering
+                piece = ScoredPairs(scores[0::2], scores[1::2])
+                items = item_losses(objective, piece, scores[0::2].shape)
+                run.backward(aggregate(items.loss, denominator=count))
+                margin = statistic(items, "margin")
+                statistics.add(
+                    loss=items.loss.sum(),
+                    accuracy=_accuracy(margin).sum(),
+                    margin=margin.sum(),
                 )
-                loss = aggregate(items.loss, denominator=count)
-                run.backward(loss)
-                totals += torch.stack(
-                    [
-                        items.loss.sum(),
-                        _accuracy(items.margin).sum(),
-                        items.margin.sum(),
-                    ]
-                ).detach()
             norm = run.descend()
-            every = config.eval_every or run.total
-            measured = bool(held_out) and (
-                (step + 1) % every == 0 or step + 1 == run.total
-            )
-            mean = (run.sum(totals) / count).tolist()
+            measured = held_out and run.is_due(config.eval_every)
             run.log(
                 tokens=int(run.sum(batch.completion_mask.sum())),
                 gradient_norm=norm,
-                loss=mean[0],
-                accuracy=mean[1],
-                margin=mean[2],
                 eval_accuracy=_pairs_accuracy(reward_model, held_out, config)
                 if measured
                 else math.nan,
+                **statistics.means(run, count),
             )
     result = run.result()
     result.reward_model = reward_model
@@ -198,11 +204,8 @@ def pair_accuracy(
         If a record is not usable; the message names it.
     """
     model = reward_model.language_model
-    return _pairs_accuracy(
-        reward_model,
-        preference_pairs(data, model.tokenizer, **config.limits(model)),
-        config,
-    )
+    pairs = preference_pairs(data, model.tokenizer, config.limits(model))
+    return _pairs_accuracy(reward_model, pairs, config)
 
 
 def pad_pairs(pairs: Sequence[Pair], language_model: LanguageModel) -> Sequences:

@@ -3,39 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
-from policyopt.lm.config import LMConfig
+from policyopt.frame import Callback
+from policyopt.lm.batches import Tokens
+from policyopt.lm.config import OfflineConfig
 from policyopt.lm.data import Example, Records, sft_examples
 from policyopt.lm.models import LanguageModel
+from policyopt.lm.policies import PolicyNetwork
+from policyopt.lm.results import LMResult, LMUpdate
 from policyopt.lm.sequences import Sequences
-from policyopt.lm.training import Callback, LMResult, LMUpdate, PolicyNetwork, Run
-from policyopt.losses import aggregate
+from policyopt.lm.training import Run, Statistics
+from policyopt.losses import aggregate, check_loss, item_losses
+from policyopt.runs import Count
 
-__all__ = ["SFTConfig", "SFTUpdate", "train_sft"]
+__all__ = ["SFTConfig", "SFTUpdate", "sft_loss", "train_sft"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig(LMConfig):
+class SFTConfig(OfflineConfig):
     """Settings of :func:`train_sft`."""
 
-    eval_every: int | None = None
-    """Steps between measurements on ``eval_data``; None measures after the last step
-    only.
-    """
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check(
-            "eval_every",
-            self.eval_every is None or self.eval_every >= 1,
-            ">= 1 or None",
-        )
+    eval_every: Count | None = None
+    """Updates between measurements on ``eval_data``; None measures after the last
+    only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +47,18 @@ class SFTUpdate(LMUpdate):
     may_be_nan: ClassVar[tuple[str, ...]] = ("eval_loss",)
 
 
+def sft_loss(batch: Tokens) -> Tensor:
+    """Return −log π_θ of each token, ``[B, T]``."""
+    return -batch.log_probs
+
+
 def train_sft(
     language_model: LanguageModel,
     data: Records,
     config: SFTConfig = SFTConfig(),
     *,
     eval_data: Records | None = None,
+    loss: Callable[[Tokens], Any] | None = None,
     seed: int = 0,
     callback: Callback | None = None,
     progress: bool = True,
@@ -75,6 +78,10 @@ def train_sft(
     config : SFTConfig
     eval_data : records, optional
         Held-out examples, whose loss is reported.
+    loss : callable, optional
+        A function of the :class:`~policyopt.lm.batches.Tokens` of a micro-batch that
+        returns one loss per token, ``[B, T]``: a tensor, or a named tuple with the field
+        ``loss``. By default −log π_θ.
     seed : int
         Orders the data.
     callback : callable, optional
@@ -92,38 +99,35 @@ def train_sft(
     TrainingDivergedError
         If a gradient is not finite; ``.result`` holds the model of before.
     """
-    limits = config.limits(language_model)
-    examples = sft_examples(data, language_model.tokenizer, **limits)
-    held_out = (
-        []
-        if eval_data is None
-        else sft_examples(eval_data, language_model.tokenizer, **limits)
-    )
+    limits, tokenizer = config.limits(language_model), language_model.tokenizer
+    examples = sft_examples(data, tokenizer, limits)
+    held_out = [] if eval_data is None else sft_examples(eval_data, tokenizer, limits)
     run: Run[SFTConfig, SFTUpdate] = Run(
-        "sft", language_model, PolicyNetwork(language_model.model), config, row_type=SFTUpdate, items=len(examples),
-        seed=seed, callback=callback, progress=progress, checkpoint_dir=checkpoint_dir,
-        prompts=[example.prompt for example in examples[: config.logged_samples]],
+        "sft", language_model, PolicyNetwork(language_model.model), config, SFTUpdate,
+        examples, seed=seed, callback=callback, progress=progress,
+        checkpoint_dir=checkpoint_dir,
     )  # fmt: skip
+    objective = check_loss(loss, sft_loss, "Tokens")
+
     with run:
-        for step in run.steps():
-            batch = _pad([examples[i] for i in run.batch()], language_model)
+        for _ in run.updates():
+            batch = _pad(run.batch(), language_model)
             tokens = run.sum(batch.completion_mask.sum())
-            total = torch.zeros((), device=run.device)
+            statistics = Statistics("loss")
             for rows in run.micro_batches(len(batch)):
-                piece = batch.select(rows)
-                log_probs = run.network(piece).log_probs
-                loss = aggregate(-log_probs, piece.completion_mask, denominator=tokens)
-                run.backward(loss)
-                total += loss.detach()
+                sequences = batch.select(rows)
+                mask = sequences.completion_mask
+                piece = Tokens(sequences, mask, run.network(sequences).log_probs)
+                items = item_losses(objective, piece, mask.shape)
+                total = aggregate(items.loss, mask, denominator=tokens)
+                run.backward(total)
+                statistics.add(loss=total)
             norm = run.descend()
-            every = config.eval_every or run.total
-            measured = bool(held_out) and (
-                (step + 1) % every == 0 or step + 1 == run.total
-            )
+            measured = held_out and run.is_due(config.eval_every)
             run.log(
                 tokens=int(tokens),
                 gradient_norm=norm,
-                loss=float(run.sum(total)),
+                loss=statistics.sums(run)["loss"],
                 eval_loss=_mean_loss(run, held_out) if measured else math.nan,
             )
     return run.result()
@@ -141,7 +145,8 @@ def _pad(examples: Sequence[Example], language_model: LanguageModel) -> Sequence
 @torch.no_grad()
 def _mean_loss(run: Run[SFTConfig, SFTUpdate], examples: Sequence[Example]) -> float:
     run.network.eval()
-    total, tokens, size = 0.0, 0, run.config.micro_batch_size or run.config.batch_size
+    size = run.config.micro_batch_size or run.config.batch_size
+    total, tokens = 0.0, 0
     for start in range(0, len(examples), size):
         batch = _pad(examples[start : start + size], run.language_model)
         total -= float(run.network(batch).log_probs.sum())

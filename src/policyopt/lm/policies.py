@@ -1,0 +1,116 @@
+"""π_θ as a module that scores completions, and π_ref."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from policyopt.lm.log_probs import TokenLogProbs, completion_log_probs
+from policyopt.lm.models import LanguageModel, is_adapted
+from policyopt.lm.sequences import Sequences, evaluating, widen
+from policyopt.lm.sharding import gathered
+
+
+class PolicyNetwork(nn.Module):
+    """π_θ as a module whose forward pass scores completions: what is wrapped for
+    several processes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, sequences: Sequences, **options: Any) -> TokenLogProbs:
+        """As :func:`~policyopt.lm.log_probs.completion_log_probs`."""
+        return completion_log_probs(self.model, sequences, **options)
+
+
+class Reference:
+    """π_ref: the policy that training starts from, or another one, without gradient.
+
+    With LoRA it is the model with its adapters switched off, and costs no memory;
+    otherwise a copy is kept. It remembers the weights of the moment it is made, so
+    trainers make it through :meth:`Run.reference`, which refuses to do so too late.
+
+    Parameters
+    ----------
+    language_model : LanguageModel
+        The policy.
+    reference : LanguageModel, optional
+        Another model with the policy's tokenizer.
+    autocast : bool
+        Compute in bfloat16.
+    copy : bool
+        False keeps no copy, for those who ask everything before the first update.
+    """
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        reference: LanguageModel | None,
+        *,
+        autocast: bool = False,
+        copy: bool = True,
+    ) -> None:
+        self._adapted = reference is None and is_adapted(language_model.model)
+        self._borrowed = not (copy or self._adapted or reference is not None)
+        if reference is not None:
+            theirs, ours = len(reference.tokenizer), len(language_model.tokenizer)
+            if theirs != ours:
+                raise ValueError(
+                    "reference must have the policy's tokenizer, got "
+                    f"{theirs} tokens for {ours}"
+                )
+            self.model = reference.model
+        elif self._adapted or not copy:
+            self.model = language_model.model
+        else:
+            self.model = _frozen(language_model.model)
+        self._autocast, self._device = autocast, language_model.device
+
+    def end(self) -> None:
+        """Say that the policy is about to change: without a copy there is no π_ref now."""
+        if self._borrowed:
+            self.model = None
+
+    @torch.no_grad()
+    def log_probs(
+        self,
+        sequences: Sequences,
+        pieces: Iterable[Tensor] | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Return log π_ref(y_t | x, y_<t), ``[B, T]``.
+
+        ``pieces`` are row numbers to be computed one after another.
+
+        Raises
+        ------
+        RuntimeError
+            If no copy was kept and the training has begun.
+        """
+        if self.model is None:
+            raise RuntimeError(
+                "this reference kept no copy of the policy, whose training has begun: "
+                "ask it before, or make it with copy=True"
+            )
+        off = self.model.disable_adapter() if self._adapted else nullcontext()
+        kind = self._device.type
+        precision = torch.autocast(kind, torch.bfloat16, enabled=self._autocast)
+        with gathered(self.model), evaluating(self.model), off, precision:
+            parts = [sequences] if pieces is None else map(sequences.select, pieces)
+            scored = [
+                completion_log_probs(self.model, part, **options) for part in parts
+            ]
+        return torch.cat(
+            [widen(s.log_probs, sequences.completion_mask) for s in scored]
+        )
+
+
+def _frozen(model: Any) -> Any:
+    return copy.deepcopy(model).requires_grad_(False)

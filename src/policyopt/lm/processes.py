@@ -1,0 +1,220 @@
+"""The processes that share a run: one alone, or those that ``torchrun`` or
+``accelerate launch`` started.
+
+Data parallelism (DDP) is accelerate's; FSDP2 is in :mod:`policyopt.lm.sharding`. The
+result is that of one process, to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from policyopt.estimators import normalize
+from policyopt.lm.heads import backbone_and_head
+from policyopt.lm.models import LanguageModel
+from policyopt.lm.sharding import ShardedNetwork, shard_like, sharding_requested, whole
+
+__all__ = ["Processes"]
+
+
+class Processes:
+    """The processes of a run, whoever launched them.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where the model is.
+    batch_size : int
+        Must be a multiple of the number of processes.
+    """
+
+    def __init__(self, device: torch.device, batch_size: int) -> None:
+        self.device = device
+        self._accelerator: Any = None
+        self._wants_sharding = False
+        self._sharded: ShardedNetwork | None = None
+        self._network: Any = None
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return
+        from accelerate import Accelerator
+
+        self._wants_sharding = sharding_requested()
+        # FSDP is set up here: to accelerate these are plain processes.
+        plain = {"ACCELERATE_USE_FSDP": "false"} if self._wants_sharding else {}
+        with _environment(plain):
+            self._accelerator = Accelerator(cpu=device.type == "cpu")
+        kind = str(self._accelerator.distributed_type.value)
+        if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+            raise ValueError(
+                f"the processes were launched for {kind}; these trainers share the work "
+                "by data parallelism (DDP) or FSDP2: launch them with torchrun, or with "
+                "accelerate and no other plugin"
+            )
+        if batch_size % self.count:
+            raise ValueError(
+                f"batch_size must be a multiple of the {self.count} processes, got "
+                f"{batch_size}"
+            )
+
+    @property
+    def count(self) -> int:
+        """Number of processes."""
+        return 1 if self._accelerator is None else int(self._accelerator.num_processes)
+
+    @property
+    def rank(self) -> int:
+        """Number of this process, from 0."""
+        return 0 if self._accelerator is None else int(self._accelerator.process_index)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the weights are spread over the processes."""
+        return self._sharded is not None
+
+    # --- numbers ---
+
+    def sum(self, value: Tensor | float) -> Tensor:
+        """Add up a number (or tensor of numbers) over all processes; no gradient."""
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        total = torch.as_tensor(value, dtype=dtype).detach().to(self.device)
+        if self._accelerator is None:
+            return total
+        return self._accelerator.reduce(total, "sum")  # type: ignore[no-any-return]
+
+    def max(self, value: Tensor) -> float:
+        """Return the largest of a number over all processes."""
+        if self._accelerator is not None:
+            value = self._accelerator.gather(value.detach())
+        return float(value.max())
+
+    def variance(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Return the variance (denominator n) over the masked entries of all processes.
+
+        NaN if it is 0.
+        """
+        kept = x[mask] if x.device.type == "mps" else x[mask].double()
+        count, total = self.sum(mask.sum()), self.sum(kept.sum())
+        variance = self.sum((kept - total / count).square().sum()) / count
+        return torch.where(variance > 0, variance, torch.nan)
+
+    def normalize(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Shift and scale to mean 0 and standard deviation 1 over the masked entries of
+        all processes.
+        """
+        if self._accelerator is None:
+            return normalize(x, mask)
+        mean = self.sum(x[mask].sum()) / self.sum(mask.sum())
+        deviation = torch.nan_to_num(self.variance(x, mask)).sqrt() + 1e-8
+        return torch.where(mask, (x - mean.to(x.dtype)) / deviation.to(x.dtype), 0.0)
+
+    def check_pieces(self, count: int) -> None:
+        """Refuse, where weights are sharded, pieces that other processes do not have."""
+        if self._sharded is not None and self.sum(count) != count * self.count:
+            raise ValueError(
+                "with FSDP all processes must cut their share into the same number of "
+                "pieces, and here the sizes of the groups differ; set micro_batch_size "
+                "to None, or launch without FSDP"
+            )
+
+    # --- networks and gradients ---
+
+    def share(
+        self,
+        network: nn.Module,
+        language_model: LanguageModel,
+        optimizer: torch.optim.Optimizer,
+        new_optimizer: Callable[[], torch.optim.Optimizer],
+        slots: dict[int, dict[str, Tensor]],
+    ) -> tuple[Any, torch.optim.Optimizer]:
+        """Return the network and its optimiser as all processes train them together.
+
+        ``slots`` is what the optimiser remembers from a checkpoint.
+        """
+        if self._wants_sharding and self._accelerator is not None:
+            # It looks at the model on its first call: while that is whole.
+            backbone_and_head(language_model.model)
+            shared = ShardedNetwork(network, language_model.model, self.device)
+            self._sharded, optimizer = shared, new_optimizer()
+            parameters = [p for p in network.parameters() if p.requires_grad]
+            slots = {i: shard_like(slot, parameters[i]) for i, slot in slots.items()}
+        if slots:
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
+        if self._sharded is not None:
+            return self._sharded, optimizer
+        if self._accelerator is None:
+            return network, optimizer
+        self._network, optimizer = self._accelerator.prepare(network, optimizer)
+        self.device = self._accelerator.device
+        return self._network, optimizer
+
+    def release(self, language_model: LanguageModel) -> None:
+        """Make a sharded network a plain one again, whole and on the CPU."""
+        if self._sharded is not None:
+            network: Any = self._sharded.restore()
+            language_model.model = network.model
+            self._sharded, self.device = None, torch.device("cpu")
+
+    def local(self) -> AbstractContextManager[Any]:
+        """Keep the gradients of the block's backward pass to this process for now."""
+        # Sharded gradients are added up share by share: a whole one would need the
+        # memory that sharding saves.
+        if self._accelerator is None or self._sharded is not None:
+            return nullcontext()
+        return self._accelerator.no_sync(self._network)  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a piece's loss to that of all processes."""
+        # Data parallelism averages over the processes what must be summed here.
+        loss = loss * self.count
+        if self._accelerator is None or self._sharded is not None:
+            loss.backward()
+        else:
+            self._accelerator.backward(loss)
+
+    def clip(self, optimizer: torch.optim.Optimizer, limit: float | None) -> float:
+        """Limit the norm of the gradient; return what it was."""
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        most = limit or math.inf
+        if self._accelerator is None or self._sharded is not None:
+            return float(whole(nn.utils.clip_grad_norm_(trained, most)))
+        return float(self._accelerator.clip_grad_norm_(trained, most))
+
+    # --- checkpoints ---
+
+    def prepare_checkpoint(self) -> None:
+        """Let every process hold its share alone, before its tensors are read."""
+        if self._sharded is not None:
+            self._sharded.reshard()
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return whole tensors; all processes must ask together."""
+        if self._sharded is None:
+            return dict(tensors)
+        return {key: whole(value).cpu() for key, value in tensors.items()}
+
+    def wait(self) -> None:
+        """Wait for the others."""
+        if self._accelerator is not None:
+            self._accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for a moment."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,125 @@
+"""What a training run of a language model leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Generic, TypeVar
+
+import torch
+from torch import nn
+
+from policyopt.frame import Row
+from policyopt.lm.config import LMConfig
+from policyopt.lm.data import Prompt
+from policyopt.lm.models import LanguageModel, RewardModel
+from policyopt.runs import History
+
+
+@dataclass(frozen=True, kw_only=True)
+class LMUpdate(Row):
+    """One row of the history: what every trainer reports after an update.
+
+    Sums and means are over all processes.
+    """
+
+    tokens: int
+    """Completion tokens trained on so far."""
+    learning_rate: float
+    gradient_norm: float
+    """Norm of the last gradient of the update, before it was limited."""
+    seconds: float
+    """Wall-clock time of the training so far."""
+
+    headline: ClassVar[tuple[str, ...]] = ("loss",)
+
+    @property
+    def step(self) -> int:
+        """Deprecated name of :attr:`update`."""
+        _warn("step", "update")
+        return self.update
+
+
+def _warn(old: str, new: str) -> None:
+    message = f"{old} is called {new} now; the old name goes in version 0.3"
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
+
+
+RowT = TypeVar("RowT", bound=LMUpdate)
+ConfigT = TypeVar("ConfigT", bound=LMConfig)
+
+
+@dataclass(frozen=True)
+class LoggedSample:
+    """A prompt and its greedy completion before and after the training."""
+
+    prompt: Prompt
+    before: str
+    after: str
+
+
+@dataclass
+class LMResult(Generic[ConfigT, RowT]):
+    """What a training run leaves behind."""
+
+    algorithm: str
+    seed: int
+    config: ConfigT
+    language_model: LanguageModel
+    """The trained model: the object that was given, trained in place."""
+    history: History[RowT]
+    stop_reason: str
+    """"budget", "callback", "interrupted", or what went wrong."""
+    seconds: float
+    """Wall-clock time of the training."""
+    updates: int
+    """Updates made."""
+    samples: list[LoggedSample] = field(default_factory=list)
+    reward_model: RewardModel | None = None
+    """What :func:`~policyopt.lm.reward_model.train_reward_model` trained."""
+    actor_critic: nn.Module | None = None
+    """The policy with its value function, from :func:`~policyopt.lm.ppo.train_ppo`."""
+
+    @property
+    def steps(self) -> int:
+        """Deprecated name of :attr:`updates`."""
+        _warn("steps", "updates")
+        return self.updates
+
+    def cpu(self) -> None:
+        """Move the networks to the CPU, in place."""
+        self.language_model.to("cpu")
+        if self.reward_model is not None:
+            self.reward_model.network.cpu()
+        if self.actor_critic is not None:
+            self.actor_critic.cpu()
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the model (or the reward model) for :func:`~policyopt.lm.models.load`,
+        and the history beside it.
+
+        Of several processes the first one writes, and the others return at once.
+        """
+        folder = Path(folder)
+        several = (
+            torch.distributed.is_available() and torch.distributed.is_initialized()
+        )
+        if several and torch.distributed.get_rank() != 0:
+            return folder
+        (self.language_model if self.reward_model is None else self.reward_model).save(
+            folder
+        )
+        self.history.to_csv(folder / "history.csv")
+        about = {
+            "algorithm": self.algorithm,
+            "seed": self.seed,
+            "config": dataclasses.asdict(self.config),
+            "stop_reason": self.stop_reason,
+            "seconds": self.seconds,
+            "updates": self.updates,
+        }
+        (folder / "training.json").write_text(json.dumps(about, indent=1))
+        return folder
