@@ -237,7 +237,7 @@ def policyopt_settings(job: Job) -> dict[str, Any]:
     """Return what the configs of both trainers share."""
     s = job.settings
     shared = {
-        "steps": s["steps"],
+        "updates": s["steps"],
         "batch_size": s["batch"],
         "learning_rate": s["learning_rate"],
         "beta": s["beta"],
@@ -252,7 +252,7 @@ def count_prompts(job: Job, model: Any, records: list[dict[str, Any]], each: int
     lengths = [len(encode_prompt(model.tokenizer, record["prompt"])) for record in records]
 
     def count(row: Any) -> int:
-        indices = batch_indices(len(lengths), job.settings["batch"], row.step - 1, job.seed)
+        indices = batch_indices(len(lengths), job.settings["batch"], row.update - 1, job.seed)
         return each * sum(lengths[i] for i in indices)
 
     return count

@@ -8,7 +8,7 @@ import pytest
 from repository import ROOT
 
 BLOCKS = re.findall(r"(?ms)^```python\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"))
-SMALLER = {"po.PPOConfig()": "po.PPOConfig(total_steps=2048)", "steps=20": "steps=2"}
+SMALLER = {"po.PPOConfig()": "po.PPOConfig(total_steps=2048)", "updates=20": "updates=2"}
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=["control", "lm"])

@@ -53,13 +53,13 @@ REWARDS: dict[str, RewardFunction] = {"right": final_number_reward, "form": form
 """Weighted by ``CONFIG.reward_weights``."""
 
 CONFIG = GRPOConfig(
-    steps=300,
-    batch_size=16,  # prompts, so 128 completions a step
+    updates=300,
+    batch_size=16,  # prompts, so 128 completions an update
     group_size=8,
     sampling=SamplingConfig(max_new_tokens=400),
     reward_weights=(1.0, 0.1),
     learning_rate=1e-6,  # all weights are trained; adapters take about a hundred times as much
-    warmup_steps=10,
+    warmup_updates=10,
     adam_betas=(0.9, 0.99),
     max_gradient_norm=0.2,
     clip_ratio_high=0.28,  # no effect with one update per batch; there for those who make several
@@ -172,13 +172,13 @@ def main(argv: Sequence[str] | None = None) -> LMResult[Any, Any]:
     parser.add_argument("--test-limit", type=int, help="evaluate on the first so many test problems only")
     parser.add_argument("--vllm", action="store_true", help="sample with vLLM, which must be installed")
     parser.add_argument("--seed", type=int, default=0)
-    for name, kind in (("steps", int), ("batch-size", int), ("group-size", int), ("micro-batch-size", int),
+    for name, kind in (("updates", int), ("batch-size", int), ("group-size", int), ("micro-batch-size", int),
                        ("max-new-tokens", int), ("learning-rate", float)):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind)
     parser.add_argument("--device", default="auto")
     options = vars(parser.parse_args(argv))
 
-    names = ("steps", "batch_size", "group_size", "micro_batch_size", "learning_rate")
+    names = ("updates", "batch_size", "group_size", "micro_batch_size", "learning_rate")
     config = replace(CONFIG, **{name: options[name] for name in names if options[name] is not None})
     if options["max_new_tokens"] is not None:
         config = replace(config, sampling=replace(config.sampling, max_new_tokens=options["max_new_tokens"]))

@@ -93,7 +93,7 @@ def dpo_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 def lora_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("lora")
     text = run(folder, "lora_one_gpu", "--data", data / "examples.jsonl", "--output", "run",
-               "--model", model_path("news-base"), "--rank", 8, "--steps", 12, "--batch-size", 16,
+               "--model", model_path("news-base"), "--rank", 8, "--updates", 12, "--batch-size", 16,
                "--micro-batch-size", 8)  # fmt: skip
     return folder / "run", text
 
@@ -113,7 +113,7 @@ def test_own_environment_is_learned_and_saved(tmp_path: Path) -> None:
 
 
 def test_own_reward_raises_both_rewards(tmp_path: Path) -> None:
-    text = run(tmp_path, "own_reward", "--output", "run", "--steps", 25)
+    text = run(tmp_path, "own_reward", "--output", "run", "--updates", 25)
     assert number_behind("mentions: ", text) < text_after(text, "mentions: ") - 0.1
     assert number_behind("brevity: ", text) < text_after(text, "brevity: ")
     load(tmp_path / "run", device="cpu")
@@ -195,7 +195,7 @@ def test_estimates_without_sampling_need_a_length() -> None:
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_many_processes_learn_what_one_learns(launcher: str, data: Path, tmp_path: Path) -> None:
     arguments = [str(RECIPES / "many_gpus.py"), "--data", str(data / "pairs.jsonl"),
-                 "--model", str(model_path("news-sft")), "--steps", "3", "--batch-size", "8",
+                 "--model", str(model_path("news-sft")), "--updates", "3", "--batch-size", "8",
                  "--learning-rate", "1e-3", "--output"]  # fmt: skip
     processes = {
         "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
@@ -242,7 +242,7 @@ def test_vllm_missing_is_said_with_the_remedy(tmp_path: Path) -> None:
 
 
 def test_tensorboard_gets_every_number_of_both_halves(tmp_path: Path) -> None:
-    run(tmp_path, "tensorboard_logs", "--output", "runs", "--control-steps", 8192, "--lm-steps", 2)
+    run(tmp_path, "tensorboard_logs", "--output", "runs", "--control-steps", 8192, "--lm-updates", 2)
     for name, tags in (
         ("cartpole", {"return_mean", "kl", "value_loss"}),
         ("addition", {"reward", "rewards/right", "length", "gradient_norm"}),
@@ -272,7 +272,7 @@ def kill_after(process: subprocess.Popen[str], line: str) -> None:
     ("name", "options", "line", "checkpoint"),
     [
         ("resume_control", ("--steps", 24_000, "--save-every", 8_000), "saved at step", "."),
-        ("resume_lm", ("--steps", 5, "--save-every", 2), "step 3", "checkpoints"),
+        ("resume_lm", ("--updates", 5, "--save-every", 2), "update 3", "checkpoints"),
     ],
 )
 def test_a_killed_run_goes_on(
@@ -285,7 +285,7 @@ def test_a_killed_run_goes_on(
         kill_after(process, line)
     assert has_checkpoint(tmp_path / "killed" / checkpoint)
     text = run(tmp_path, name, "--output", "killed", *options)
-    assert "starting at step 0" not in text if name == "resume_control" else text.startswith("step 3")
+    assert "starting at step 0" not in text if name == "resume_control" else text.startswith("update 3")
     run(tmp_path, name, "--output", "whole", *options)
     killed, whole = (load_checkpoint(tmp_path / folder / checkpoint)[0] for folder in ("killed", "whole"))
     assert furthest(killed, whole) == 0
@@ -322,7 +322,7 @@ def test_what_is_exported_is_the_trained_model_with_a_card(
     assert (card.data.base_model, card.data.datasets, card.data.license) == ("you/base", ["you/data"], "mit")
     assert card.data.library_name == ("peft" if kind == "adapters" else "transformers")
     about = json.loads((trained / "training.json").read_text())
-    assert f"{about['steps']} steps, seed 0" in card.text
+    assert f"{about['updates']} updates, seed 0" in card.text
     assert '"learning_rate": ' in card.text
     assert "| loss | 0." in card.text
 
