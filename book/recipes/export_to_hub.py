@@ -47,7 +47,7 @@ def model_card(run: Path, *, name: str, base: str, dataset: str, license: str, a
 `{base}`, trained on `{dataset}` by {METHODS[about["algorithm"]]}: {about["updates"]} updates, seed {about["seed"]},
 {about["seconds"]:.0f} seconds. The training ended by: {about["stop_reason"]}.
 
-## Metrics of the last step
+## Metrics of the last update
 
 | metric | value |
 |:--|--:|

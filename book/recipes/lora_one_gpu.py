@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from policyopt.lm import LoRA, SFTConfig, load, train_sft
-from policyopt.lm.data import sft_examples
+from policyopt.lm.data import Limits, sft_examples
 from policyopt.lm.memory import estimate_memory
 
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         gradient_checkpointing=True,  # the second: recompute each layer in the backward pass
     )
 
-    examples = sft_examples(options.data, model.tokenizer, context_length=model.context_length)
+    examples = sft_examples(options.data, model.tokenizer, Limits(model.context_length))
     memory = estimate_memory(
         model, config,
         prompt_tokens=max(len(example.prompt_ids) for example in examples),

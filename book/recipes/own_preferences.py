@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from policyopt.lm import DPOConfig, ImplicitReward, load, pair_accuracy, read_records, train_dpo
-from policyopt.lm.data import preference_pairs, split_records
+from policyopt.lm.data import Limits, preference_pairs, split_records
 from policyopt_book import model_path
 
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         records = read_records(options.data)
         # Every row is looked at now. Training would do the same, but with numbers that count the training rows alone.
-        preference_pairs(options.data, model.tokenizer, context_length=model.context_length)
+        preference_pairs(options.data, model.tokenizer, Limits(model.context_length))
     except ValueError as error:
         sys.exit(f"error: {error}")
     train, held_out = split_records(records, 0.1)
