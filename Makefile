@@ -15,9 +15,11 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 QUICK := not notebook and not web and not colab
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 NOTEBOOKS := $(BIN)/python book/_tools/notebooks.py
+# web-test builds the book; it comes before test-quick, some of whose tests look at the built pages.
+CHECKS := lint web-test test-quick colab-test
 
 .DEFAULT_GOAL := help
-.PHONY: help book pdf serve jupyter test test-quick web-test colab-test check execute chapter twins lint format bench models repo lock wheel clean
+.PHONY: help book pdf serve jupyter test test-quick web-test colab-test check linkcheck execute twins lint format bench models lock wheel clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -52,15 +54,18 @@ web-test: book $(VENV)/.web ## look at every page in a browser: errors, network,
 colab-test: $(VENV)/.ready ## run each chapter as Colab does: alone, in an empty folder, with the wheel
 	@$(BIN)/python -m pytest -m colab -v --durations=0 --durations-min=1 $(PYTEST_ARGS) tests/book/test_colab.py
 
-check: $(VENV)/.ready ## everything that CI checks, with a summary
-	@$(BIN)/python book/_tools/check.py
+check: ## everything that CI checks, each to its end, then what failed
+	@failed=; for target in $(CHECKS); do \
+	  echo "=== make $$target"; $(MAKE) --no-print-directory $$target || failed="$$failed $$target"; done; \
+	test -z "$$failed" || { echo "FAILED:$$failed"; exit 1; }; echo "All passed: $(CHECKS)"
+
+linkcheck: $(VENV)/.ready ## ask the network whether the links to other sites still lead somewhere (minutes)
+	@$(BIN)/jupyter-book build book --path-output book/_build/linkcheck --builder linkcheck \
+	  --config $(CURDIR)/_config.yml --toc $(CURDIR)/_toc.yml
 
 execute: $(VENV)/.ready ## run the notebooks in place (NAMES="mdp ppo"; default: all)
 	@$(NOTEBOOKS) execute $(NAMES)
 	@$(NOTEBOOKS) twins
-
-chapter: $(VENV)/.ready ## begin a chapter from the template (NAME=my-chapter TITLE="My chapter")
-	@$(NOTEBOOKS) new --title="$$TITLE" -- "$$NAME"
 
 twins: $(VENV)/.ready ## write the text twin of each notebook: book/twins/*.md
 	@$(NOTEBOOKS) twins
@@ -70,7 +75,7 @@ lint: $(VENV)/.ready ## ruff (rules and format) and mypy --strict
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-format: $(VENV)/.ready ## let ruff lay out the code and mend what it can
+format: $(VENV)/.ready ## let ruff lay out the code and fix what it can
 	@$(BIN)/ruff check --fix --exit-zero .
 	@$(BIN)/ruff format .
 
@@ -81,11 +86,7 @@ bench: $(VENV)/.bench ## time the package against Stable-Baselines3 and TRL: boo
 models: $(VENV)/.ready ## train the tiny language models again, minutes: src/policyopt_book/models
 	@$(BIN)/python -m policyopt_book.make_models
 
-repo: $(VENV)/.ready ## move the book to another address: make repo URL=https://github.com/OWNER/NAME
-	@test -n "$(URL)" || { echo 'Say where to: make repo URL=https://github.com/OWNER/NAME' >&2; exit 1; }
-	@$(BIN)/python book/_tools/repository.py "$(URL)"
-
-lock: $(VENV)/.ready ## resolve constraints.txt anew from pyproject.toml
+lock: $(VENV)/.ready ## resolve constraints.txt again from pyproject.toml
 	@$(BIN)/python -m pip install --quiet uv
 	@echo '$(TORCH)' | $(BIN)/uv pip compile pyproject.toml $(EXTRAS:%=--extra %) --constraint - \
 	  --universal --python-version 3.11 --upgrade --quiet --custom-compile-command 'make lock' -o constraints.txt

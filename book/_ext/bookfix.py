@@ -19,7 +19,8 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import ExtensionMetadata
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(Path(__file__).parents[1] / "_tools"))
+from repository import ROOT, Repository
 
 # What tex-chtml.js loads for the formulas of this book; the other fonts and bundles are 20 MB.
 MATHJAX_KEPT = ("tex-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extensions", "ui", "a11y")
@@ -69,7 +70,7 @@ def use_mathjax_tags(app: Sphinx, doctree: nodes.document) -> None:
 def repair_page(
     app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: nodes.document | None
 ) -> None:
-    """Mend what the theme and its extensions put into a page."""
+    """Repair what the theme and its extensions put into a page."""
     # Thebe is off, but its script is emitted (twice) and throws.
     scripts: dict[str, Any] = {}
     for script in context.get("script_files", []):
@@ -93,7 +94,7 @@ def repair_page(
 
 
 def repair_body(body: str) -> str:
-    """Mend the HTML of an article."""
+    """Repair the HTML of an article."""
     # The label hides the visible text from screen readers.
     body = body.replace('<summary aria-label="Toggle hidden content">', "<summary>")
     # The corner of a table, pandas' or Markdown's, is an empty header cell.
@@ -137,15 +138,7 @@ def link_source(domain: str, info: dict[str, str]) -> str | None:
 def source_address(file: Path, first: int, last: int | None = None) -> str:
     """Return the address of lines of a file, whose path is that in the repository."""
     span = f"#L{first}" + (f"-L{last}" if last else "")
-    return f"{repository().url}/blob/main/{file.as_posix()}{span}"
-
-
-def repository() -> Any:
-    """Return the repository's address."""
-    tools = str(ROOT / "book" / "_tools")
-    if tools not in sys.path:
-        sys.path.insert(0, tools)
-    return importlib.import_module("repository").Repository.of(ROOT)
+    return f"{Repository.of().url}/blob/main/{file.as_posix()}{span}"
 
 
 def prune_mathjax(app: Sphinx, error: Exception | None) -> None:

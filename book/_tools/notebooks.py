@@ -1,4 +1,4 @@
-"""Chapters as notebooks and as text: make, run and compare them.
+"""Chapters as notebooks and as text: run and compare them.
 
 A chapter is ``book/NAME.ipynb``, committed with its outputs, and ``book/twins/NAME.md``, the same cells as
 MyST Markdown, for authors and reviewers. Nothing here trusts file times: each command says what it writes.
@@ -7,7 +7,6 @@ MyST Markdown, for authors and reviewers. Nothing here trusts file times: each c
     execute [NAME...]       run notebooks in place
     twins [--check]         write every twin from its notebook, or only compare
     setup [--check]         write the setup cell (install on Colab and Binder), or only compare
-    new NAME --title TITLE  begin a chapter from the template, with its exercises
 """
 
 from __future__ import annotations
@@ -15,16 +14,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import hashlib
-import keyword
 import multiprocessing
 import os
 import re
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import jupytext
@@ -36,12 +32,6 @@ from repository import ROOT, Repository
 BOOK = ROOT / "book"
 KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 CELL_TIMEOUT_S = 900
-TOC = ROOT / "_toc.yml"
-TEMPLATE = BOOK / "_tools" / "chapter.md"
-EXERCISES_TEMPLATE = BOOK / "_tools" / "chapter_exercises.py"
-FRONT = BOOK / "index.md"
-# What the front page says of a chapter that is still the template.
-ROW = "| [{title}]({name}.ipynb) | derive the direction in which {name} moves a policy | 10 | 45 | ¼ | MDPs |"
 
 SETUP_TEMPLATE = """\
 # Colab and Binder: install what this chapter needs where it is missing.
@@ -120,11 +110,6 @@ def notebook_path(name: str) -> Path:
     return BOOK / f"{name}.ipynb"
 
 
-def exercises_path(name: str) -> Path:
-    """Return where the exercises of chapter ``name`` are checked."""
-    return ROOT / "src" / "policyopt_book" / "exercises" / f"{name.replace('-', '_')}.py"
-
-
 def chapters() -> list[str]:
     """Return the names of all committed notebooks."""
     return sorted(p.stem for p in BOOK.glob("*.ipynb"))
@@ -139,6 +124,11 @@ def chosen(names: Iterable[str], exists: Callable[[str], Path]) -> list[str]:
     return stems
 
 
+def write_twin(name: str) -> None:
+    """Write the twin of a notebook."""
+    twin_path(name).write_text(twin_text(read(notebook_path(name))), encoding="utf-8")
+
+
 def code_of(notebook: NotebookNode) -> list[tuple[str, tuple[str, ...]]]:
     """Return what decides the outputs of a notebook: the code cells in order."""
     return [(c.source, tuple(c.metadata.get("tags", []))) for c in notebook.cells if c.cell_type == "code"]
@@ -150,8 +140,8 @@ def from_twin(name: str) -> str:
     Outputs are kept if not one code cell differs: then only prose was edited. Else all are dropped, for the
     output of a cell depends on every cell above it.
     """
-    twin, target = twin_path(name), notebook_path(name)
-    notebook = jupytext.reads(twin.read_text(encoding="utf-8"), fmt="md:myst")
+    target = notebook_path(name)
+    notebook = jupytext.reads(twin_path(name).read_text(encoding="utf-8"), fmt="md:myst")
     put_setup_cell(notebook)
     kept = False
     if target.exists():
@@ -162,7 +152,7 @@ def from_twin(name: str) -> str:
             for cell, before in zip((c for c in notebook.cells if c.cell_type == "code"), ran, strict=True):
                 cell.outputs, cell.execution_count = before.outputs, before.execution_count
     write(notebook, target)
-    twin.write_text(twin_text(read(target)), encoding="utf-8")
+    write_twin(name)
     return "outputs kept" if kept else "to be executed"
 
 
@@ -174,15 +164,15 @@ def committed_problem(cell: NotebookNode, position: int) -> str | None:
         return "the cell was committed without being executed: run `make execute`"
     if cell.execution_count != position:
         return (
-            f"the cell was executed as number {cell.execution_count} but stands at {position}: "
+            f"the cell was executed as number {cell.execution_count} but is number {position}: "
             "run `make execute`, which runs cells top to bottom"
         )
     expected = "raises-exception" in cell.metadata.get("tags", [])
     if not expected and any(out.output_type == "error" for out in cell.outputs):
-        return "the cell was committed with an error as its output: mend it and run `make execute`"
+        return "the cell was committed with an error as its output: correct it and run `make execute`"
     if any(out.output_type == "stream" and out.name == "stderr" for out in cell.outputs):
         return (
-            "the cell was committed with a warning or a progress bar: mend the cause and run `make execute`"
+            "the cell was committed with a warning or a progress bar: remove the cause and run `make execute`"
         )
     return None
 
@@ -197,24 +187,13 @@ KERNEL_ENVIRONMENT = {
 }
 
 
-@dataclass(frozen=True)
-class Run:
-    """What the execution of one notebook cost, and its error if it failed."""
-
-    name: str
-    wall_s: float
-    cpu_s: float
-    error: str | None
-
-
-def execute(name: str) -> Run:
-    """Run a notebook in place with a fresh kernel; leave the file alone when a cell fails."""
+def execute(name: str) -> bool:
+    """Run a notebook in place with a fresh kernel; leave the file alone, and return False, when a cell fails."""
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
     os.environ.update(KERNEL_ENVIRONMENT)
-    path = notebook_path(name)
-    notebook = read(path)
+    notebook = read(notebook_path(name))
     put_setup_cell(notebook)
     client = NotebookClient(
         notebook,
@@ -224,39 +203,15 @@ def execute(name: str) -> Run:
         coalesce_streams=True,
         resources={"metadata": {"path": str(BOOK)}},
     )
-    start, error = time.perf_counter(), None
+    start, error = time.perf_counter(), ""
     try:
         client.execute()
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as failure:
-        error = str(failure)
+        error = f"FAILED, file left as it was\n{failure}"
     else:
-        write(notebook, path)
-    # This process ran one kernel, so its children are that kernel and whatever the kernel started.
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return Run(name, time.perf_counter() - start, used.ru_utime + used.ru_stime, error)
-
-
-def execute_all(names: list[str], jobs: int) -> list[Run]:
-    """Run notebooks, ``jobs`` at a time, and report each as it ends."""
-    from concurrent.futures import as_completed
-
-    context = multiprocessing.get_context("spawn")
-    runs = []
-    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
-        for future in as_completed([pool.submit(execute, name) for name in names]):
-            run = future.result()
-            runs.append(run)
-            verdict = "ok" if run.error is None else "FAILED, file left as it was"
-            print(f"{run.name:<24} {run.wall_s:7.1f} s wall {run.cpu_s:7.1f} s CPU  {verdict}", flush=True)
-            if run.error is not None:
-                print(run.error, file=sys.stderr)
-    return runs
-
-
-def difference(expected: str, found: str, label: str, found_in: str) -> str:
-    """Return a unified diff, empty when the texts agree."""
-    lines = (expected.splitlines(keepends=True), found.splitlines(keepends=True))
-    return "".join(difflib.unified_diff(*lines, fromfile=f"{label} (from the notebook)", tofile=found_in))
+        write(notebook, notebook_path(name))
+    print(f"{name:<24} {time.perf_counter() - start:7.1f} s  {error or 'ok'}", flush=True)
+    return not error
 
 
 def pair_problems(name: str) -> str:
@@ -267,7 +222,9 @@ def pair_problems(name: str) -> str:
     if not notebook.exists():
         return f"{twin.relative_to(ROOT)} has no notebook: delete it, or run from-twin and execute\n"
     label = str(twin.relative_to(ROOT))
-    return difference(twin_text(read(notebook)), twin.read_text(encoding="utf-8"), label, label)
+    texts = (twin_text(read(notebook)), twin.read_text(encoding="utf-8"))
+    lines = (text.splitlines(keepends=True) for text in texts)
+    return "".join(difflib.unified_diff(*lines, fromfile=f"{label} (from the notebook)", tofile=label))
 
 
 def pairs() -> list[str]:
@@ -287,85 +244,7 @@ def write_setup(name: str) -> None:
     notebook = read(notebook_path(name))
     put_setup_cell(notebook)
     write(notebook, notebook_path(name))
-    twin_path(name).write_text(twin_text(read(notebook_path(name))), encoding="utf-8")
-
-
-def complaints(name: str, title: str) -> list[str]:
-    """Say why a chapter cannot have this name or this title; empty when it can."""
-    found = []
-    if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) or len(name) > 40:
-        found.append(
-            f"NAME must be lower-case letters and digits, in words joined by single hyphens, beginning with a "
-            f"letter, at most 40 characters, such as my-chapter; got {name!r}"
-        )
-    elif keyword.iskeyword(name):
-        found.append(f"NAME becomes the name of a Python module, and {name!r} is a word of the language")
-    else:
-        used = [notebook_path(name), twin_path(name), BOOK / f"{name}.md", BOOK / name, exercises_path(name)]
-        found += [
-            f"{path.relative_to(ROOT)} exists already; choose another NAME" for path in used if path.exists()
-        ]
-        if re.search(rf"(?m)^ *- file: {name}$", TOC.read_text(encoding="utf-8")):
-            found.append(f"{TOC.name} names {name} already; choose another NAME")
-    if not re.fullmatch(r"\w([\w ,.:;!?'’()&+/–-]*[\w!?)])?", title) or "_" in title or len(title) > 100:
-        found.append(
-            "TITLE must be one line of words and plain punctuation, at most 100 characters, such as "
-            f"'My chapter: a start'; got {title!r}"
-        )
-    return found
-
-
-def with_chapter(toc: str, name: str) -> str:
-    """Return the table of contents with a chapter put behind the last one that is a notebook."""
-    entries = re.finditer(r"(?m)^( *- file: )([\w/-]+) *\n", toc)
-    last = max((e for e in entries if notebook_path(e[2]).is_file()), key=lambda e: e.end(), default=None)
-    if last is None:
-        raise SystemExit(f"{TOC.name} names no notebook, behind which the chapter would go")
-    return f"{toc[: last.end()]}{last[1]}{name}\n{toc[last.end() :]}"
-
-
-def with_row(front: str, name: str, title: str) -> str:
-    """Return the front page with a chapter put behind the last one of its map."""
-    rows = list(re.finditer(r"(?m)^\| \[.+?\]\([\w-]+\.ipynb\) \|.*\n", front))
-    if not rows:
-        raise SystemExit(f"{FRONT.name} has no map of the chapters, into which the chapter would go")
-    end = rows[-1].end()
-    return f"{front[:end]}{ROW.format(name=name, title=title)}\n{front[end:]}"
-
-
-def new(name: str, title: str) -> int:
-    """Write a chapter that works from the template, run it, and add it to the book; return the exit status.
-
-    If it cannot be run, nothing is left behind.
-    """
-    if found := complaints(name, title):
-        print("\n".join(found), file=sys.stderr)
-        return 1
-    # If one of these is impossible, say so before anything is written.
-    with_chapter(TOC.read_text(encoding="utf-8"), name)
-    with_row(FRONT.read_text(encoding="utf-8"), name, title)
-    sources = {twin_path(name): TEMPLATE, exercises_path(name): EXERCISES_TEMPLATE}
-    written = [*sources, notebook_path(name)]
-    sound = False
-    try:
-        for target, source in sources.items():
-            text = source.read_text(encoding="utf-8").replace("@NAME@", name).replace("@TITLE@", title)
-            target.write_text(text, encoding="utf-8")
-        from_twin(name)
-        error = execute(name).error
-        sound = error is None
-    finally:
-        if not sound:
-            for path in written:
-                path.unlink(missing_ok=True)
-    if error is not None:
-        print(f"the template does not run, so nothing was written:\n{error}", file=sys.stderr)
-        return 1
-    TOC.write_text(with_chapter(TOC.read_text(encoding="utf-8"), name), encoding="utf-8")
-    FRONT.write_text(with_row(FRONT.read_text(encoding="utf-8"), name, title), encoding="utf-8")
-    print("\n".join(str(path.relative_to(ROOT)) for path in [*written, TOC, FRONT]))
-    print("These work as they are. Replace them part by part: CONTRIBUTING.md, Add a chapter.")
-    return 0
+    write_twin(name)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -382,13 +261,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, text in (("twins", "twins from notebooks"), ("setup", "the setup cell")):
         command = commands.add_parser(name, help=f"write {text}, or compare")
         command.add_argument("--check", action="store_true", help="only compare; exit 1 on a difference")
-    command = commands.add_parser("new", help="begin a chapter from the template")
-    command.add_argument("name", metavar="NAME", help="of its files and of its page: my-chapter")
-    command.add_argument("--title", required=True, help="its heading")
     args = parser.parse_args(argv)
 
-    if args.command == "new":
-        return new(args.name, args.title)
     if args.command == "from-twin":
         for name in chosen(args.names, twin_path):
             print(f"{notebook_path(name).relative_to(ROOT)}: {from_twin(name)}")
@@ -396,13 +270,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "execute":
         if args.jobs < 1:
             parser.error(f"--jobs must be at least 1, got {args.jobs}")
-        runs = execute_all(chosen(args.names or chapters(), notebook_path), args.jobs)
-        return int(any(run.error for run in runs))
+        names = chosen(args.names or chapters(), notebook_path)
+        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+            return int(not all(list(pool.map(execute, names))))
     if args.command == "twins":
         if not args.check:
             for name in chapters():
-                twin_path(name).parent.mkdir(exist_ok=True)
-                twin_path(name).write_text(twin_text(read(notebook_path(name))), encoding="utf-8")
+                write_twin(name)
         problems = "".join(pair_problems(name) for name in pairs())
         print(problems or f"{len(pairs())} pairs agree")
         return int(bool(problems))

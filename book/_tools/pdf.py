@@ -6,6 +6,7 @@ Run by ``make pdf``. Needs a Chromium (Debian: ``apt install chromium``).
 from __future__ import annotations
 
 import io
+import itertools
 import shutil
 import sys
 import time
@@ -17,7 +18,7 @@ from pypdf import PdfReader
 
 import notebooks
 from browser import find_chromium
-from build_book import BOOK, build, pages
+from build_book import BOOK, build
 from repository import ROOT
 
 PDF = BOOK / "_build" / "book.pdf"
@@ -63,8 +64,8 @@ input, select, dialog, .viewcode-link { display: none !important; }
 .contents a > i { flex: 1; border-bottom: 1px dotted #999; margin: 0 0.4em 0.3em; }
 """
 
-# Sphinx nests the pages of the book under its root, each behind an empty span that bears its name.
-PREPARE = """({style, title, author, note, labels, parts}) => {
+# Sphinx nests the pages of the book under its root, each after an empty span that bears its name.
+PREPARE = """({style, title, author, note, pages}) => {
     document.documentElement.dataset.theme = document.documentElement.dataset.mode = 'light';
     document.head.append(Object.assign(document.createElement('style'), {textContent: style}));
     // Cells that only prepare are folded on the screen; on paper they are left out. Answers are printed.
@@ -78,7 +79,6 @@ PREPARE = """({style, title, author, note, labels, parts}) => {
         const e = Object.assign(document.createElement(name), props); e.append(...inside); return e; };
     const first = document.querySelector('article h1').closest('section');
     const list = make('ol', {});
-    const number = (heading, label) => label && heading.prepend(label + '  ');
     let count = 0;
     const enter = (heading, kind) => {
         heading.id = 'printed-' + ++count;
@@ -87,16 +87,16 @@ PREPARE = """({style, title, author, note, labels, parts}) => {
         const link = make('a', {href: '#' + heading.id}, make('span', {}, text.textContent), make('i', {}));
         list.append(make('li', {className: kind}, link));
     };
-    for (const [name, part] of Object.entries(parts)) {
+    for (const [name, part, number] of pages) {
         const heading = document.getElementById('document-' + name)?.nextElementSibling?.querySelector('h2');
         if (!heading) throw new Error(`page ${name} is missing`);
         if (part) list.append(make('li', {className: 'part'}, part));
-        number(heading, labels[name]);
+        if (number) heading.prepend(number + '  ');
         heading.classList.add('opens');
         enter(heading, 'page');
         let k = 0;
-        if (labels[name]) for (const below of heading.parentElement.querySelectorAll(':scope > section > h3')) {
-            number(below, labels[name] + '.' + ++k);
+        if (number) for (const below of heading.parentElement.querySelectorAll(':scope > section > h3')) {
+            below.prepend(number + '.' + ++k + '  ');
             enter(below, 'section');
         }
     }
@@ -107,44 +107,23 @@ PREPARE = """({style, title, author, note, labels, parts}) => {
     return Promise.all([...document.images].map(i => i.decode().catch(() => { throw new Error(i.src); })));
 }"""
 
-PUT_NUMBERS = """numbers => {
-    document.querySelectorAll('.contents a').forEach((a, i) => a.dataset.page = numbers[i]);
-}"""
 
-
-def labels(names: list[str]) -> dict[str, str]:
-    """Return the numbers of those pages that are chapters."""
-    chapters = [name for name in names if name in notebooks.chapters()]
-    return {name: str(i) for i, name in enumerate(chapters, start=1)}
-
-
-def parts(toc: Path = ROOT / "_toc.yml") -> dict[str, str]:
-    """Return the pages behind the root, each with the caption of the part that it opens, or nothing."""
-    found = {}
+def contents(toc: Path = ROOT / "_toc.yml") -> list[tuple[str, str, str]]:
+    """Return each page after the root: its name, the caption of the part that it opens, its number if a chapter."""
+    found, numbers = [], itertools.count(1)
     for part in yaml.safe_load(toc.read_text(encoding="utf-8"))["parts"]:
-        for i, page in enumerate(part["chapters"]):
-            found[str(page["file"])] = "" if i else str(part["caption"])
+        for i, page in enumerate(page["file"] for page in part["chapters"]):
+            number = str(next(numbers)) if page in notebooks.chapters() else ""
+            found.append((page, "" if i else part["caption"], number))
     return found
 
 
 def page_numbers(pdf: bytes, count: int) -> list[int]:
-    """Return the pages, from 1, of the headings printed-1 … printed-count.
-
-    Raises
-    ------
-    ValueError
-        If a heading cannot be found in the PDF.
-    """
+    """Return the pages, from 1, of the headings printed-1 … printed-count."""
     reader = PdfReader(io.BytesIO(pdf))
     targets = {name.lstrip("/"): target for name, target in reader.named_destinations.items()}
-    numbers = []
-    for i in range(1, count + 1):
-        target = targets.get(f"printed-{i}")
-        number = None if target is None else reader.get_destination_page_number(target)
-        if number is None:
-            raise ValueError(f"heading {i} of the table of contents is not in the PDF")
-        numbers.append(number + 1)
-    return numbers
+    found = (reader.get_destination_page_number(targets[f"printed-{i}"]) for i in range(1, count + 1))
+    return [number + 1 for number in found]
 
 
 def print_book(html: Path, chromium: str) -> bytes:
@@ -165,26 +144,24 @@ def print_book(html: Path, chromium: str) -> bytes:
                 "title": config["title"],
                 "author": config["author"],
                 "note": f"Version {citation['version']}",
-                "labels": labels(pages()),
-                "parts": parts(),
+                "pages": contents(),
             },
         )
 
-        def pdf(**options: bool) -> bytes:
-            printed: bytes = page.pdf(
-                prefer_css_page_size=True,
-                print_background=True,
-                display_header_footer=True,
-                header_template="<span></span>",
-                footer_template=FOOTER,
-                **options,
-            )
-            return printed
-
-        entries = page.locator(".contents a").count()
+        options = {
+            "prefer_css_page_size": True,
+            "print_background": True,
+            "display_header_footer": True,
+            "header_template": "<span></span>",
+            "footer_template": FOOTER,
+        }
+        entries = page.locator(".contents a")
         # The numbers take no space of their own that could move a page, so two passes suffice.
-        page.evaluate(PUT_NUMBERS, page_numbers(pdf(), entries))
-        final = pdf(outline=True, tagged=True)
+        numbers = page_numbers(page.pdf(**options), entries.count())
+        entries.evaluate_all(
+            "(links, numbers) => links.forEach((a, i) => a.dataset.page = numbers[i])", numbers
+        )
+        final: bytes = page.pdf(**options, outline=True, tagged=True)
         browser.close()
     return final
 

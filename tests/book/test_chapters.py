@@ -203,6 +203,7 @@ def test_a_build_that_lacks_a_page_or_needs_the_network_is_refused(tmp_path: Pat
     (tmp_path / "script.html").write_text('<script async src="https://example.org/x.js"></script>')
     (tmp_path / "style.html").write_text('<link href="//example.org/x.css" rel="stylesheet">')
     (tmp_path / "broken.html").write_text('<aside class="system-message">')
+    (tmp_path / "moved.html").write_text('<meta http-equiv="refresh" content="0; url=sound.html">')
     assert problems(tmp_path, ["sound"]) == []
-    for page in ("missing", "script", "style", "broken"):
+    for page in ("missing", "script", "style", "broken", "moved"):
         assert len(problems(tmp_path, ["sound", page])) == 1, page

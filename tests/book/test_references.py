@@ -16,8 +16,8 @@ sys.path.append(str(ROOT / "book" / "_ext"))
 
 import crosslinks
 
-BOOK = crosslinks.Book(ROOT / "book", crosslinks.Package(ROOT / "src", "policyopt"))
-ENTRIES = dict(BOOK.bibliography.entries) if BOOK.bibliography else {}
+BOOK = crosslinks.Book(ROOT / "book", ROOT / "src")
+ENTRIES = dict(BOOK.bibliography.entries)
 ITEMS = [
     (chapter, item)
     for chapter, notebook in BOOK.notebooks.items()
@@ -25,14 +25,7 @@ ITEMS = [
 ]
 
 
-def identify(item: str) -> str | None:
-    assert BOOK.bibliography is not None
-    return BOOK.bibliography.identify(item)
-
-
-def identifiers(text: str) -> set[str]:
-    return {i.lower() for pattern in (crosslinks.ARXIV, crosslinks.DOI) for i in pattern.findall(text)}
-
+identify = BOOK.bibliography.identify
 
 LISTED = {
     entry.fields[name].lower()
@@ -69,12 +62,12 @@ def test_every_identifier_in_the_chapters_is_listed() -> None:
     for name, notebook in BOOK.notebooks.items():
         text = "\n".join("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "markdown")
         text = re.sub(r"\(https?://\S*\)", "", text)
-        assert identifiers(text) - LISTED == set(), name
+        assert crosslinks.identifiers(text) - LISTED == set(), name
 
 
 def test_every_identifier_in_the_package_and_the_other_pages_is_listed() -> None:
     for file in [*(ROOT / "src").rglob("*.py"), *(ROOT / "book").glob("*.md")]:
-        assert identifiers(file.read_text(encoding="utf-8")) - LISTED == set(), file
+        assert crosslinks.identifiers(file.read_text(encoding="utf-8")) - LISTED == set(), file
 
 
 @pytest.mark.parametrize("key", ENTRIES)

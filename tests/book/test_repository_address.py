@@ -1,7 +1,7 @@
-"""The repository's address stands in one place, and all its quotations agree with it."""
+"""The repository's address is kept in one place, and all its quotations agree with it; so with the version."""
 
 import re
-import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 import notebooks
-from repository import ROOT, Repository, rewrite, tracked
+import policyopt
+from repository import ROOT, Repository
 
 HERE = Repository.of(ROOT)
 QUOTED = {
@@ -18,24 +19,24 @@ QUOTED = {
     "colab": r"colab\.research\.google\.com/github/([\w-]+/[\w.-]+)",
     "binder": r"mybinder\.org/v2/gh/([\w-]+/[\w.-]+)",
 }
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-def quotations(root: Path, kind: str) -> dict[str, set[str]]:
-    """Map each tracked file to the repositories that it quotes, test files left out."""
-    found = {}
-    for file in tracked(ROOT):
-        name = file.relative_to(ROOT)
-        if name.parts[0] != "tests":
-            slugs = set(re.findall(QUOTED[kind], (root / name).read_text(encoding="utf-8")))
-            if slugs:
-                found[str(name)] = slugs
-    return found
+def tracked() -> list[Path]:
+    """Return the text files that git tracks, or would with the next ``git add .``; without the tests."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
+    files = [ROOT / name for name in sorted({*names}) if name and not name.startswith("tests/")]
+    return [f for f in files if f.is_file() and b"\0" not in f.read_bytes()[:8192]]
 
 
 @pytest.mark.parametrize("kind", ["colab", "binder"])
 def test_every_launch_link_opens_this_repository(kind: str) -> None:
-    for file, slugs in quotations(ROOT, kind).items():
-        assert slugs == {HERE.slug}, f"{file} opens {slugs}; run make repo URL={HERE.url}"
+    found = {f: set(re.findall(QUOTED[kind], f.read_text(encoding="utf-8"))) for f in tracked()}
+    quoting = {f: slugs for f, slugs in found.items() if slugs}
+    assert ROOT / "README.md" in quoting
+    for file, slugs in quoting.items():
+        assert slugs == {HERE.slug}, f"{file} opens {slugs} instead of {HERE.slug}"
 
 
 def test_the_files_that_must_quote_the_address_do() -> None:
@@ -51,76 +52,26 @@ def test_the_files_that_must_quote_the_address_do() -> None:
     assert HERE.pages in readme
 
 
-def test_citation_and_package_have_one_version() -> None:
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert str(citation["version"]) == project["version"]
-
-
 @pytest.mark.parametrize("name", notebooks.chapters())
 def test_setup_cells_install_from_the_address(name: str) -> None:
     assert notebooks.setup_is_current(name), "run: python book/_tools/notebooks.py setup"
 
 
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    for file in tracked(ROOT):
-        target = tmp_path / file.relative_to(ROOT)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
-    return tmp_path
-
-
-def test_moving_leaves_no_trace_and_can_be_undone(copy: Path) -> None:
-    files = [copy / f.relative_to(ROOT) for f in tracked(ROOT)]
-    before = {file: file.read_bytes() for file in files}
-    # A capital, a dot and a digit: all are legal in a repository's name, and Pages has a lower-case host.
-    # Not written as an address here, for this file is among those that are rewritten.
-    there = Repository("Some-One", "another.book2")
-
-    changed = rewrite(there, copy, files)
-
-    assert {"pyproject.toml", "_config.yml", "README.md", "CITATION.cff"} <= {f.name for f in changed}
-    assert Repository.of(copy) == there
-    for file in files:
-        text = file.read_text(encoding="utf-8")
-        assert HERE.slug not in text, file
-        assert HERE.pages not in text, file
-    for kind in ("colab", "binder"):
-        assert all(slugs == {there.slug} for slugs in quotations(copy, kind).values())
-    for notebook in map(notebooks.read, copy.glob("book/*.ipynb")):
-        setup = next(c for c in notebook.cells if "setup" in c.metadata.get("tags", []))
-        assert setup.source == notebooks.setup_source(notebook, copy)
-
-    rewrite(HERE, copy, files)
-
-    assert {file: file.read_bytes() for file in files} == before
-
-
-def test_moving_spares_names_that_only_begin_alike(copy: Path) -> None:
-    file = copy / "note.md"
-    longer = f"https://github.com/{HERE.slug}-fork https://{HERE.pages}-fork/"
-    file.write_text(f"{longer} {HERE.url}.git {HERE.url}/issues")
-    there = Repository("a", "b")
-    rewrite(there, copy, [file])
-    assert file.read_text() == f"{longer} https://github.com/a/b.git https://github.com/a/b/issues"
-
-
-def test_pages_of_a_user_repository_have_no_folder() -> None:
-    assert Repository("Ann", "ann.github.io").pages == "ann.github.io"
-    assert Repository("Ann", "book").pages == "ann.github.io/book"
-
-
-@pytest.mark.parametrize(
-    "url", ["", "github.com/a/b", "https://gitlab.com/a/b", "https://github.com/a", "a/b"]
-)
-def test_other_addresses_are_refused(url: str) -> None:
+@pytest.mark.parametrize("url", ["", "github.com/a/b", "https://gitlab.com/a/b", "https://github.com/a"])
+def test_other_addresses_are_refused(tmp_path: Path, url: str) -> None:
+    (tmp_path / "pyproject.toml").write_text(f'[project.urls]\nRepository = "{url}"\n')
     with pytest.raises(ValueError, match=r"https://github\.com/OWNER/NAME"):
-        Repository.parse(url)
+        Repository.of(tmp_path)
 
 
-def test_common_spellings_are_accepted() -> None:
-    expected = Repository("a", "b.c")
-    assert Repository.parse("https://github.com/a/b.c") == expected
-    assert Repository.parse("https://github.com/a/b.c/") == expected
-    assert Repository.parse("https://github.com/a/b.c.git") == expected
+def test_one_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert policyopt.__version__ == version, "the installed package is older: make test reinstalls it"
+    assert str(yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]) == version
+    headings = re.findall(r"(?m)^## \[(.+?)\](?: - (.+))?$", CHANGELOG)
+    assert [name for name, _ in headings[:2]] == ["Unreleased", version]
+    for _, date in headings[2:]:
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", date)
+    links = dict(re.findall(r"(?m)^\[([^\]]+)\]: (\S+)$", CHANGELOG))
+    assert links.pop("Unreleased") == f"{HERE.url}/compare/v{version}...HEAD"
+    assert links == {name: f"{HERE.url}/releases/tag/v{name}" for name, _ in headings[1:]}

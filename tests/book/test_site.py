@@ -1,7 +1,6 @@
 """What search engines, link previews and old bookmarks see of the book."""
 
 import html
-import os
 import re
 import struct
 import subprocess
@@ -11,14 +10,13 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
-from sphinx.application import Sphinx
-from sphinx.config import Config
 
 import build_book
 from repository import ROOT
 
 sys.path.append(str(ROOT / "book" / "_ext"))
-from bookmeta import descriptions, point_at_release, redirects
+import crosslinks
+from bookmeta import descriptions
 
 BOOK = ROOT / "book"
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
@@ -42,34 +40,6 @@ def test_descriptions_are_plain_sentences() -> None:
         "| Chapter | Do |\n|:--|:--|\n| [A title](a.ipynb) | see *what* [it](b.md) does to `x` | 5 min |\n"
     )
     assert descriptions(table) == {"a": "See what it does to x."}
-
-
-def test_redirects_are_relative_to_the_old_page() -> None:
-    assert redirects("# nothing yet\n", {"mdp"}) == {}
-    text = "old: mdp\napi/old: api/new#place\ndeep/er/old: mdp\n"
-    assert redirects(text, {"mdp", "api/new"}) == {
-        "old": "mdp.html",
-        "api/old": "../api/new.html#place",
-        "deep/er/old": "../../mdp.html",
-    }
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("mdp: ppo", "'mdp' away, but that page exists"),
-        ("old: gone", "'old' to 'gone', which is no page"),
-        ("old: older\nolder: mdp", "'old' to 'older'"),
-        ("[old, new]", "must map"),
-    ],
-)
-def test_wrong_redirects_are_refused(text: str, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        redirects(text, {"mdp", "ppo"})
-
-
-def test_the_redirects_of_the_book_lead_to_pages() -> None:
-    redirects((BOOK / "redirects.yml").read_text(encoding="utf-8"), set(build_book.pages()))
 
 
 def test_the_preview_picture_has_the_size_that_the_pages_say() -> None:
@@ -98,7 +68,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (source / "a.md").write_text("# A\n\nFirst words.\n")
     (source / "sub").mkdir()
     (source / "sub" / "b.md").write_text("# B\n\nWords of b.\n")
-    (source / "redirects.yml").write_text("old: a\nsub/older: sub/b\n")
     kept = {k: v for k, v in SPHINX.items() if k.startswith(("ogp_", "sitemap_", "redirect_"))}
     settings = {
         "extensions": [
@@ -113,13 +82,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "project": "Tiny",
         "version": "9.9",
         **kept,
+        "redirects": {"old": "a.html", "sub/older": "b.html#b", "lost": "nowhere.html"},
     }
     lines = [f"import sys\nsys.path.append({str(BOOK / '_ext')!r})"]
     (source / "conf.py").write_text("\n".join(lines + [f"{k} = {v!r}" for k, v in settings.items()]))
     subprocess.run(
         [sys.executable, "-m", "sphinx", "-q", "-W", "-b", "html", source, source / "out"],
         check=True,
-        env={**os.environ, "BOOK_REF": ""},
     )
     return source / "out"
 
@@ -145,13 +114,16 @@ def test_previews(tiny: Path) -> None:
     assert other["og:url"] == f"{BASE}sub/b.html"
 
 
-@pytest.mark.parametrize(("old", "new"), [("old", "a.html"), ("sub/older", "../sub/b.html")])
+@pytest.mark.parametrize(("old", "new"), [("old", "a.html"), ("sub/older", "b.html#b")])
 def test_redirect_pages(tiny: Path, old: str, new: str) -> None:
     text = (tiny / f"{old}.html").read_text(encoding="utf-8")
     assert set(re.findall(r'(?:url=|href=")([^"]+)"', text)) == {new}
     assert text.count(f'href="{new}"') == 2  # for search engines and for readers
     assert '<html lang="en">' in text
-    assert ((tiny / old).parent / new).resolve().is_file()
+
+
+def test_a_redirect_that_leads_nowhere_is_a_dead_link(tiny: Path) -> None:
+    assert build_book.dead_links(tiny) == ["lost.html: nowhere.html: no such file"]
 
 
 def sitemap(folder: Path) -> set[str]:
@@ -163,17 +135,6 @@ def sitemap(folder: Path) -> set[str]:
 
 def test_sitemap_names_each_page_once_without_version(tiny: Path) -> None:
     assert sitemap(tiny) == {f"{BASE}{page}.html" for page in ("index", "a", "sub/b")}
-
-
-def test_the_buttons_of_a_released_book_open_that_release(monkeypatch: pytest.MonkeyPatch) -> None:
-    app, config = Sphinx.__new__(Sphinx), Config({}, {"html_theme_options": {"repository_branch": "main"}})
-    config.add("html_theme_options", {}, "html", dict)
-    monkeypatch.delenv("BOOK_REF", raising=False)
-    point_at_release(app, config)
-    assert config.html_theme_options == {"repository_branch": "main"}
-    monkeypatch.setenv("BOOK_REF", "v1.2.3")
-    point_at_release(app, config)
-    assert config.html_theme_options == {"repository_branch": "v1.2.3"}
 
 
 def built_page() -> Path:
@@ -202,3 +163,34 @@ def test_the_buttons_of_the_built_book_open_its_chapters() -> None:
         text = (built / f"{chapter.stem}.html").read_text(encoding="utf-8")
         (path,) = re.findall(r'href="https://mybinder\.org/v2/gh/[^?"]+\?urlpath=([^"]+)"', text)
         assert path == f"lab/tree/book/{chapter.name}"
+
+
+def test_links_between_chapters_and_api_pages_go_both_ways() -> None:
+    """What a chapter uses and an API page documents is linked there, and the entry names the chapter."""
+    built = built_page().parent
+    documented, named = set(), set()
+    for page in (built / "api").glob("*.html"):
+        entry = ""
+        pattern = r'(?s)<dt class="sig sig-object py" id="([\w.]+)"|<p class="used-in">(.*?)</p>'
+        for identity, chapters in re.findall(pattern, page.read_text(encoding="utf-8")):
+            entry = identity or entry
+            documented.add(crosslinks.resolve(entry))
+            named |= {(entry, chapter) for chapter in re.findall(r'href="\.\./([\w-]+)\.html"', chapters)}
+    listed = set()
+    for chapter, used in crosslinks.book().uses.items():
+        text = (built / f"{chapter}.html").read_text(encoding="utf-8")
+        (section,) = re.findall(r'(?s)<ul class="[^"]*from-the-package.*?</ul>', text)
+        entries = re.findall(r'href="api/[\w-]+\.html#([\w.]+)"', section)
+        assert {crosslinks.resolve(entry) for entry in entries} == used.keys() & documented, chapter
+        assert section.count("<a ") == len(used), f"{chapter}: a name without a link"
+        listed |= {(entry, chapter) for entry in entries}
+    assert listed == named
+    assert len(listed) > 200
+
+
+def test_references_lead_back_to_the_pages_that_cite_them() -> None:
+    text = (built_page().parent / "references.html").read_text(encoding="utf-8")
+    cited = re.findall(r'(?s)<p class="cited-in">(.*?)</p>', text)
+    assert len(cited) == len(crosslinks.book().bibliography.entries)
+    named = {chapter for links in cited for chapter in re.findall(r'href="([\w-]+)\.html"', links)}
+    assert named == {p.stem for p in BOOK.glob("*.ipynb")}

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from policyopt.lm.data import (
+    Example,
+    Item,
+    Limits,
+    Pair,
+    PromptExample,
+    RankedList,
     batch_indices,
     encode_completion,
     encode_prompt,
     epoch_order,
+    fingerprint,
     pad_id,
     preference_pairs,
     prompt_examples,
@@ -322,7 +337,7 @@ def test_a_tokenizer_without_eos() -> None:
 @pytest.mark.parametrize(
     ("template", "eos", "expected"),
     [
-        (CHATML, END, "Ho<|im_end|>"),  # the newline behind it is the template's
+        (CHATML, END, "Ho<|im_end|>"),  # the newline after it is the template's
         (CHATML, EOS, "Ho<|im_end|>"),  # the template's own end, where EOS is another token
         (TRIMMED, EOS, "Ho</s>"),
         (INSTRUCTION, EOS, " Ho</s>"),  # the space is the model's to write
@@ -513,24 +528,33 @@ def test_a_bad_record_is_named(
 def test_truncation_keeps_the_end_of_prompts_and_the_beginning_of_completions() -> None:
     tokenizer = byte_tokenizer(adds="<s> $A")
     (example,) = sft_examples(
-        [{"prompt": "abcdef", "completion": "uvwxyz"}], tokenizer,
-        context_length=5, max_prompt_tokens=3, max_completion_tokens=2,
-    )  # fmt: skip
+        [{"prompt": "abcdef", "completion": "uvwxyz"}],
+        tokenizer,
+        Limits(context_length=5, max_prompt_tokens=3, max_completion_tokens=2),
+    )
 
     assert text_of(tokenizer, example.prompt_ids) == "def"
     assert text_of(tokenizer, example.completion_ids) == "uv", "EOS goes with the rest"
 
     (short,) = sft_examples(
-        [{"prompt": "ab", "completion": "u"}], tokenizer, max_prompt_tokens=3, max_completion_tokens=2
+        [{"prompt": "ab", "completion": "u"}],
+        tokenizer,
+        Limits(max_prompt_tokens=3, max_completion_tokens=2),
     )
     assert text_of(tokenizer, short.prompt_ids + short.completion_ids) == "<s>abu</s>"
+
+
+@pytest.mark.parametrize("name", ["context_length", "max_prompt_tokens", "max_completion_tokens"])
+def test_limits_are_positive(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be >= 1 or None, got 0"):
+        Limits(**{name: 0})
 
 
 def test_pairs_that_truncation_makes_equal() -> None:
     data = [{"prompt": "a", "chosen": "same beginning", "rejected": "same end"}]
     with pytest.raises(ValueError, match=r"item 0: .*or raise max_completion_tokens above 4"):
-        preference_pairs(data, byte_tokenizer(), max_completion_tokens=4)
-    assert preference_pairs(data, byte_tokenizer(), max_completion_tokens=6)
+        preference_pairs(data, byte_tokenizer(), Limits(max_completion_tokens=4))
+    assert preference_pairs(data, byte_tokenizer(), Limits(max_completion_tokens=6))
 
 
 def test_items_longer_than_the_context() -> None:
@@ -541,32 +565,105 @@ def test_items_longer_than_the_context() -> None:
         {"prompt": "abcdefgh", "completion": "uv"},
     ]
     with pytest.raises(ValueError, match="item 1: the prompt has 7 tokens and the completion has 2") as error:
-        sft_examples(sft, tokenizer, context_length=8)
+        sft_examples(sft, tokenizer, Limits(8))
     assert "the model's context of 8 (2 of 3 items are too long)" in str(error.value)
     remedy = re.search(r"set max_prompt_tokens to at most (\d+)", str(error.value))
     assert remedy is not None
-    sft_examples(sft, tokenizer, context_length=8, max_prompt_tokens=int(remedy[1]))
-    sft_examples(sft, tokenizer, context_length=11)
+    sft_examples(sft, tokenizer, Limits(8, int(remedy[1])))
+    sft_examples(sft, tokenizer, Limits(11))
 
     with pytest.raises(
         ValueError, match=r"item 2: .*set max_completion_tokens below 3 and max_prompt_tokens"
     ):
-        sft_examples(sft, tokenizer, context_length=3, max_prompt_tokens=1)
+        sft_examples(sft, tokenizer, Limits(3, 1))
     with pytest.raises(ValueError, match="item 0: the prompt has 1 tokens and the completion has 4"):
-        preference_pairs([{"prompt": "a", "chosen": "x", "rejected": "yyy"}], tokenizer, context_length=4)
+        preference_pairs([{"prompt": "a", "chosen": "x", "rejected": "yyy"}], tokenizer, Limits(4))
     with pytest.raises(ValueError, match="item 0: the prompt has 1 tokens and the completion has 4"):
-        ranked_lists([{"prompt": "a", "ranked": ["x", "yyy"]}], tokenizer, context_length=4)
+        ranked_lists([{"prompt": "a", "ranked": ["x", "yyy"]}], tokenizer, Limits(4))
 
 
 def test_prompts_leave_room_for_what_will_be_sampled() -> None:
     tokenizer = byte_tokenizer()
     data = [{"prompt": "ab"}, {"prompt": "abcde"}]
     with pytest.raises(ValueError, match=r"item 1: the prompt has 5 tokens .* may have 4.*at most 4$"):
-        prompt_examples(data, tokenizer, reserve=4, context_length=8)
-    examples = prompt_examples(data, tokenizer, reserve=4, context_length=8, max_prompt_tokens=4)
+        prompt_examples(data, tokenizer, Limits(8), reserve=4)
+    examples = prompt_examples(data, tokenizer, Limits(8, 4), reserve=4)
     assert text_of(tokenizer, examples[1].prompt_ids) == "bcde"
     with pytest.raises(ValueError, match="set max_new_tokens below 8"):
-        prompt_examples(data, tokenizer, reserve=8, context_length=8)
+        prompt_examples(data, tokenizer, Limits(8), reserve=8)
+
+
+# --- identity --------------------------------------------------------------------------------------------------
+
+
+class Plain:
+    """Has no value of its own: its repr is its address."""
+
+
+def some_function() -> None: ...
+
+
+def items_of_every_kind(**columns: Any) -> list[Item]:
+    return [
+        Example("a", [1], [2]),
+        Pair("a", [1], [2], [3]),
+        RankedList("a", [1], [[2], [3], [4]]),
+        PromptExample("a", [1], columns),
+    ]
+
+
+def test_equal_data_has_one_fingerprint() -> None:
+    values: list[Any] = [
+        1, None, math.nan, "é", [1, {"a": (2,)}], Fraction(1, 2), torch.arange(2000), np.float64(0.5), {"a", "b"},
+    ]  # fmt: skip
+    for value in values:
+        twin = copy.deepcopy(value)
+        assert fingerprint(items_of_every_kind(x=value)) == fingerprint(items_of_every_kind(x=twin))
+    a, b = {"a": 1, "b": 2}, {"b": 2, "a": 1}
+    assert fingerprint(items_of_every_kind(**a)) == fingerprint(items_of_every_kind(**b))
+    assert fingerprint([]) != fingerprint(items_of_every_kind())
+
+
+def test_whatever_differs_changes_the_fingerprint() -> None:
+    """Tokens, where they are cut, their order, the kind of item, and every value of a column."""
+    changed = torch.arange(2000)
+    changed[1000] = 0  # where the repr has an ellipsis
+    columns: list[dict[str, Any]] = [
+        {}, {"x": 1}, {"x": 1.5}, {"x": "1"}, {"x": True}, {"y": 1}, {"x": None}, {"x": [1]}, {"x": {1}},
+        {"x": {(1, 2): 3}}, {"x": {(1, 2): 4}}, {"x": torch.arange(2000)}, {"x": changed}, {"x": Plain()},
+        {"x": some_function}, {"x": Fraction(1, 2)}, {"x": Fraction(1, 3)},
+    ]  # fmt: skip
+    data: list[list[Item]] = [items_of_every_kind(**c) for c in columns]
+    data += [
+        [Example("a", [1, 2], [3])],
+        [Example("a", [1], [2, 3])],
+        [Example("a", [1], [3, 2])],
+        [Pair("a", [1], [2], [3])],
+        [Pair("a", [1], [3], [2])],
+        [Example("a", [1], [2]), Example("a", [3], [4])],
+        [Example("a", [3], [4]), Example("a", [1], [2])],
+        [RankedList("a", [1], [[2], [3], [4], [5]])],
+        [Pair("a", [1], [2], [3]), Example("a", [4], [5])],
+    ]
+    assert len({fingerprint(items) for items in data}) == len(data)
+
+
+def test_the_fingerprint_is_the_same_in_every_process() -> None:
+    """No address and no random hash gets in."""
+    script = (
+        "from policyopt.lm.data import PromptExample, fingerprint\n"
+        "class Judge: pass\n"
+        "x = [Judge(), {'a', 'b', 'c', 'd'}, lambda: 0, {(1, 2): Judge}, [Judge().__init__]]\n"
+        "print(fingerprint([PromptExample('a', [1], {'x': value}) for value in x]))\n"
+    )
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", f"padding = [object()] * {i}\n{script}"],
+            env={**os.environ, "PYTHONHASHSEED": str(i)}, capture_output=True, text=True, check=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    assert runs[0].stdout == runs[1].stdout != ""
 
 
 # --- order -----------------------------------------------------------------------------------------------------

@@ -117,22 +117,6 @@ def test_select() -> None:
     assert len(batch().select(torch.tensor([], dtype=torch.long))) == 0
 
 
-def test_truncation_cuts_prompts_only() -> None:
-    s = batch().truncate_prompts(6)
-    assert s.completion_ids.equal(batch().completion_ids)
-    prompts = [ids[mask].tolist() for ids, mask in zip(s.prompt_ids, s.prompt_mask, strict=True)]
-    assert prompts == [[2, 3], [6, 7, 8, 9], [10]]  # room beside the longest completion, 4, 2 and 1
-    assert s.prompt_ids.shape == (3, 4)
-    short = Sequences.pad(prompts, COMPLETIONS, INDEX)
-    model = tiny_llama()
-    torch.testing.assert_close(
-        completion_log_probs(model, s).log_probs, completion_log_probs(model, short).log_probs
-    )
-    assert batch().truncate_prompts(100).prompt_ids.equal(batch().prompt_ids)
-    with pytest.raises(ValueError, match="completion 1 has 4 tokens, which leaves no room for its prompt"):
-        batch().truncate_prompts(4)
-
-
 # --- hidden states ----------------------------------------------------------------------------------------------
 
 

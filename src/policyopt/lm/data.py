@@ -1,14 +1,17 @@
 """Data sets of texts and chats: read, checked, and turned into token ids.
 
 A record is a mapping from column names to values. Every trainer says which columns it
-reads; a list of dicts, a JSON Lines file and a Hugging Face data set are all read
-alike. What is wrong with a record is said here, before anything is trained, with the
+reads; a list of dicts, a JSON Lines file and a Hugging Face data set are read in the
+same way. What is wrong with a record is said here, before anything is trained, with the
 record's number and what to do about it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,8 @@ from policyopt.runs import derive_seed
 
 __all__ = [
     "Example",
+    "Item",
+    "Limits",
     "Pair",
     "Prompt",
     "PromptExample",
@@ -30,6 +35,7 @@ __all__ = [
     "encode_completion",
     "encode_prompt",
     "epoch_order",
+    "fingerprint",
     "pad_id",
     "preference_pairs",
     "prompt_examples",
@@ -42,51 +48,93 @@ __all__ = [
 Message = dict[str, str]
 Prompt = str | list[Message]
 """Plain text, or a conversation: a list of {"role": …, "content": …}."""
+_MESSAGE = '{"role": "user", "content": "…"}'
 
 Records = Iterable[Mapping[str, Any]] | str | Path
 """Dicts, a Hugging Face data set, or the path of a JSON Lines file."""
+_RECORDS = "dicts, a Hugging Face data set or the path of a JSON Lines file"
 
-ItemT = TypeVar("ItemT")
-
-GIVEN = ("completions", "prompts", "finished")
+GIVEN = frozenset({"completions", "prompts", "finished"})
 """What reward functions are handed besides the columns of the data."""
 
 
 @dataclass(frozen=True)
-class Example:
-    """A prompt and the completion to learn."""
+class Limits:
+    """How many tokens an item of the data may have. None sets no limit."""
 
-    prompt: Prompt
-    prompt_ids: list[int]
-    completion_ids: list[int]
+    context_length: int | None = None
+    """Prompt and completion together: a longer item is an error."""
+    max_prompt_tokens: int | None = None
+    """Of a longer prompt, keep this many tokens at the *end*."""
+    max_completion_tokens: int | None = None
+    """Of a longer completion, keep this many tokens at the beginning; it loses its
+    EOS. Items without completions are not affected.
+    """
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1 or None, got {value!r}")
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two different completions of a prompt, one preferred."""
+class Item:
+    """What all items of a data set have: a prompt, and any number of completions."""
 
     prompt: Prompt
     prompt_ids: list[int]
+
+    @property
+    def completions(self) -> list[list[int]]:
+        """Token ids of the completions, whatever their names."""
+        return []
+
+
+@dataclass(frozen=True)
+class Example(Item):
+    """A prompt and the completion to learn."""
+
+    completion_ids: list[int]
+
+    @property
+    def completions(self) -> list[list[int]]:
+        """The one to learn."""
+        return [self.completion_ids]
+
+
+@dataclass(frozen=True)
+class Pair(Item):
+    """Two different completions of a prompt, one preferred."""
+
     chosen_ids: list[int]
     rejected_ids: list[int]
 
+    @property
+    def completions(self) -> list[list[int]]:
+        """The chosen one, then the rejected one."""
+        return [self.chosen_ids, self.rejected_ids]
+
 
 @dataclass(frozen=True)
-class RankedList:
+class RankedList(Item):
     """Two or more different completions of a prompt, the best first."""
 
-    prompt: Prompt
-    prompt_ids: list[int]
     ranked_ids: list[list[int]]
+
+    @property
+    def completions(self) -> list[list[int]]:
+        """All of them, the best first."""
+        return self.ranked_ids
 
 
 @dataclass(frozen=True)
-class PromptExample:
+class PromptExample(Item):
     """A prompt to complete, and what else the record holds for the reward functions."""
 
-    prompt: Prompt
-    prompt_ids: list[int]
     columns: dict[str, Any]
+
+
+ItemT = TypeVar("ItemT", bound=Item)
 
 
 # --- reading ---
@@ -152,28 +200,25 @@ def split_records(
 
 def _named_records(data: Records) -> list[tuple[str, dict[str, Any]]]:
     """Read all records, each with the name that error messages call it by."""
-    named = list(_lines(Path(data)) if isinstance(data, (str, Path)) else _items(data))
+    if isinstance(data, (str, Path)):
+        source, named = str(data), list(_lines(Path(data)))
+    else:
+        source, named = "the data set", list(_items(data))
     if not named:
-        raise ValueError(
-            f"{data if isinstance(data, (str, Path)) else 'the data set'} holds no "
-            "records"
-        )
+        raise ValueError(f"{source} holds no records")
     return named
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        content = path.read_bytes()
+        content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except (FileNotFoundError, IsADirectoryError) as error:
         raise FileNotFoundError(
-            f"there is no file {path}; data are dicts, a Hugging Face data set or the "
-            "path of a JSON Lines file"
+            f"there is no file {path}; data are {_RECORDS}"
         ) from error
     # Only \n ends a line: JSON texts may hold the other separators that str.splitlines
     # knows.
-    for number, line in enumerate(
-        content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1
-    ):
+    for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         name = f"{path}, line {number}"
@@ -184,40 +229,34 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 f"{name}: not UTF-8 text ({error}); save the file as UTF-8 JSON Lines"
             ) from error
         except json.JSONDecodeError as error:
+            where = f"{error.msg}, column {error.colno}: {quote(error.doc)}"
             raise ValueError(
-                f"{name}: not JSON ({error.msg}, column {error.colno}: "
-                f"{_shorten(error.doc)!r}); a JSON Lines file holds one JSON object on "
-                "each line"
+                f"{name}: not JSON ({where}); write one JSON object on each line"
             ) from error
         if not isinstance(record, dict):
-            raise ValueError(
-                f'{name}: must be a JSON object such as {{"prompt": …}}, got {_shorten(repr(record))}'
-            )
+            got = quote(record)
+            raise ValueError(f"{name}: must be a JSON object of columns, got {got}")
         yield name, record
 
 
 def _items(data: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     if isinstance(data, Mapping):
         raise ValueError(
-            f"the data must be a sequence of records, got a {type(data).__name__} with "
-            f"the keys {[str(key) for key in data]}; if these are splits, choose one: "
-            "data['train']"
+            f"the data must be records, got a {type(data).__name__} with the keys "
+            f"{[*map(str, data)]}; if these are splits, choose one: data['train']"
         )
     if not isinstance(data, Iterable):
-        raise TypeError(
-            "data must be dicts, a Hugging Face data set or the path of a JSON Lines "
-            f"file, got {type(data).__name__}"
-        )
+        raise TypeError(f"data must be {_RECORDS}, got {type(data).__name__}")
     for i, record in enumerate(data):
         if not isinstance(record, Mapping):
-            raise ValueError(
-                f"item {i}: must be a dict of columns, got {type(record).__name__} "
-                f"{_shorten(repr(record))}"
-            )
+            got = f"{type(record).__name__} {quote(record)}"
+            raise ValueError(f"item {i}: must be a dict of columns, got {got}")
         yield f"item {i}", dict(record)
 
 
-def _shorten(text: str, width: int = 80) -> str:
+def quote(value: object, width: int = 80) -> str:
+    """Represent a value in an error message, by at most ``width`` characters."""
+    text = repr(value)
     return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
@@ -257,15 +296,14 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
         _check_messages(prompt, "prompt")
         if prompt[-1]["role"] == "assistant":
             raise ValueError(
-                "the prompt must not end with the assistant's message, which is what a "
-                "completion is; move it to the completion, or add the next message of "
-                "the user"
+                "the prompt must not end with the assistant's message; move it to the "
+                "completion, or add the next message of the user"
             )
         ids = _ids(tokenizer, _render(tokenizer, prompt, generate=True))
     if not ids:
         raise ValueError(
-            "the prompt is empty and the tokenizer begins no text with BOS, so there "
-            "is no state to act in; begin the prompt with some text"
+            "the prompt is empty and the tokenizer adds no BOS, so there is no state "
+            "to act in; begin the prompt with some text"
         )
     return ids
 
@@ -301,22 +339,18 @@ def encode_completion(
     opening, ending = ("", "") if isinstance(prompt, str) else _frame(tokenizer, prompt)
     if text.startswith(opening):
         opening = ""
-    stops = _special_tokens(tokenizer) if ending else []
-    if eos and ending and not text.endswith(tuple(stops)):
-        return _ids(tokenizer, opening + text + ending)
+    if eos and ending and not text.endswith(tuple(_special_tokens(tokenizer))):
+        text += ending
     ids = _ids(tokenizer, opening + text)
-    if not eos or (stops and text.endswith(tuple(stops))):
+    if not eos or ending:
         return ids
     if tokenizer.eos_token_id is None:
         raise ValueError(
             "the tokenizer has no end-of-sequence token, so no completion could ever "
             "end; set one: tokenizer.eos_token = '<a token of its vocabulary>'"
         )
-    return (
-        ids
-        if ids[-1:] == [tokenizer.eos_token_id]
-        else [*ids, int(tokenizer.eos_token_id)]
-    )
+    end = [int(tokenizer.eos_token_id)]
+    return ids if ids[-1:] == end else ids + end
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -347,11 +381,10 @@ def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     plain, framed = _tokenize(tokenizer, text), _tokenize(tokenizer, text, special=True)
     if not plain:
         return framed[:1] if framed[:1] == [tokenizer.bos_token_id] else []
-    first = next(
-        (k for k in range(len(framed)) if framed[k : k + len(plain)] == plain), 0
-    )
-    opening = framed[:first]
-    return plain if plain[:first] == opening else opening + plain
+    length = len(plain)
+    starts = (k for k in range(len(framed)) if framed[k : k + length] == plain)
+    opening = framed[: next(starts, 0)]
+    return plain if plain[: len(opening)] == opening else opening + plain
 
 
 def _render(
@@ -359,18 +392,15 @@ def _render(
 ) -> str:
     if not tokenizer.chat_template:
         raise ValueError(
-            "the tokenizer has no chat template, so messages cannot be written as one "
-            "text; use a chat model's tokenizer, set tokenizer.chat_template, or give "
-            "plain texts"
+            "the tokenizer has no chat template to write messages with; use a chat "
+            "model's tokenizer, set tokenizer.chat_template, or give plain texts"
         )
     try:
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=generate
         )
     except Exception as error:  # templates raise what they like
-        raise ValueError(
-            f"the tokenizer's chat template refuses the messages: {error}"
-        ) from error
+        raise ValueError(f"the chat template refuses the messages: {error}") from error
     return str(text)
 
 
@@ -381,42 +411,38 @@ def _frame(
     the token that stops.
     """
     words = "Words"
+    answer = {"role": "assistant", "content": words}
     before = _render(tokenizer, prompt, generate=True)
-    whole = _render(
-        tokenizer, [*prompt, {"role": "assistant", "content": words}], generate=False
-    )
+    whole = _render(tokenizer, [*prompt, answer], generate=False)
     start = whole.rfind(words)
     # Space in front of the words is the model's to write. Anything longer, such as an
     # empty block of thoughts, is the template's way to show finished messages, and the
     # completion's own text says what is to be written.
     opening = whole[len(before) : start] if whole.startswith(before) else ""
     ending = whole[start + len(words) :] if start >= 0 else ""
-    stops = [token for token in [tokenizer.eos_token] if token and token in ending]
-    stops = stops or [token for token in _special_tokens(tokenizer) if token in ending]
-    ends = [ending.index(token) + len(token) for token in stops]
-    return (opening if opening.isspace() else ""), (ending[: min(ends)] if ends else "")
+    eos = tokenizer.eos_token
+    stops = [eos] if eos and eos in ending else _special_tokens(tokenizer)
+    ends = [ending.index(token) + len(token) for token in stops if token in ending]
+    return opening if opening.isspace() else "", ending[: min(ends, default=0)]
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    added = [
-        token.content
-        for token in tokenizer.added_tokens_decoder.values()
-        if token.special
-    ]
-    return sorted({*tokenizer.all_special_tokens, *added})
+    added = tokenizer.added_tokens_decoder.values()
+    special = {token.content for token in added if token.special}
+    return sorted(special | set(tokenizer.all_special_tokens))
 
 
 def _check_messages(messages: Any, column: str) -> None:
     if not isinstance(messages, list) or not messages:
         raise ValueError(
             f"{column} must be text or a non-empty list of messages, got "
-            f"{type(messages).__name__} {_shorten(repr(messages))}"
+            f"{type(messages).__name__} {quote(messages)}"
         )
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(
-                f'message {i} of {column} must look like {{"role": "user", "content": "…"}}, '
-                f"got {_shorten(repr(message))}"
+                f"message {i} of {column} must look like {_MESSAGE}, "
+                f"got {quote(message)}"
             )
 
 
@@ -431,29 +457,11 @@ def _completion_text(completion: Any, column: str = "completion") -> str:
         )
     content = completion[0].get("content")
     if not isinstance(content, str):
-        raise ValueError(
-            f"the content of {column} must be text, got {_shorten(repr(content))}"
-        )
+        raise ValueError(f"the content of {column} must be text, got {quote(content)}")
     return content
 
 
-# --- records to examples ---
-
-
-@dataclass(frozen=True)
-class Limits:
-    """temporary"""
-
-    context_length: int | None = None
-    max_prompt_tokens: int | None = None
-    max_completion_tokens: int | None = None
-
-
-def fingerprint(items: Any) -> str:
-    """Temporary"""
-    import hashlib
-
-    return hashlib.sha256(repr(items).encode()).hexdigest()[:16]
+# --- records to items ---
 
 
 def sft_examples(
@@ -468,13 +476,8 @@ def sft_examples(
         assistant message); or ``messages``, a conversation whose last message is the
         assistant's: that message is the completion.
     tokenizer : PreTrainedTokenizerBase
-    context_length : int, optional
-        Most tokens of prompt and completion together.
-    max_prompt_tokens : int, optional
-        Keep this many tokens at the *end* of a longer prompt.
-    max_completion_tokens : int, optional
-        Keep this many tokens at the beginning of a longer completion, which thereby
-        loses its EOS.
+    limits : Limits
+        Where to cut, and what is too long.
 
     Raises
     ------
@@ -484,24 +487,13 @@ def sft_examples(
 
     def make(record: dict[str, Any]) -> Example:
         if record.get("messages") is not None and record.get("completion") is None:
-            prompt, completion = _split_conversation(record["messages"], "messages")
+            prompt, text = _split_conversation(record["messages"], "messages")
         else:
-            prompt, completion = (
-                _column(record, "prompt"),
-                _column(record, "completion"),
-            )
-        return Example(
-            prompt,
-            _cut_prompt(encode_prompt(tokenizer, prompt), limits.max_prompt_tokens),
-            encode_completion(tokenizer, completion, prompt)[
-                : limits.max_completion_tokens
-            ],
-        )
+            prompt, text = _column(record, "prompt"), _column(record, "completion")
+        ids, encoded = _encode(tokenizer, limits, prompt, {"completion": text})
+        return Example(prompt, ids, *encoded)
 
-    examples = _make_all(_named_records(data), make)
-    lengths = [(name, len(e.prompt_ids), len(e.completion_ids)) for name, e in examples]
-    _check_lengths(lengths, limits.context_length)
-    return [example for _, example in examples]
+    return _read(data, make, limits)
 
 
 def preference_pairs(
@@ -515,7 +507,7 @@ def preference_pairs(
         Columns ``prompt``, ``chosen`` and ``rejected``, texts or messages as in
         :func:`sft_examples`. Where ``chosen`` and ``rejected`` are whole conversations,
         what they have in common up to their last message is the prompt.
-    tokenizer, limits.context_length, limits.max_prompt_tokens, max_completion_tokens
+    tokenizer, limits
         As in :func:`sft_examples`.
 
     Raises
@@ -526,42 +518,23 @@ def preference_pairs(
     """
 
     def make(record: dict[str, Any]) -> Pair:
-        chosen, rejected = _column(record, "chosen"), _column(record, "rejected")
-        if (
-            isinstance(chosen, list)
-            and isinstance(rejected, list)
-            and max(len(chosen), len(rejected)) > 1
-        ):
-            prompt, chosen = _split_conversation(chosen, "chosen")
-            prompt_of_rejected, rejected = _split_conversation(rejected, "rejected")
+        texts = {name: _column(record, name) for name in ("chosen", "rejected")}
+        lists = all(isinstance(text, list) for text in texts.values())
+        if lists and max(map(len, texts.values())) > 1:
+            split = [_split_conversation(text, name) for name, text in texts.items()]
+            (prompt, chosen), (prompt_of_rejected, rejected) = split
+            texts = {"chosen": chosen, "rejected": rejected}
             if prompt != prompt_of_rejected:
                 raise ValueError(
                     "chosen and rejected must be the same conversation up to their "
-                    "last message; drop the item, or give the common part as prompt "
-                    "and one message each as chosen and rejected"
+                    "last message; drop the item, or give a prompt and one message each"
                 )
         else:
             prompt = _column(record, "prompt")
-        encoded = [
-            encode_completion(tokenizer, _completion_text(text, column), prompt)[
-                : limits.max_completion_tokens
-            ]
-            for column, text in (("chosen", chosen), ("rejected", rejected))
-        ]
-        _check_different(encoded, ["chosen", "rejected"], limits.max_completion_tokens)
-        return Pair(
-            prompt,
-            _cut_prompt(encode_prompt(tokenizer, prompt), limits.max_prompt_tokens),
-            *encoded,
-        )
+        ids, encoded = _encode(tokenizer, limits, prompt, texts)
+        return Pair(prompt, ids, *encoded)
 
-    pairs = _make_all(_named_records(data), make)
-    lengths = [
-        (name, len(p.prompt_ids), max(len(p.chosen_ids), len(p.rejected_ids)))
-        for name, p in pairs
-    ]
-    _check_lengths(lengths, limits.context_length)
-    return [pair for _, pair in pairs]
+    return _read(data, make, limits)
 
 
 def ranked_lists(
@@ -575,7 +548,7 @@ def ranked_lists(
         Columns ``prompt`` and ``ranked``, a list of two or more completions, the best
         first; or ``completions`` in any order with ``ranks``, one number each, of which
         the lowest is the best.
-    tokenizer, limits.context_length, limits.max_prompt_tokens, max_completion_tokens
+    tokenizer, limits
         As in :func:`sft_examples`.
 
     Raises
@@ -587,27 +560,11 @@ def ranked_lists(
 
     def make(record: dict[str, Any]) -> RankedList:
         prompt, ranked = _column(record, "prompt"), _best_first(record)
-        names = [f"completion {i} (from 0, best first)" for i in range(len(ranked))]
-        encoded = [
-            encode_completion(tokenizer, _completion_text(text, name), prompt)[
-                : limits.max_completion_tokens
-            ]
-            for name, text in zip(names, ranked, strict=True)
-        ]
-        _check_different(encoded, names, limits.max_completion_tokens)
-        return RankedList(
-            prompt,
-            _cut_prompt(encode_prompt(tokenizer, prompt), limits.max_prompt_tokens),
-            encoded,
-        )
+        names = (f"completion {i} (from 0, best first)" for i in range(len(ranked)))
+        texts = dict(zip(names, ranked, strict=True))
+        return RankedList(prompt, *_encode(tokenizer, limits, prompt, texts))
 
-    lists = _make_all(_named_records(data), make)
-    lengths = [
-        (name, len(item.prompt_ids), max(map(len, item.ranked_ids)))
-        for name, item in lists
-    ]
-    _check_lengths(lengths, limits.context_length)
-    return [item for _, item in lists]
+    return _read(data, make, limits)
 
 
 def prompt_examples(
@@ -623,73 +580,116 @@ def prompt_examples(
     ----------
     data : records
         Column ``prompt``, text or messages. All records have the same other columns.
-    tokenizer : PreTrainedTokenizerBase
+    tokenizer, limits
+        As in :func:`sft_examples`.
     reserve : int
         Tokens that must be left for the completion, ``max_new_tokens`` of the sampling.
-    limits.context_length, max_prompt_tokens
-        As in :func:`sft_examples`.
-    max_completion_tokens
-        Of no effect: the sampling says how long completions get.
 
     Raises
     ------
     ValueError
         If an item is unusable or does not fit.
     """
-    columns: list[str] = []
+    expected: set[str] | None = None
 
     def make(record: dict[str, Any]) -> PromptExample:
+        nonlocal expected
         prompt = _column(record, "prompt")
-        others = {name: value for name, value in record.items() if name != "prompt"}
-        for name in GIVEN:
-            if name in others:
-                raise ValueError(
-                    f"reward functions are given {name!r} already; rename the column"
-                )
-        if not examples:
-            columns.extend(others)
-        if others.keys() != set(columns):
-            name = min(others.keys() ^ set(columns))
+        columns = {name: value for name, value in record.items() if name != "prompt"}
+        if taken := columns.keys() & GIVEN:
             raise ValueError(
-                f"column {name!r} is in some records and not in others; reward "
-                "functions get one value per completion, so give it to all of them "
-                "(None will do) or to none"
+                f"reward functions are given {min(taken)!r} already; rename the column"
             )
-        example = PromptExample(
-            prompt,
-            _cut_prompt(encode_prompt(tokenizer, prompt), limits.max_prompt_tokens),
-            others,
-        )
-        examples.append(example)
-        return example
+        expected = set(columns) if expected is None else expected
+        if uneven := columns.keys() ^ expected:
+            raise ValueError(
+                f"column {min(uneven)!r} is in some records only; reward functions get "
+                "a value for each completion: give it to all (None will do) or to none"
+            )
+        ids, _ = _encode(tokenizer, limits, prompt, {})
+        return PromptExample(prompt, ids, columns)
 
-    examples: list[PromptExample] = []
-    named = _make_all(_named_records(data), make)
-    _check_lengths(
-        [(name, len(e.prompt_ids), reserve) for name, e in named],
-        limits.context_length,
-        sampled=True,
-    )
-    return examples
+    return _read(data, make, limits, reserve)
 
 
-def _make_all(
-    named: list[tuple[str, dict[str, Any]]], make: Callable[[dict[str, Any]], ItemT]
-) -> list[tuple[str, ItemT]]:
-    made = []
+def _encode(
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    prompt: Prompt,
+    completions: Mapping[str, Any],
+) -> tuple[list[int], list[list[int]]]:
+    """Token ids of a prompt and of its completions by name, cut to the limits.
+
+    Raises
+    ------
+    ValueError
+        If one of them is unusable, or two completions are the same tokens.
+    """
+    cut, encoded = limits.max_completion_tokens, dict[str, list[int]]()
+    for name, completion in completions.items():
+        text = _completion_text(completion, name)
+        ids = encode_completion(tokenizer, text, prompt)[:cut]
+        same = next((other for other, seen in encoded.items() if seen == ids), None)
+        if same is not None:
+            remedy = f", or raise max_completion_tokens above {cut}"
+            raise ValueError(
+                f"{same} and {name} are the same tokens, so there is nothing to "
+                f"prefer; drop the item{remedy if len(ids) == cut else ''}"
+            )
+        encoded[name] = ids
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    longest = limits.max_prompt_tokens or len(prompt_ids)
+    return prompt_ids[-longest:], list(encoded.values())
+
+
+def _read(
+    data: Records,
+    make: Callable[[dict[str, Any]], ItemT],
+    limits: Limits,
+    reserve: int = 0,
+) -> list[ItemT]:
+    """Make an item of each record, and check that the model's context can hold them."""
+    named = _named_records(data)
+    items = []
     for name, record in named:
         try:
-            made.append((name, make(record)))
+            items.append(make(record))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    return made
+    if limits.context_length is not None:
+        names = [name for name, _ in named]
+        _check_lengths(names, items, limits.context_length, reserve)
+    return items
+
+
+def _check_lengths(
+    names: Sequence[str], items: Sequence[Item], context: int, reserve: int
+) -> None:
+    """Raise for the first item that the model's context cannot hold."""
+    prompts = [len(item.prompt_ids) for item in items]
+    rests = [max(map(len, item.completions), default=reserve) for item in items]
+    long = [i for i in range(len(items)) if prompts[i] + rests[i] > context]
+    if not long:
+        return
+    has, setting = "has", "max_completion_tokens"
+    if not items[0].completions:
+        has, setting = "may have", "max_new_tokens"
+    first, room = long[0], context - max(rests)
+    remedy = f"set max_prompt_tokens to at most {room}"
+    if room <= 0:
+        remedy = f"set {setting} below {context} and max_prompt_tokens to what is left"
+    raise ValueError(
+        f"{names[first]}: the prompt has {prompts[first]} tokens and the completion "
+        f"{has} {rests[first]}, more than the model's context of {context} "
+        f"({len(long)} of {len(items)} items are too long); shorten the texts, or "
+        f"{remedy}"
+    )
 
 
 def _column(record: Mapping[str, Any], name: str) -> Any:
     if record.get(name) is None:
-        raise ValueError(
-            f"column {name!r} is missing; there are {sorted(map(str, record))}"
-        )
+        there = sorted(map(str, record))
+        raise ValueError(f"column {name!r} is missing; there are {there}")
     return record[name]
 
 
@@ -706,78 +706,71 @@ def _split_conversation(
 
 
 def _best_first(record: Mapping[str, Any]) -> list[Any]:
-    if record.get("ranked") is not None:
-        ranked, column = record["ranked"], "ranked"
-    else:
-        if record.get("completions") is None or record.get("ranks") is None:
-            raise ValueError(
-                "a ranked list needs the column 'ranked' (completions, the best "
-                "first), or 'completions' and 'ranks'; there are "
-                f"{sorted(map(str, record))}"
-            )
-        ranked, column = record["completions"], "completions"
-    if not isinstance(ranked, list) or len(ranked) < 2:
+    column = "ranked" if record.get("ranked") is not None else "completions"
+    completions: Any = record.get(column)
+    if completions is None or (column != "ranked" and record.get("ranks") is None):
         raise ValueError(
-            f"{column} must be a list of two or more completions, got "
-            f"{_shorten(repr(ranked))}"
+            "a ranked list needs the column 'ranked' (completions, the best first), or "
+            f"'completions' and 'ranks'; there are {sorted(map(str, record))}"
+        )
+    if not isinstance(completions, list) or len(completions) < 2:
+        raise ValueError(
+            f"{column} must be a list of two or more completions, "
+            f"got {quote(completions)}"
         )
     if column == "ranked":
-        return ranked
+        return completions
     ranks = list(record["ranks"])
-    if len(ranks) != len(ranked) or len(set(ranks)) != len(ranks):
+    if len(ranks) != len(completions) or len(set(ranks)) != len(ranks):
         raise ValueError(
-            f"ranks must be {len(ranked)} different numbers, one per completion, got "
-            f"{ranks}; leave out completions that tie with a better one"
+            f"ranks must be {len(completions)} different numbers, one per completion, "
+            f"got {ranks}; leave out completions that tie with a better one"
         )
-    return [ranked[i] for i in sorted(range(len(ranks)), key=lambda i: ranks[i])]
+    return [completions[i] for i in sorted(range(len(ranks)), key=ranks.__getitem__)]
 
 
-def _cut_prompt(ids: list[int], most: int | None) -> list[int]:
-    return ids if most is None else ids[-most:]
+# --- identity ---
 
 
-def _check_different(
-    encoded: list[list[int]], names: Sequence[str], cut: int | None
-) -> None:
-    for j, ids in enumerate(encoded):
-        i = encoded.index(ids)
-        if i < j:
-            raise ValueError(
-                f"{names[i]} and {names[j]} are the same tokens, so there is nothing "
-                "to prefer; drop the item"
-                + (
-                    f", or raise max_completion_tokens above {cut}"
-                    if cut is not None and len(ids) == cut
-                    else ""
-                )
-            )
+def fingerprint(items: Iterable[Item]) -> str:
+    """Hash items, in their order, so that a checkpoint knows the data it was made for.
+
+    Returns
+    -------
+    str
+        16 hexadecimal digits, a function of the token ids and, for prompts to complete,
+        of the other columns. It is the same in every run on the same data: of an object
+        without a value of its own, such as a function, only the name counts.
+
+    Examples
+    --------
+    >>> fingerprint([Example("a", [1, 2], [3])])
+    'f189255a6c5e20b1'
+    """
+    digest = hashlib.sha256()
+    for item in items:
+        parts = [item.prompt_ids, *item.completions]
+        for numbers in ([len(parts), *map(len, parts)], *parts):
+            digest.update(array("i", numbers))
+        if isinstance(item, PromptExample):
+            digest.update(_canonical(item.columns).encode())
+    return digest.hexdigest()[:16]
 
 
-def _check_lengths(
-    lengths: Sequence[tuple[str, int, int]],
-    context_length: int | None,
-    *,
-    sampled: bool = False,
-) -> None:
-    """Raise for the first item that the model's context cannot hold."""
-    if context_length is None:
-        return
-    long = [item for item in lengths if item[1] + item[2] > context_length]
-    if not long:
-        return
-    name, prompt, completion = long[0]
-    rest = max(length for _, _, length in lengths)
-    setting = "max_new_tokens" if sampled else "max_completion_tokens"
-    if rest < context_length:
-        remedy = f"shorten the texts, or set max_prompt_tokens to at most {context_length - rest}"
-    else:
-        remedy = f"shorten the texts, or set {setting} below {context_length} and max_prompt_tokens to what is left"
-    raise ValueError(
-        f"{name}: the prompt has {prompt} tokens and the completion "
-        f"{'may have' if sampled else 'has'} {completion}, more than the model's "
-        f"context of {context_length} ({len(long)} of {len(lengths)} items are too "
-        f"long); {remedy}"
-    )
+def _canonical(columns: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(columns, sort_keys=True, default=_plain)
+    except (TypeError, ValueError):  # keys of other types than JSON's, or a cycle
+        return str(_plain(columns))
+
+
+def _plain(value: Any) -> Any:
+    """Represent what JSON has no form for, by nothing that differs between runs."""
+    if hasattr(value, "tolist"):  # an array or tensor, whose repr leaves numbers out
+        return value.tolist()
+    if isinstance(value, (set, frozenset)):
+        return sorted(str(_plain(element)) for element in value)
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))  # <function f at 0x7f…>
 
 
 # --- order ---
@@ -829,11 +822,7 @@ def batch_indices(size: int, batch_size: int, step: int, seed: int) -> list[int]
         raise ValueError(
             f"batch_size must be >= 1 and step >= 0, got {batch_size!r} and {step!r}"
         )
-    first, last = step * batch_size, (step + 1) * batch_size
-    orders = {
-        epoch: epoch_order(size, seed, epoch)
-        for epoch in range(first // size, (last - 1) // size + 1)
-    }
-    return [
-        orders[position // size][position % size] for position in range(first, last)
-    ]
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    epochs = range(positions[0] // size, positions[-1] // size + 1)
+    orders = {epoch: epoch_order(size, seed, epoch) for epoch in epochs}
+    return [orders[i // size][i % size] for i in positions]

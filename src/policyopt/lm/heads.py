@@ -4,13 +4,16 @@ is done to the logits.
 
 from __future__ import annotations
 
+import math
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Head", "backbone_and_head"]
+__all__ = ["Head", "backbone_and_head", "evaluating"]
 
 
 class Head(NamedTuple):
@@ -41,8 +44,8 @@ class Head(NamedTuple):
         return logits
 
 
-# Models whose parts have been seen to reproduce the whole. The parts are looked up anew
-# at every call, because adapters may be added and heads replaced in between.
+# Models whose parts have been seen to reproduce the whole. The parts are looked up at
+# every call, because adapters may be added and heads replaced in between.
 _verified: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -60,6 +63,18 @@ def _causal_lm(model: nn.Module) -> Any:
     return model if unwrap is None else unwrap()
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and its like off, and leave every module's mode as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def backbone_and_head(model: nn.Module) -> Head:
     """Take apart a causal language model of transformers, with or without LoRA.
 
@@ -74,12 +89,8 @@ def backbone_and_head(model: nn.Module) -> Head:
     """
     causal = _causal_lm(model)
     name = type(causal).__name__
-    head = (
-        causal.get_output_embeddings()
-        if hasattr(causal, "get_output_embeddings")
-        else None
-    )
-    backbone = causal.get_decoder() if hasattr(causal, "get_decoder") else None
+    head = getattr(causal, "get_output_embeddings", lambda: None)()
+    backbone = getattr(causal, "get_decoder", lambda: None)()
     if head is None or backbone is None or backbone is causal:
         raise ValueError(
             f"{name} is not a causal language model with a head; load one with "
@@ -100,41 +111,25 @@ def backbone_and_head(model: nn.Module) -> Head:
 
 @torch.no_grad()
 def _verify(causal: Any, parts: Head) -> None:
-    """Compare the parts with the whole, in evaluation mode, and leave the modes as they
-    were.
-    """
-    modes = [(module, module.training) for module in causal.modules()]
-    causal.eval()
-    try:
-        device = causal.get_input_embeddings().weight.device
-        tokens = (
-            torch.arange(1, 5, device=device)
-            % causal.get_input_embeddings().weight.shape[0]
-        )[None]
-        with torch.autocast(device.type, enabled=False):
-            whole = causal(input_ids=tokens, use_cache=False).logits.float()
-            rebuilt = parts.logits(
-                parts.backbone(input_ids=tokens, use_cache=False)[0]
-            ).float()
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    """Compare the parts with the whole, in evaluation mode."""
+    embedding = causal.get_input_embeddings().weight
+    device = embedding.device
+    tokens = (torch.arange(1, 5, device=device) % embedding.shape[0])[None]
+    with evaluating(causal), torch.autocast(device.type, enabled=False):
+        whole = causal(input_ids=tokens, use_cache=False).logits.float()
+        hidden = parts.backbone(input_ids=tokens, use_cache=False)[0]
+        rebuilt = parts.logits(hidden).float()
+    name = type(causal).__name__
     if not bool(whole.isfinite().all()):
-        raise ValueError(
-            f"{type(causal).__name__}: the logits are not finite; the weights are "
-            "broken"
-        )
+        raise ValueError(f"{name}: the logits are not finite; the weights are broken")
     # Rounding only: a forgotten factor or cap is far larger in any trained model.
     precision = torch.finfo(next(causal.parameters()).dtype).eps ** 0.5
-    error = (
-        (rebuilt - whole).abs().max().item()
-        if rebuilt.shape == whole.shape
-        else float("inf")
-    )
+    error = math.inf
+    if rebuilt.shape == whole.shape:
+        error = (rebuilt - whole).abs().max().item()
     if not error <= 0.3 * precision * max(1e-3, whole.abs().max().item()):
         raise ValueError(
-            f"{type(causal).__name__}: decoder and head do not reproduce the model's "
-            f"own logits (largest difference {error:.3g}). This architecture changes "
-            "its logits in a way that is not known here, so its log-probabilities "
-            "would be wrong; choose another model"
+            f"{name}: decoder and head do not reproduce the model's own logits "
+            f"(largest difference {error:.3g}); it changes them in a way that is not "
+            "known here, so its log-probabilities would be wrong: choose another model"
         )

@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 _DTYPES = {
+    "auto": "auto",
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -52,12 +53,7 @@ _DTYPES = {
 
 def _config_value(model: Any, name: str) -> Any:
     """Read a field of the model's config, or of the text part of a multimodal one."""
-    config = model.config
-    return getattr(
-        config.get_text_config() if hasattr(config, "get_text_config") else config,
-        name,
-        None,
-    )
+    return getattr(model.config.get_text_config(), name, None)
 
 
 @dataclass
@@ -91,15 +87,13 @@ class LanguageModel:
         generation = getattr(self.model, "generation_config", None)
         ids = getattr(generation, "eos_token_id", None)
         listed = ids if isinstance(ids, (list, tuple)) else [ids]
-        found = {
-            int(i) for i in (*listed, self.tokenizer.eos_token_id) if i is not None
-        }
+        found = {*listed, self.tokenizer.eos_token_id} - {None}
         if not found:
             raise ValueError(
                 f"{self.name} has no end-of-sequence token; set one of its vocabulary: "
                 "tokenizer.eos_token = '…'"
             )
-        return tuple(sorted(found))
+        return tuple(sorted(map(int, found)))
 
     @property
     def pad_id(self) -> int:
@@ -145,6 +139,11 @@ class LanguageModel:
             prompt, the same number to each.
         finished : sequence of bool, optional
             Whether each completion ends with EOS; by default all do.
+
+        Raises
+        ------
+        ValueError
+            If a text is unusable, or the lengths of the arguments do not fit.
         """
         if prompt_index is None:
             if not prompts or len(completions) % len(prompts):
@@ -155,14 +154,13 @@ class LanguageModel:
             each = len(completions) // len(prompts)
             prompt_index = [i // each for i in range(len(completions))]
         ends = [True] * len(completions) if finished is None else finished
+        encoded = [
+            encode_completion(self.tokenizer, text, prompts[i], eos=bool(end))
+            for text, i, end in zip(completions, prompt_index, ends, strict=True)
+        ]
         return Sequences.pad(
             [encode_prompt(self.tokenizer, prompt) for prompt in prompts],
-            [
-                encode_completion(self.tokenizer, completion, prompts[i], eos=bool(end))
-                for completion, i, end in zip(
-                    completions, prompt_index, ends, strict=True
-                )
-            ],
+            encoded,
             prompt_index,
             pad_id=self.pad_id,
             device=self.device,
@@ -182,8 +180,8 @@ class LanguageModel:
         return self
 
     def merged(self) -> LanguageModel:
-        """Return a plain model with the adapters added into its weights; this one is
-        used up.
+        """Return a plain model with the adapters added into its weights; invalidates
+        self.
         """
         if not is_adapted(self.model):
             return self
@@ -257,14 +255,12 @@ def add_lora(
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ImportError(
-            "LoRA needs the package peft: pip install 'policyopt[lora]'"
-        ) from error
+        raise ImportError("LoRA needs peft: pip install 'policyopt[lora]'") from error
     targets = lora.target_modules
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft divides it by r: any number will do
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # need not be an integer
         lora_dropout=lora.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
@@ -330,68 +326,62 @@ def load(
     folder = Path(name_or_path)
     if (folder / "adapter_config.json").exists():
         if lora is not None:
-            raise ValueError(
-                f"{folder} holds adapters; they are trained on as they are: leave lora "
-                "out"
-            )
+            raise ValueError(f"{folder} holds adapters to train on: leave lora out")
         return _load_adapters(
             folder, dtype=dtype, device=device, attention=attention, revision=revision
         )
     place = resolve_device(device)
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise ValueError(
-            f"dtype must be 'auto' or one of {sorted(_DTYPES)}, got {dtype!r}"
-        )
-    source = name_or_path
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, got {dtype!r}")
+    gguf = folder.suffix == ".gguf"
+    source = str(folder.parent if gguf else name_or_path)
+    local = Path(source).exists()
     options: dict[str, Any] = {"trust_remote_code": False}
+    weights: dict[str, Any] = {"dtype": _DTYPES[dtype]}
     if revision is not None:
         options["revision"] = revision
-    if str(source).endswith(".gguf"):
-        source, options["gguf_file"] = Path(source).parent, Path(source).name
-    weights: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else _DTYPES[dtype]}
     if attention is not None:
         weights["attn_implementation"] = attention
-    if "gguf_file" not in options:
+    if gguf:
+        options["gguf_file"] = folder.name
+        if hasattr(transformers, "GgufConfig"):  # versions without it always unpack
+            # Packed weights could be neither trained nor saved.
+            weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    else:
         weights["use_safetensors"] = True
-    elif hasattr(transformers, "GgufConfig"):
-        # Packed weights could be neither trained nor saved. Versions without this
-        # always unpack.
-        weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        with _quiet(Path(source).exists()):
-            tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
-            model = AutoModelForCausalLM.from_pretrained(
-                str(source), **options, **weights
-            )
+        with _quiet(local):
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            options |= weights
+            model: Any = AutoModelForCausalLM.from_pretrained(source, **options)
     except (OSError, ImportError, ValueError) as error:
-        if "trust_remote_code" in str(error):
-            raise ValueError(
-                f"{str(name_or_path)!r} needs code from its own repository, which is "
-                "never run; choose a model whose architecture transformers knows"
-            ) from error
-        raise ValueError(
-            "name_or_path must be a local folder, a .gguf file or the id of a model on "
-            "the Hugging Face hub (reachable, with safetensors weights), got "
-            f"{str(name_or_path)!r}: {error}"
-        ) from error
-    network: Any = model
-    if getattr(network, "_hf_peft_config_loaded", False):
+        raise ValueError(_why_not(str(name_or_path), error)) from error
+    if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
             f"{name_or_path} holds adapters; download it "
             "(huggingface_hub.snapshot_download) and load the folder"
         )
-    name = str(name_or_path)
-    if Path(source).exists():
+    name = model.name_or_path = str(name_or_path)  # what adapters will look for
+    if local:
         file = folder.resolve()
-        name, network.name_or_path = (
-            file.stem if file.suffix == ".gguf" else file.name,
-            str(file),
-        )
-    else:
-        network.name_or_path = name  # what adapters will look for
-    loaded = LanguageModel(network.to(place).eval(), tokenizer, name)
-    loaded.eos_ids
+        name, model.name_or_path = file.stem if gguf else file.name, str(file)
+    loaded = LanguageModel(model.to(place).eval(), tokenizer, name)
+    loaded.eos_ids  # noqa: B018 - says at once when nothing would stop a completion
     return loaded if lora is None else add_lora(loaded, lora, seed=seed)
+
+
+def _why_not(name: str, error: Exception) -> str:
+    """Say why a model could not be loaded."""
+    if "trust_remote_code" in str(error):
+        return (
+            f"{name!r} needs code from its own repository, which is never run; choose "
+            "a model whose architecture transformers knows"
+        )
+    return (
+        "name_or_path must be a local folder, a .gguf file or the id of a model on the "
+        "Hugging Face hub (reachable, with safetensors weights), got "
+        f"{name!r}: {error}"
+    )
 
 
 def _load_adapters(folder: Path, **options: Any) -> LanguageModel:
@@ -410,13 +400,10 @@ def _load_adapters(folder: Path, **options: Any) -> LanguageModel:
             "(base_model_name_or_path in adapter_config.json says where it is): "
             f"{error}"
         ) from error
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
     with _old_names():
-        model: Any = PeftModel.from_pretrained(
-            base.model, str(folder), is_trainable=True
-        )
-    return LanguageModel(
-        model.eval(), AutoTokenizer.from_pretrained(str(folder)), folder.resolve().name
-    )
+        model = PeftModel.from_pretrained(base.model, str(folder), is_trainable=True)
+    return LanguageModel(model.eval(), tokenizer, folder.resolve().name)
 
 
 @contextmanager
@@ -441,8 +428,8 @@ class ScoreNetwork(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
         freeze_output_head_(model)
+        self.model = model
         # Zero: before training every text scores the same, and the first gradient goes
         # to the head alone.
         self.score = scalar_head(model)
@@ -450,33 +437,27 @@ class ScoreNetwork(nn.Module):
     def forward(self, sequences: Sequences) -> Tensor:
         """Scores ``[B]``, float32, of completions given their prompts."""
         hidden = hidden_states(self.model, sequences)
-        last = hidden[
-            torch.arange(len(sequences), device=hidden.device), sequences.lengths
-        ]
-        scores: Tensor = self.score(last.to(self.score.weight.dtype)).squeeze(-1)
+        rows = torch.arange(len(sequences), device=hidden.device)
+        last = hidden[rows, sequences.lengths].to(self.score.weight.dtype)
+        scores: Tensor = self.score(last).squeeze(-1)
         return scores.float()
 
 
-def freeze_output_head_(model: nn.Module) -> nn.Module:
-    """Freeze the output head, unless its weights are the input's too: who reads hidden
-    states has no use for it.
+def freeze_output_head_(model: Any) -> None:
+    """Exclude the output head from training, in place: a network that reads hidden
+    states has no gradient for it. Does nothing if it shares its weights with the input.
     """
-    causal: Any = model
-    head, inputs = causal.get_output_embeddings(), causal.get_input_embeddings()
+    head, inputs = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and head.weight is not inputs.weight:
         head.requires_grad_(False)
-    return model
 
 
 def scalar_head(model: nn.Module) -> nn.Linear:
     """Return a linear map from the model's hidden states to one number, on its device,
     starting at 0.
     """
-    head = nn.Linear(
-        int(_config_value(model, "hidden_size")),
-        1,
-        device=next(model.parameters()).device,
-    )
+    device = next(model.parameters()).device
+    head = nn.Linear(int(_config_value(model, "hidden_size")), 1, device=device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head
@@ -550,11 +531,7 @@ class RewardModel:
             self.language_model, completions, prompts, finished, self.batch_size
         )
         with evaluating(self.network):
-            return [
-                score
-                for sequences in batches
-                for score in self.scores(sequences).tolist()
-            ]
+            return [x for batch in batches for x in self.scores(batch).tolist()]
 
     def save(self, folder: str | Path) -> Path:
         """Write the backbone, the tokenizer and the head, all as safetensors, in one
@@ -562,13 +539,9 @@ class RewardModel:
         """
         with _new_folder(Path(folder)) as scratch:
             self.language_model._write(scratch)
-            save_file(
-                {
-                    name: tensor.detach().cpu().contiguous()
-                    for name, tensor in self.network.score.state_dict().items()
-                },
-                scratch / "reward_head.safetensors",
-            )
+            head = self.network.score.state_dict()
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in head.items()}
+            save_file(tensors, scratch / "reward_head.safetensors")
             (scratch / "reward_model.json").write_text(json.dumps({"format": 1}))
         return Path(folder)
 
@@ -577,9 +550,7 @@ class RewardModel:
         """Read what :meth:`save` wrote."""
         head = Path(folder) / "reward_head.safetensors"
         if not head.exists():
-            raise FileNotFoundError(
-                f"{folder} holds no reward model: {head.name} is missing"
-            )
+            raise FileNotFoundError(f"{folder} holds no reward model: no {head.name}")
         reward_model = RewardModel(load(folder, device=device))
         reward_model.network.score.load_state_dict(load_file(head))
         return reward_model

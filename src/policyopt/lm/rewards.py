@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import chain, count
 from numbers import Real
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policyopt.lm.data import Prompt, _shorten
+from policyopt.lm.data import Prompt, quote
 
 __all__ = [
     "RewardFunction",
@@ -40,6 +41,8 @@ RewardFunctions = (
     RewardFunction | Sequence[RewardFunction] | Mapping[str, RewardFunction]
 )
 """One reward function, several, or several by name."""
+
+_FORM = "def reward(completions, prompts, **columns): ..."
 
 
 @dataclass(frozen=True)
@@ -95,16 +98,15 @@ def compute_rewards(
     tensor([-3., -9.])
     """
     named = _by_name(functions)
-    factors = (
-        [1.0] * len(named) if weights is None else [float(weight) for weight in weights]
-    )
+    factors = [1.0] * len(named) if weights is None else [float(w) for w in weights]
     if len(factors) != len(named) or not all(map(math.isfinite, factors)):
         raise ValueError(
             f"weights must be one finite number for each of the {len(named)} reward "
             f"functions {list(named)}, got {weights!r}"
         )
+    available = {"completions": completions, "prompts": prompts, **(columns or {})}
     parts = {
-        name: _score(name, function, completions, prompts, columns or {})
+        name: _score(f"reward function {name!r}", function, available)
         for name, function in named.items()
     }
     total = torch.zeros(len(completions), dtype=torch.float64)
@@ -121,152 +123,118 @@ def _by_name(functions: RewardFunctions) -> dict[str, RewardFunction]:
         for function in [functions] if callable(functions) else list(functions):
             inner = getattr(function, "func", function)  # of functools.partial
             base = getattr(inner, "__name__", type(inner).__name__)
-            name, number = base, 1
-            while name in named:
-                number += 1
-                name = f"{base}_{number}"
-            named[name] = function
+            names = chain([base], (f"{base}_{i}" for i in count(2)))
+            named[next(name for name in names if name not in named)] = function
     if not named:
         raise ValueError("there are no reward functions; give at least one")
     for name, function in named.items():
         if not callable(function):
-            raise TypeError(
-                f"reward function {name!r} must be callable, got "
-                f"{type(function).__name__}"
-            )
+            kind = type(function).__name__
+            raise TypeError(f"reward function {name!r} must be callable, got {kind}")
     return named
 
 
 def _score(
-    name: str,
-    function: RewardFunction,
-    completions: Sequence[str],
-    prompts: Sequence[Prompt],
-    columns: Mapping[str, Sequence[Any]],
+    label: str, function: RewardFunction, available: Mapping[str, Sequence[Any]]
 ) -> Tensor:
-    # Copies, so that a function that edits its lists does not change what the next one
-    # sees.
-    available: dict[str, list[Any]] = {
-        "completions": list(completions),
-        "prompts": list(prompts),
-    }
-    available |= {column: list(values) for column, values in columns.items()}
-    arguments = _accepted(name, function, available)
+    """Call one function; ``label`` is what error messages call it."""
+    completions, prompts = available["completions"], available["prompts"]
+    # Copies: a function that edits its lists does not change what the next one sees.
+    names = _accepted(label, function, available)
+    arguments = {name: list(available[name]) for name in names}
     try:
         result = function(**arguments)
     except Exception as error:
         first = (
-            f"; the first: {_quote(completions[0], prompts[0])}" if completions else ""
+            f"; the first: {_item(completions[0], prompts[0])}" if completions else ""
         )
         raise RuntimeError(
-            f"reward function {name!r} raised {type(error).__name__}: {error} (on a "
-            f"batch of {len(completions)} completions{first})"
+            f"{label} raised {type(error).__name__}: {error} (on a batch of "
+            f"{len(completions)} completions{first})"
         ) from error
-    values = _values(name, result, len(completions))
-    scores = torch.zeros(len(values), dtype=torch.float32)
-    for i, value in enumerate(values):
-        number = _number(value)
-        if number is None or not math.isfinite(number):
-            shown = (
-                "None"
-                if value is None
-                else _shorten(f"{value!r} ({type(value).__name__})")
-            )
+    values = _values(label, result, len(completions))
+    scores = [_number(value) for value in values]
+    for i, score in enumerate(scores):
+        if not math.isfinite(score):
+            kind = "" if values[i] is None else f" ({type(values[i]).__name__})"
             raise ValueError(
-                f"reward function {name!r} returned {shown} for item {i} "
-                f"({_quote(completions[i], prompts[i])}); it must return a finite "
+                f"{label} returned {quote(values[i])}{kind} for item {i} "
+                f"({_item(completions[i], prompts[i])}); it must return a finite "
                 "number for every completion, 0 or a penalty where it has no opinion"
             )
-        scores[i] = number
-    return scores
+    return torch.tensor(scores, dtype=torch.float32)
 
 
 def _accepted(
-    name: str, function: RewardFunction, available: dict[str, list[Any]]
-) -> dict[str, list[Any]]:
-    """Keep the arguments that the function's signature takes."""
+    label: str, function: RewardFunction, available: Mapping[str, Any]
+) -> list[str]:
+    """Return the names of the arguments that the function's signature takes."""
     try:
-        parameters = inspect.signature(function).parameters.values()
+        signature = inspect.signature(function)
     except (TypeError, ValueError) as error:
         raise TypeError(
-            f"reward function {name!r} has no readable signature; wrap it: "
-            "def reward(completions, prompts, **columns): ..."
+            f"{label} has no readable signature; wrap it: {_FORM}"
         ) from error
+    parameters = signature.parameters.values()
     everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    named = {
-        p.name: p
-        for p in parameters
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    }
+    keywords = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = {p.name for p in parameters if p.kind in keywords}
     if "completions" not in named and not everything:
         raise TypeError(
-            f"reward function {name!r} takes no argument 'completions', its signature "
-            f"is {inspect.signature(function)}; write it as: def reward(completions, "
-            "prompts, **columns): ..."
+            f"{label} takes no argument 'completions', its signature is {signature}; "
+            f"write it as: {_FORM}"
         )
     for p in parameters:
-        required = p.default is p.empty and p.kind not in (
-            p.VAR_POSITIONAL,
-            p.VAR_KEYWORD,
-        )
-        if required and (p.kind is p.POSITIONAL_ONLY or p.name not in available):
+        variable = p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        given = p.name in available and p.kind is not p.POSITIONAL_ONLY
+        if p.default is p.empty and not variable and not given:
             raise TypeError(
-                f"reward function {name!r} requires {p.name!r}, which is not there; it "
-                f"can have {', '.join(available)} as keywords: add the column to the "
-                "data, or give the argument a default"
+                f"{label} requires {p.name!r}, which is not there; it can have "
+                f"{', '.join(available)} as keywords: add the column to the data, or "
+                "give the argument a default"
             )
-    return {
-        key: value for key, value in available.items() if everything or key in named
-    }
+    return [name for name in available if everything or name in named]
 
 
-def _values(name: str, result: Any, count: int) -> list[Any]:
+def _values(label: str, result: Any, count: int) -> list[Any]:
     if isinstance(result, Tensor):
         result = result.detach().float().cpu().numpy()
-    if isinstance(result, np.ndarray):
-        if result.ndim != 1:
-            raise ValueError(
-                f"reward function {name!r} returned an array of shape {result.shape}; "
-                f"it must return one number per completion, {count} here, shape "
-                f"({count},)"
-            )
+    if isinstance(result, np.ndarray) and result.ndim == 1:
         result = result.tolist()
-    if isinstance(result, (str, bytes, Mapping, set)) or not hasattr(
-        result, "__iter__"
-    ):
-        raise ValueError(
-            f"reward function {name!r} returned {_shorten(repr(result))} "
-            f"({type(result).__name__}); it must return one number per completion, "
-            f"{count} here"
-        )
-    values = list(result)
-    if len(values) != count:
-        raise ValueError(
-            f"reward function {name!r} returned {len(values)} rewards for {count} "
-            "completions; it must return one number per completion, in their order"
-        )
-    return values
+    scalar = isinstance(result, (str, bytes, Mapping, set))
+    if isinstance(result, np.ndarray):
+        got = f"an array of shape {result.shape}, not of shape ({count},)"
+    elif scalar or not hasattr(result, "__iter__"):
+        got = f"{quote(result)} ({type(result).__name__})"
+    elif len(values := list(result)) != count:
+        got = f"{len(values)} rewards for {count} completions"
+    else:
+        return values
+    raise ValueError(
+        f"{label} returned {got}; it must return one number per completion, {count} "
+        "here, in their order"
+    )
 
 
-def _number(value: Any) -> float | None:
-    """Return a number as a float, infinite if float32 cannot hold it, or None for what
+def _number(value: Any) -> float:
+    """Return a number as a float: infinite if float32 cannot hold it, and NaN for what
     is not a number.
     """
     if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0:
         value = value.item()
     if not isinstance(value, (Real, Decimal, np.bool_)):
-        return None
+        return math.nan
     try:
         return torch.tensor(value, dtype=torch.float32).item()
     except OverflowError:
         return math.inf
 
 
-def _quote(completion: str, prompt: Prompt) -> str:
+def _item(completion: str, prompt: Prompt) -> str:
     text = prompt if isinstance(prompt, str) else repr(prompt)
     # The end of a prompt tells more than its beginning, which a template often fixes.
     short = text if len(text) <= 80 else f"…{text[-79:]}"
-    return f"prompt {short!r}, completion {_shorten(completion)!r}"
+    return f"prompt {short!r}, completion {quote(completion)}"
 
 
 # --- a rule for arithmetic ---
@@ -280,10 +248,10 @@ _NUMBER = re.compile(
 def final_number(text: str) -> Decimal | None:
     r"""Return the number that a worked solution declares as its answer.
 
-    The answer stands behind the last ``####`` of the text, on its line, or in the last
-    ``\boxed{}``, whichever comes later. Currency signs, units and thousands separators
-    do not matter. With no such place, no number in it, or several, there is no answer:
-    a model cannot profit from listing candidates.
+    The answer is what follows the last ``####``, on the same line, or what is in the
+    last ``\boxed{}``, whichever comes later. Currency signs, units and thousands
+    separators do not matter. With no such place, no number in it, or several, there is
+    no answer: a model cannot profit from listing candidates.
 
     Examples
     --------
@@ -294,9 +262,7 @@ def final_number(text: str) -> Decimal | None:
     >>> final_number("#### 71 or 72") is None
     True
     """
-    places = [
-        match.group(1) or match.group(2) or "" for match in _MARKED.finditer(text)
-    ]
+    places = [m.group(1) or m.group(2) or "" for m in _MARKED.finditer(text)]
     return _only_number(places[-1]) if places else None
 
 

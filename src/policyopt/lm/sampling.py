@@ -9,11 +9,12 @@ rows beside it, the batch size, or the number of processes.
 from __future__ import annotations
 
 import copy
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -24,9 +25,9 @@ from policyopt.lm.data import Prompt, encode_prompt
 from policyopt.lm.heads import backbone_and_head
 from policyopt.lm.log_probs import filter_logits
 from policyopt.lm.models import LanguageModel, is_adapted
-from policyopt.lm.sequences import Sequences, evaluating, read_prompts
+from policyopt.lm.sequences import Sequences, evaluating, read_prompts, refuse_empty
 from policyopt.lm.sharding import gathered
-from policyopt.runs import Settings, derive_seed
+from policyopt.runs import Bound, Count, Settings, derive_seed
 
 __all__ = [
     "Sampler",
@@ -39,31 +40,26 @@ __all__ = [
 ]
 
 
+_Temperature = Annotated[float, Bound(">= 0 (0 is greedy)", lambda x: x >= 0)]
+_Probability = Annotated[float, Bound("in (0, 1]", lambda x: 0 < x <= 1)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig(Settings):
     """How completions are drawn. The scorer must be given the same temperature, top-k
     and top-p.
     """
 
-    max_new_tokens: int = 64
+    max_new_tokens: Count = 64
     """Longest completion, its end-of-sequence token included."""
-    temperature: float = 1.0
+    temperature: _Temperature = 1.0
     """Divides the logits. 0 is greedy: the likeliest token, always."""
-    top_k: int | None = None
+    top_k: Count | None = None
     """Draw from the k likeliest tokens; None draws from all."""
-    top_p: float = 1.0
+    top_p: _Probability = 1.0
     """Draw from the smallest set of likeliest tokens that has this probability; 1 draws
     from all.
     """
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check("max_new_tokens", self.max_new_tokens >= 1, ">= 1")
-        self._check("temperature", self.temperature >= 0, ">= 0 (0 is greedy)")
-        self._check(
-            "top_k", self.top_k is None or self.top_k >= 1, ">= 1, or None for no limit"
-        )
-        self._check("top_p", 0 < self.top_p <= 1, "in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -166,9 +162,7 @@ class TransformersSampler:
         synchronize: bool = False,
     ) -> None:
         if batch_size is not None and batch_size < 1:
-            raise ValueError(
-                f"batch_size must be >= 1, or None for no limit, got {batch_size!r}"
-            )
+            raise ValueError(f"batch_size must be >= 1 or None, got {batch_size!r}")
         self.language_model = language_model
         self.batch_size = batch_size
         self.synchronize = synchronize
@@ -193,38 +187,31 @@ class TransformersSampler:
         FloatingPointError
             If the model's logits are NaN or infinite.
         """
-        language_model = self.language_model
-        _check_request(
-            prompts, samples_per_prompt, config, language_model.context_length
-        )
-        eos = torch.tensor(language_model.eos_ids, device=language_model.device)
-        rows = len(prompts) * samples_per_prompt
+        lm = self.language_model
+        _check_request(prompts, samples_per_prompt, config, lm.context_length)
+        eos = torch.tensor(lm.eos_ids, device=lm.device)
+        count = len(prompts) * samples_per_prompt
+        size = self.batch_size or count
         completions: list[list[int]] = []
         log_probs: list[list[float]] = []
-        whole = gathered(language_model.model, layers=not self.synchronize)
-        with whole, evaluating(language_model.model):
-            for start in range(0, rows, self.batch_size or rows):
-                stop = min(start + (self.batch_size or rows), rows)
+        whole = gathered(lm.model, layers=not self.synchronize)
+        with whole, evaluating(lm.model):
+            for start in range(0, count, size):
+                rows = range(start, min(start + size, count))
                 uniforms = _uniforms(
-                    seed, first_row + start, stop - start, config.max_new_tokens
+                    seed, first_row + start, len(rows), config.max_new_tokens
                 )
-                # The prompts of this batch, and for each of its rows which of them it
-                # continues.
-                first = start // samples_per_prompt
-                batch = prompts[first : (stop - 1) // samples_per_prompt + 1]
-                index = [
-                    row // samples_per_prompt - first for row in range(start, stop)
-                ]
-                ids, scores = self._decode(batch, index, uniforms, eos, config)
+                # The prompts of this batch, and which of them each row continues.
+                index = [row // samples_per_prompt for row in rows]
+                batch = prompts[index[0] : index[-1] + 1]
+                places = [i - index[0] for i in index]
+                ids, scores = self._decode(batch, places, uniforms, eos, config)
                 # A completion ends with its first EOS.
                 ended = torch.isin(ids, eos)
                 lengths = ((ended.cumsum(1) - ended.long()) == 0).sum(1).tolist()
-                for row, row_scores, length in zip(
-                    ids.tolist(), scores.tolist(), lengths, strict=True
-                ):
-                    completions.append(row[:length])
-                    log_probs.append(row_scores[:length])
-        return _samples(prompts, completions, log_probs, language_model)
+                completions += _cut(ids, lengths)
+                log_probs += _cut(scores, lengths)
+        return _samples(prompts, completions, log_probs, lm)
 
     def _decode(
         self,
@@ -238,22 +225,19 @@ class TransformersSampler:
         first EOS means nothing.
         """
         parts = backbone_and_head(self.language_model.model)
-        backbone, device = parts.backbone, eos.device
-        T = config.max_new_tokens
+        backbone, device, T = parts.backbone, eos.device, config.max_new_tokens
         batch = Sequences.pad(prompts, [], [], device=device)
-        mask = batch.prompt_mask
-        hidden, cache = read_prompts(backbone, batch)
         rows = torch.tensor(index, device=device)
+        hidden, cache = read_prompts(backbone, batch)
         logits = parts.logits(hidden[:, -1])[rows]
         _repeat_cache(cache, rows, room=T)
-        if (
-            device.type == "mps"
-        ):  # has no float64; the bound keeps u · total below total in float32 too
+        if device.type == "mps":  # has no float64
+            # The bound keeps u · total below total in float32 too.
             uniforms = uniforms.float().clamp(max=1 - 2**-20)
         uniforms = uniforms.to(device)
-        positions = mask.sum(1)[rows, None]
-        L = batch.prompt_ids.shape[1]
-        masks = _StepMasks(backbone, cache, mask[rows], T)
+        length = batch.prompt_ids.shape[1]
+        positions = batch.prompt_mask.sum(1)[rows, None]
+        mask = _step_mask(backbone, cache, batch.prompt_mask[rows], T)
         # Step by row, so that one step is contiguous.
         ids = torch.zeros(T, len(rows), dtype=torch.long, device=device)
         log_probs = torch.zeros(T, len(rows), dtype=torch.float32, device=device)
@@ -264,8 +248,7 @@ class TransformersSampler:
         interval = 1 if device.type == "cpu" else 8
         for t in range(T):
             token, log_prob = _draw(logits, uniforms[t], config)
-            ids[t, active] = token
-            log_probs[t, active] = log_prob
+            ids[t, active], log_probs[t, active] = token, log_prob
             done |= (token[:, None] == eos).any(1)
             if t + 1 == T:
                 break
@@ -274,18 +257,15 @@ class TransformersSampler:
                 if not self._any(left > 0, device):
                     break
                 if left <= _COMPACT * len(done):
+                    # Other processes may go on when all rows here are done: keep one.
                     keep = (~done).nonzero()[:, 0] if left else active.new_zeros(1)
-                    token, positions, uniforms = (
-                        token[keep],
-                        positions[keep],
-                        uniforms[:, keep],
-                    )
-                    active, done = active[keep], done[keep]
+                    token, positions, done = token[keep], positions[keep], done[keep]
+                    active, uniforms = active[keep], uniforms[:, keep]
+                    mask = None if mask is None else mask[keep]
                     cache.batch_select_indices(keep)
-                    masks.select(keep)
             hidden = backbone(
                 input_ids=token[:, None],
-                attention_mask=masks.until(L + t + 1),
+                attention_mask=None if mask is None else mask[..., : length + t + 1],
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
@@ -307,87 +287,73 @@ _COMPACT = 0.75
 """Ended rows leave the batch once at most this share of it goes on."""
 
 
-class _StepMasks:
-    """The attention mask of each step, in the form that costs least."""
-
-    def __init__(
-        self, backbone: Any, cache: DynamicCache, prompts: Tensor, room: int
-    ) -> None:
-        self.mask: Tensor | None = None
-        if bool(prompts.all()):
-            return  # nothing is padded, and all tokens may see all before them
-        self.mask = torch.cat([prompts, prompts.new_ones(len(prompts), room)], 1)
-        # With the mask over keys alone transformers builds the one over (row, head,
-        # query, key) anew at every step, and makes the CPU wait for a GPU. Sliding
-        # windows and other attention functions need it to.
-        plain = all(type(layer) is _RoomyLayer for layer in cache.layers)
-        if plain and backbone.config._attn_implementation == "sdpa":
-            self.mask = self.mask[:, None, None]
-
-    def until(self, length: int) -> Tensor | None:
-        return None if self.mask is None else self.mask[..., :length]
-
-    def select(self, rows: Tensor) -> None:
-        self.mask = None if self.mask is None else self.mask[rows]
-
-
 class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values of one layer in buffers with room at the end, so that a step
     copies one column, not all.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, rows: Tensor, room: int) -> None:
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, layer: Any, rows: Tensor, room: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.lazy_initialization(keys, values)
-        self.length, self.capacity = keys.shape[-2], keys.shape[-2] + room
-        self._fill(keys, values, rows)
+        self.lazy_initialization(layer.keys, layer.values)
+        self.keys, self.values = layer.keys, layer.values
+        self.capacity = self.keys.shape[-2] + room
+        self.batch_select_indices(rows)
 
-    def _fill(self, keys: Tensor, values: Tensor, rows: Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor) -> None:
         """Make new buffers of these rows."""
-        self.buffers: list[Tensor] = []
-        for states in (keys, values):
-            buffer = states.new_empty(
-                len(rows), states.shape[1], self.capacity, states.shape[3]
-            )
-            torch.index_select(states, 0, rows, out=buffer[:, :, : self.length])
+        length = self.keys.shape[-2]
+        self.buffers = []
+        for states in (self.keys, self.values):
+            shape = (len(indices), states.shape[1], self.capacity, states.shape[3])
+            buffer = states.new_empty(shape)
+            torch.index_select(states, 0, indices, out=buffer[:, :, :length])
             self.buffers.append(buffer)
-        self._view()
-
-    def _view(self) -> None:
-        self.keys, self.values = (
-            buffer[:, :, : self.length] for buffer in self.buffers
-        )
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        start = self.length
-        self.length += key_states.shape[-2]
-        for buffer, states in zip(
-            self.buffers, (key_states, value_states), strict=True
-        ):
-            buffer[:, :, start : self.length] = states
-        self._view()
-        return self.keys, self.values  # type: ignore[return-value]
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._fill(self.keys, self.values, indices)  # type: ignore[arg-type]
+        """Write the new columns, and return all columns so far."""
+        start = self.keys.shape[-2]
+        end = start + key_states.shape[-2]
+        keys, values = self.buffers
+        keys[:, :, start:end], values[:, :, start:end] = key_states, value_states
+        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+        return self.keys, self.values
 
 
 def _repeat_cache(cache: DynamicCache, rows: Tensor, room: int) -> None:
     """Give each completion its prompt's keys and values, and ordinary layers room for
     ``room`` tokens.
     """
-    for i, layer in enumerate(cache.layers):
+    layers: list[Any] = cache.layers
+    for i, layer in enumerate(layers):
         # Layers of other kinds (sliding windows, recurrent states) keep their own way.
-        if (
-            type(layer) is DynamicLayer
-            and layer.keys is not None
-            and layer.values is not None
-        ):
-            cache.layers[i] = _RoomyLayer(layer.keys, layer.values, rows, room)
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            layers[i] = _RoomyLayer(layer, rows, room)
         else:
-            layer.batch_select_indices(rows)  # type: ignore[union-attr]
+            layer.batch_select_indices(rows)
+
+
+def _step_mask(
+    backbone: Any, cache: DynamicCache, prompts: Tensor, room: int
+) -> Tensor | None:
+    """Attention mask of prompts and ``room`` tokens, in the form that costs least; None
+    if nothing is padded, so that all tokens may see all before them.
+    """
+    if bool(prompts.all()):
+        return None
+    mask = torch.cat([prompts, prompts.new_ones(len(prompts), room)], 1)
+    # From a mask over keys alone transformers builds the one over (row, head, query,
+    # key) at every step, and makes the CPU wait for a GPU. Sliding windows and other
+    # attention functions need it to.
+    plain = all(type(layer) is _RoomyLayer for layer in cache.layers)
+    if plain and backbone.config._attn_implementation == "sdpa":
+        return mask[:, None, None]
+    return mask
 
 
 def _draw(
@@ -439,26 +405,21 @@ def _check_request(
         raise ValueError("there are no prompts to complete")
     if samples_per_prompt < 1:
         raise ValueError(f"samples_per_prompt must be >= 1, got {samples_per_prompt!r}")
+    refuse_empty(prompts)
     for i, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ValueError(
-                f"prompt {i} is empty; begin it with at least one token, such as BOS "
-                "or EOS"
-            )
-        if (
-            context_length is not None
-            and len(prompt) + config.max_new_tokens > context_length
-        ):
+        room = math.inf if context_length is None else context_length - len(prompt)
+        if room < config.max_new_tokens:
+            remedy = f", or set max_new_tokens to at most {room}" if room > 0 else ""
             raise ValueError(
                 f"prompt {i} has {len(prompt)} tokens; with max_new_tokens = "
                 f"{config.max_new_tokens} it does not fit the model's context of "
-                f"{context_length}: shorten the prompt"
-                + (
-                    f", or set max_new_tokens to at most {context_length - len(prompt)}"
-                    if len(prompt) < context_length
-                    else ""
-                )
+                f"{context_length}: shorten the prompt{remedy}"
             )
+
+
+def _cut(rows: Tensor, lengths: list[int]) -> list[list[Any]]:
+    """Turn rows into lists of these lengths."""
+    return [row[:length] for row, length in zip(rows.tolist(), lengths, strict=True)]
 
 
 def _samples(
@@ -467,7 +428,7 @@ def _samples(
     log_probs: list[list[float]],
     language_model: LanguageModel,
 ) -> Samples:
-    """Pad completions and log-probabilities alike, and check that these are numbers."""
+    """Pad completions and log-probabilities, and check that these are numbers."""
     device, ends = language_model.device, set(language_model.eos_ids)
     samples_per_prompt = len(completions) // len(prompts)
     index = [row // samples_per_prompt for row in range(len(completions))]
@@ -475,9 +436,8 @@ def _samples(
         prompts, completions, index, pad_id=language_model.pad_id, device=device
     )
     scores = torch.zeros(sequences.completion_ids.shape, device=device)
-    scores[sequences.completion_mask] = torch.tensor(
-        [x for row in log_probs for x in row], device=device
-    )
+    flat = [number for row in log_probs for number in row]
+    scores[sequences.completion_mask] = torch.tensor(flat, device=device)
     if not bool(scores.isfinite().all()):
         row = int((~scores.isfinite()).any(1).nonzero()[0])
         raise FloatingPointError(
@@ -485,10 +445,8 @@ def _samples(
             "weights have diverged; go back to the last good checkpoint and lower the "
             "learning rate"
         )
-    finished = torch.tensor(
-        [not ends.isdisjoint(row[-1:]) for row in completions], device=device
-    )
-    return Samples(sequences, scores, finished)
+    finished = [not ends.isdisjoint(row[-1:]) for row in completions]
+    return Samples(sequences, scores, torch.tensor(finished, device=device))
 
 
 class VLLMSampler:
@@ -529,25 +487,18 @@ class VLLMSampler:
                 "TransformersSampler runs everywhere"
             ) from error
         self.language_model = language_model
-        self.context_length = options.get(
-            "max_model_len", language_model.context_length
-        )
+        length = options.get("max_model_len", language_model.context_length)
+        self.context_length = length
         self._sampling_params = vllm.SamplingParams
-        self.engine = (
-            _build_engine(vllm.LLM, language_model, options)
-            if engine is None
-            else engine
-        )
-        mode = getattr(
-            getattr(self.engine, "model_config", None),
-            "logprobs_mode",
-            "processed_logprobs",
-        )
+        if engine is None:
+            engine = _build_engine(vllm.LLM, language_model, options)
+        self.engine = engine
+        model_config = getattr(engine, "model_config", None)
+        mode = getattr(model_config, "logprobs_mode", "processed_logprobs")
         if mode != "processed_logprobs":
             raise ValueError(
-                "the engine returns log-probabilities from before temperature, top-k "
-                "and top-p; build it with vllm.LLM(..., "
-                f"logprobs_mode='processed_logprobs'), got {mode!r}"
+                f"the engine returns {mode}, from before temperature, top-k and top-p; "
+                "build it with vllm.LLM(..., logprobs_mode='processed_logprobs')"
             )
 
     def _hand_over(self) -> None:
@@ -576,46 +527,37 @@ class VLLMSampler:
         Samples depend on (seed, row), and by rounding on the batch: vLLM's kernels are
         not batch-invariant.
         """
-        language_model = self.language_model
+        lm = self.language_model
         _check_request(prompts, samples_per_prompt, config, self.context_length)
         self._hand_over()
-        common = {
+        options = {
             "n": samples_per_prompt,
             "max_tokens": config.max_new_tokens,
             "temperature": config.temperature,
             "top_p": config.top_p,
-            "stop_token_ids": list(language_model.eos_ids),
+            "stop_token_ids": list(lm.eos_ids),
             "logprobs": 0,  # of the sampled token only
             "detokenize": False,
         }
         if config.top_k is not None:
-            common["top_k"] = config.top_k
+            options["top_k"] = config.top_k
+        # Halved, because vLLM adds the number of the sample to the seed.
+        rows = range(first_row, first_row + samples_per_prompt * len(prompts))
+        seeds = [derive_seed(seed, row) >> 1 for row in rows[::samples_per_prompt]]
         outputs = self.engine.generate(
             [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-            [
-                # vLLM adds the number of the sample to the seed.
-                self._sampling_params(
-                    **common,
-                    seed=derive_seed(seed, first_row + i * samples_per_prompt) >> 1,
-                )
-                for i in range(len(prompts))
-            ],
+            [self._sampling_params(**options, seed=number) for number in seeds],
             use_tqdm=False,
         )
-        completions: list[list[int]] = []
-        log_probs: list[list[float]] = []
-        for output in outputs:
-            for sample in output.outputs:
-                ids = list(sample.token_ids)
-                scores = [
-                    step[token].logprob
-                    for step, token in zip(sample.logprobs, ids, strict=True)
-                ]
-                completions.append(ids)
-                log_probs.append(
-                    [0.0] * len(ids) if config.temperature == 0 else scores
-                )
-        return _samples(prompts, completions, log_probs, language_model)
+        samples = [sample for output in outputs for sample in output.outputs]
+        completions = [list(sample.token_ids) for sample in samples]
+        log_probs = [
+            [step[token].logprob for step, token in zip(s.logprobs, ids, strict=True)]
+            for s, ids in zip(samples, completions, strict=True)
+        ]
+        if config.temperature == 0:
+            log_probs = [[0.0] * len(ids) for ids in completions]
+        return _samples(prompts, completions, log_probs, lm)
 
 
 def _build_engine(
@@ -656,21 +598,18 @@ def _merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """
     base = _base_model(model)
     for name, parameter in base.named_parameters():
+        if ".lora_" in name:
+            continue
         weight = parameter.detach()
         if hasattr(weight, "full_tensor"):  # sharded over processes
             weight = weight.full_tensor()
-        if ".base_layer." in name:
-            layer = base.get_submodule(name.split(".base_layer.")[0])
-            if name.endswith(".weight"):
-                for adapter in layer.active_adapters:
-                    if adapter in layer.lora_A:
-                        weight = weight + layer.get_delta_weight(adapter).to(
-                            weight.dtype
-                        )
-            name = name.replace(".base_layer", "")
-        elif ".lora_" in name:
-            continue
-        yield name, weight
+        path, _, kind = name.partition(".base_layer.")
+        if kind == "weight":
+            layer = base.get_submodule(path)
+            for adapter in layer.active_adapters:
+                if adapter in layer.lora_A:
+                    weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
+        yield name.replace(".base_layer", ""), weight
 
 
 def generate(
@@ -698,16 +637,9 @@ def generate(
     """
     ids = [encode_prompt(language_model.tokenizer, prompt) for prompt in prompts]
     sampler = TransformersSampler(language_model)
-    sequences = sampler.sample(
-        ids, samples_per_prompt, config or SamplingConfig(), seed=seed
-    ).sequences
-    texts = [
-        language_model.decode(row[:length])
-        for row, length in zip(
-            sequences.completion_ids.tolist(), sequences.lengths.tolist(), strict=True
-        )
-    ]
-    return [
-        texts[i : i + samples_per_prompt]
-        for i in range(0, len(texts), samples_per_prompt)
-    ]
+    config = config or SamplingConfig()
+    sequences = sampler.sample(ids, samples_per_prompt, config, seed=seed).sequences
+    rows = _cut(sequences.completion_ids, sequences.lengths.tolist())
+    texts = [language_model.decode(row) for row in rows]
+    starts = range(0, len(texts), samples_per_prompt)
+    return [texts[start : start + samples_per_prompt] for start in starts]

@@ -9,9 +9,8 @@ represents every s_t by a vector.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-from policyopt.lm.heads import backbone_and_head
+from policyopt.lm.heads import backbone_and_head, evaluating
 
 __all__ = ["Sequences", "evaluating", "hidden_states", "read_prompts", "widen"]
 
@@ -62,14 +61,11 @@ class Sequences:
                     f"{name}_mask must be Boolean with the shape of {name}_ids, "
                     f"{tuple(ids.shape)}, got {mask.dtype} {tuple(mask.shape)}"
                 )
-        if (
-            self.prompt_index.shape != self.completion_ids.shape[:1]
-            or self.prompt_index.dtype != torch.long
-        ):
+        index = self.prompt_index
+        if index.shape != self.completion_ids.shape[:1] or index.dtype != torch.long:
             raise ValueError(
                 "prompt_index must hold one row number per completion, long "
-                f"[{len(self)}], got {self.prompt_index.dtype} "
-                f"{tuple(self.prompt_index.shape)}"
+                f"[{len(self)}], got {index.dtype} {tuple(index.shape)}"
             )
 
     @staticmethod
@@ -99,29 +95,23 @@ class Sequences:
             If a prompt is empty (there would be no state to act in) or ``prompt_index``
             does not fit.
         """
-        for i, prompt in enumerate(prompts):
-            if len(prompt) == 0:
-                raise ValueError(
-                    f"prompt {i} is empty; begin it with at least one token, such as "
-                    "BOS or EOS"
-                )
+        refuse_empty(prompts)
+        P, B = len(prompts), len(completions)
         if prompt_index is None:
-            if len(prompts) != len(completions):
+            if P != B:
                 raise ValueError(
-                    f"{len(prompts)} prompts and {len(completions)} completions: say "
-                    "with prompt_index which prompt each completion continues"
+                    f"{P} prompts and {B} completions: say with prompt_index which "
+                    "prompt each completion continues"
                 )
-            prompt_index = range(len(prompts))
-        elif len(prompt_index) != len(completions):
+            prompt_index = range(P)
+        if len(prompt_index) != B:
             raise ValueError(
-                f"{len(prompt_index)} entries in prompt_index, {len(completions)} "
-                "completions"
+                f"{len(prompt_index)} entries in prompt_index, {B} completions"
             )
         for i, row in enumerate(prompt_index):
-            if not 0 <= row < len(prompts):
+            if not 0 <= row < P:
                 raise ValueError(
-                    f"completion {i} continues prompt {row}, but there are "
-                    f"{len(prompts)} prompts"
+                    f"completion {i} continues prompt {row}, but there are {P} prompts"
                 )
         prompt_ids, prompt_mask = _pad(prompts, pad_id, left=True)
         completion_ids, completion_mask = _pad(completions, pad_id, left=False)
@@ -142,13 +132,7 @@ class Sequences:
 
     def to(self, device: torch.device | str) -> Sequences:
         """Move all tensors to ``device``."""
-        return Sequences(
-            self.prompt_ids.to(device),
-            self.prompt_mask.to(device),
-            self.completion_ids.to(device),
-            self.completion_mask.to(device),
-            self.prompt_index.to(device),
-        )
+        return Sequences(*(tensor.to(device) for tensor in vars(self).values()))
 
     def select(self, rows: Tensor) -> Sequences:
         """Keep the completions ``rows`` (numbers or a Boolean mask), in that order.
@@ -171,56 +155,27 @@ class Sequences:
             index,
         )
 
-    def truncate_prompts(self, context_length: int) -> Sequences:
-        """Shorten prompts from the left until each completion fits; completions are
-        never cut.
 
-        Parameters
-        ----------
-        context_length : int
-            Largest number of tokens of prompt and completion together.
-
-        Raises
-        ------
-        ValueError
-            If a completion leaves no room for one token of its prompt.
-        """
-        longest = self.lengths.new_zeros(len(self.prompt_ids))
-        longest = longest.scatter_reduce(0, self.prompt_index, self.lengths, "amax")
-        room = context_length - longest
-        if bool((room < 1).any()):
-            row = int((self.lengths >= context_length).nonzero()[0])
+def refuse_empty(prompts: Sequence[Sequence[int]]) -> None:
+    """Raise a ValueError for the first prompt without a token."""
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
             raise ValueError(
-                f"completion {row} has {int(self.lengths[row])} tokens, which leaves "
-                f"no room for its prompt in a context of {context_length}; shorten the "
-                "completion or use a model with a longer context"
+                f"prompt {i} is empty; begin it with at least one token: BOS or EOS"
             )
-        L = self.prompt_ids.shape[1]
-        from_the_end = torch.arange(L, 0, -1, device=room.device)
-        mask = self.prompt_mask & (from_the_end <= room[:, None])
-        first = L - _longest(mask)
-        return replace(
-            self, prompt_ids=self.prompt_ids[:, first:], prompt_mask=mask[:, first:]
-        )
 
 
 def _pad(
     rows: Sequence[Sequence[int]], pad_id: int, *, left: bool
 ) -> tuple[Tensor, Tensor]:
-    width = max((len(row) for row in rows), default=0)
-    ids, mask = [], []
-    for row in rows:
-        gap = width - len(row)
-        if left:
-            ids.append([pad_id] * gap + list(row))
-            mask.append([False] * gap + [True] * len(row))
-        else:
-            ids.append(list(row) + [pad_id] * gap)
-            mask.append([True] * len(row) + [False] * gap)
-    shape = (len(rows), width)
-    return torch.tensor(ids, dtype=torch.long).view(shape), torch.tensor(
-        mask, dtype=torch.bool
-    ).view(shape)
+    """Token ids and mask ``[len(rows), length of the longest]``."""
+    width = max(map(len, rows), default=0)
+    ids = torch.full((len(rows), width), pad_id)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(len(row))
+        ids[i, place], mask[i, place] = torch.as_tensor(row), True
+    return ids, mask
 
 
 def widen(values: Tensor, like: Tensor) -> Tensor:
@@ -232,18 +187,6 @@ def widen(values: Tensor, like: Tensor) -> Tensor:
 
 def _longest(mask: Tensor) -> int:
     return int(mask.sum(1).max()) if mask.numel() else 0
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and its like off, and leave every module's mode as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def hidden_states(
@@ -267,17 +210,19 @@ def hidden_states(
     -------
     Tensor
         ``[B, T + 1, H]``; entry ``t`` is the state after reading the prompt and ``t``
-        tokens of the completion. Entries behind the end of a completion are finite and
+        tokens of the completion. Entries after the end of a completion are finite and
         mean nothing.
+
+    Raises
+    ------
+    ValueError
+        If there are no completions, or :func:`backbone_and_head` refuses the model.
     """
     backbone = backbone_and_head(model).backbone
     if len(sequences) == 0:
         raise ValueError("there are no completions in this batch")
-    if (
-        share_prompts
-        and len(sequences) > len(sequences.prompt_ids)
-        and _can_share(backbone)
-    ):
+    shared = len(sequences) > len(sequences.prompt_ids)
+    if share_prompts and shared and _can_share(backbone):
         return _shared(backbone, sequences)
     return _concatenated(backbone, sequences)
 
@@ -324,17 +269,11 @@ def _shared(backbone: nn.Module, sequences: Sequences) -> Tensor:
     first = hidden[:, -1:].index_select(0, index)
     if sequences.completion_ids.shape[1] == 0:
         return first
-    for layer in cache.layers:
-        # A layer that reads another layer's cache has none of its own.
-        if (
-            isinstance(layer, DynamicLayer)
-            and layer.keys is not None
-            and layer.values is not None
-        ):
-            layer.keys, layer.values = (
-                _rows(layer.keys, index),
-                _rows(layer.values, index),
-            )
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        if layer.is_initialized:  # one that reads another layer's cache has none itself
+            layer.keys = _rows(layer.keys, index)
+            layer.values = _rows(layer.values, index)
     steps = torch.arange(sequences.completion_ids.shape[1], device=mask.device)
     completions: Tensor = backbone(
         input_ids=sequences.completion_ids,
@@ -354,7 +293,7 @@ def _rows(tensor: Tensor, index: Tensor) -> Tensor:
 def _concatenated(backbone: nn.Module, sequences: Sequences) -> Tensor:
     """One pass over prompt and completion, moved together and to the left.
 
-    All padding is then behind the tokens, where causal attention never looks: no mask
+    All padding then comes after the tokens, where causal attention never looks: no mask
     is needed, positions are 0, 1, 2, …, and attention may take its fastest route.
     """
     index = sequences.prompt_index
