@@ -18,11 +18,11 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 import matplotlib as mpl
 import numpy as np
-from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.rcsetup import cycler
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
@@ -271,7 +271,8 @@ def align_runs(
 
     Examples
     --------
-    >>> align_runs([[10, 20, 30]], [[1.0, 3.0, 5.0]], grid=[5, 10, 25, 40], window=2).tolist()
+    >>> steps, returns = [[10, 20, 30]], [[1.0, 3.0, 5.0]]
+    >>> align_runs(steps, returns, grid=[5, 10, 25, 40], window=2).tolist()
     [[nan, 1.0, 2.0, 4.0]]
     """
     if window < 1:
