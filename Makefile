@@ -17,7 +17,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 NOTEBOOKS := $(BIN)/python book/_tools/notebooks.py
 
 .DEFAULT_GOAL := help
-.PHONY: help book pdf serve jupyter test test-quick web-test colab-test check execute chapter twins lint format bench models repo lock wheel clean
+.PHONY: help book pdf serve jupyter test test-quick web-test colab-test check execute chapter twins lint format bench gpu models repo lock wheel clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -77,6 +77,10 @@ format: $(VENV)/.ready ## let ruff lay out the code and mend what it can
 bench: $(VENV)/.bench ## time the package against Stable-Baselines3 and TRL: book/benchmarks*.md (BENCH_ARGS="--seeds 3")
 	@$(BIN)/python benchmarks/control.py $(BENCH_ARGS)
 	@$(BIN)/python benchmarks/lm.py $(BENCH_ARGS)
+
+gpu: $(VENV)/.bench ## on a machine with an NVIDIA GPU: the tests that need one, then book/benchmarks-gpu.md (8 minutes)
+	@$(PYTEST) --dist worksteal -m cuda tests
+	@$(BIN)/python benchmarks/gpu.py
 
 models: $(VENV)/.ready ## train the tiny language models again, minutes: src/policyopt_book/models
 	@$(BIN)/python -m policyopt_book.make_models
