@@ -44,13 +44,9 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 __all__ = [
-    "History",
-    "Settings",
-    "TrainingDivergedError",
-    "derive_seed",
-    "resolve_device",
+    "History", "Settings", "TrainingDivergedError", "derive_seed", "resolve_device",
     "train_seeds",
-]
+]  # fmt: skip
 
 RowT = TypeVar("RowT", bound="DataclassInstance")
 ResultT = TypeVar("ResultT")

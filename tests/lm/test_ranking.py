@@ -48,8 +48,8 @@ def test_online_on_a_fixed_batch_is_offline_on_its_list() -> None:
 
     def distinct(completions: list[str], prompts: list[str], **columns: Any) -> list[float]:
         rewards = [float(i % 4) for i in range(len(completions))]
-        for start in range(0, len(completions), 4):
-            texts.append((prompts[start], completions[start : start + 4][::-1]))
+        groups = range(0, len(completions), 4)
+        texts.extend((prompts[i], completions[i : i + 4][::-1]) for i in groups)
         return rewards
 
     sampled = online(tiny_model(), distinct, updates=1, batch_size=1)

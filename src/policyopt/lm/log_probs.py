@@ -18,11 +18,8 @@ from policyopt.lm.heads import backbone_and_head
 from policyopt.lm.sequences import Sequences, hidden_states
 
 __all__ = [
-    "TokenLogProbs",
-    "chunked_log_probs",
-    "completion_log_probs",
-    "filter_logits",
-]
+    "TokenLogProbs", "chunked_log_probs", "completion_log_probs", "filter_logits",
+]  # fmt: skip
 
 
 class TokenLogProbs(NamedTuple):

@@ -53,9 +53,9 @@ class Processes:
         kind = str(self._accelerator.distributed_type.value)
         if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
             raise ValueError(
-                f"the processes were launched for {kind}; these trainers share the work "
-                "by data parallelism (DDP) or FSDP2: launch them with torchrun, or with "
-                "accelerate and no other plugin"
+                f"the processes were launched for {kind}; these trainers share the "
+                "work by data parallelism (DDP) or FSDP2: launch them with torchrun, "
+                "or with accelerate and no other plugin"
             )
         if batch_size % self.count:
             raise ValueError(
@@ -115,7 +115,7 @@ class Processes:
         return torch.where(mask, (x - mean.to(x.dtype)) / deviation.to(x.dtype), 0.0)
 
     def check_pieces(self, count: int) -> None:
-        """Refuse, where weights are sharded, pieces that other processes do not have."""
+        """Refuse, where weights are sharded, pieces that others do not have."""
         if self._sharded is not None and self.sum(count) != count * self.count:
             raise ValueError(
                 "with FSDP all processes must cut their share into the same number of "
