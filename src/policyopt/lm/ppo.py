@@ -108,9 +108,9 @@ class PPOUpdate(LMUpdate):
     rewards: dict[str, float]
     """Mean of each reward function."""
     kl: float
-    """Estimate (k1) of KL(π_θ ‖ π_ref) of a completion, nats, before the step."""
+    """Estimate (k1) of KL(π_θ ‖ π_ref) of a completion, nats, before the update."""
     beta: float
-    """Weight of the KL penalty in this step."""
+    """Weight of the KL penalty in this update."""
     length: float
     """Mean completion tokens."""
     finished: float
@@ -130,7 +130,7 @@ class PPOUpdate(LMUpdate):
     clip_fraction: float
     """Share of tokens (over all updates) whose gradient the clip switched off."""
     ratio_max: float
-    """Largest ratio of the step."""
+    """Largest ratio of the update."""
 
     headline: ClassVar[tuple[str, ...]] = ("reward", "kl", "length")
     may_be_nan: ClassVar[tuple[str, ...]] = (
