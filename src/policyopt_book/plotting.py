@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -685,7 +685,7 @@ def show_source(
     obj : object
         A function, method or class written in Python.
     docstring : {'summary', 'full', 'none'}
-        ``"summary"`` keeps the first line of each docstring, ``"full"`` all of it,
+        ``"summary"`` keeps the first paragraph of each docstring, ``"full"`` all of it,
         ``"none"`` nothing.
 
     Returns
@@ -722,7 +722,7 @@ def show_source(
 
 
 def _shorten_docstrings(code: str, *, keep_summary: bool) -> str:
-    """Cut each docstring down to its first line, or out."""
+    """Cut each docstring down to its first paragraph, or out."""
     lines = code.split("\n")
     nodes = [
         n
@@ -737,8 +737,13 @@ def _shorten_docstrings(code: str, *, keep_summary: bool) -> str:
             continue
         expression = node.body[0]
         indent = " " * expression.col_offset
-        summary = text.strip().split("\n", 1)[0]
-        kept: Iterable[str] = [f'{indent}"""{summary}"""'] if keep_summary else []
+        paragraph = text.strip().split("\n\n", 1)[0].split("\n")
+        paragraph[0] = f'"""{paragraph[0]}'
+        if len(paragraph) == 1:
+            paragraph[0] += '"""'
+        else:
+            paragraph.append('"""')
+        kept = [indent + x for x in paragraph] if keep_summary else []
         if not keep_summary and len(node.body) == 1:
             kept = [f"{indent}..."]
         end = expression.end_lineno or expression.lineno
