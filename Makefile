@@ -19,7 +19,7 @@ NOTEBOOKS := $(BIN)/python book/_tools/notebooks.py
 CHECKS := lint web-test test-quick colab-test
 
 .DEFAULT_GOAL := help
-.PHONY: help book pdf serve jupyter test test-quick web-test colab-test check linkcheck execute twins lint format bench models lock wheel clean
+.PHONY: help book pdf serve jupyter test test-quick web-test colab-test check linkcheck execute twins lint format bench gpu models lock wheel clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -82,6 +82,10 @@ format: $(VENV)/.ready ## let ruff lay out the code and fix what it can
 bench: $(VENV)/.bench ## time the package against Stable-Baselines3 and TRL: book/benchmarks*.md (BENCH_ARGS="--seeds 3")
 	@$(BIN)/python benchmarks/control.py $(BENCH_ARGS)
 	@$(BIN)/python benchmarks/lm.py $(BENCH_ARGS)
+
+gpu: $(VENV)/.bench ## on a machine with an NVIDIA GPU: the tests that need one, then book/benchmarks-gpu.md (8 minutes)
+	@$(PYTEST) --dist worksteal -m cuda tests
+	@$(BIN)/python benchmarks/gpu.py
 
 models: $(VENV)/.ready ## train the tiny language models again, minutes: src/policyopt_book/models
 	@$(BIN)/python -m policyopt_book.make_models

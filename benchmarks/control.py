@@ -47,7 +47,7 @@ def run_policyopt(algorithm: str, seed: int, budget: int, mark: Mark) -> int:
         return train_ppo(ENVIRONMENT, ppo, seed=seed, callback=callback, progress=False).steps
     trpo = TRPOConfig(
         **common, gae_lambda=0.9, kl_limit=0.02, cg_iterations=5,
-        critic_learning_rate=5e-3, critic_epochs=5, critic_minibatch=512,
+        critic_learning_rate=5e-3, critic_epochs=5, critic_minibatch_size=512,
     )  # fmt: skip
     return train_trpo(ENVIRONMENT, trpo, seed=seed, callback=callback, progress=False).steps
 

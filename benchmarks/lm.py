@@ -4,7 +4,7 @@
 
 Every run is a process of its own; contestants take turns, and each seed begins with the other one, so that a machine
 whose speed drifts slows them alike. Ratios are formed within a seed. On the CPU (one thread) a second is a CPU second;
-on CUDA it is a second. ``--device cpu`` measures two models, the embedded ``news-sft`` and a random one of 13 million
+on CUDA it is a second. ``--device cpu`` measures two models, the book's ``news-sft`` and a random one of 13 million
 parameters; ``--device cuda`` one, random, with the shape of Qwen2.5-0.5B, under bfloat16 autocast.
 
 Tokens are those of the real sequences: prompt and completion of every sequence trained on (the completion alone where
@@ -61,7 +61,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "generation": {"steps": 8, "warm": 2, "batch": 16, "group": 8, "tokens": 128},
     },
 }  # fmt: skip
-# Random models. The tokenizer is the embedded one: it uses the first 640 tokens of each vocabulary.
+# Random models. The tokenizer is that of the book's tiny models: it uses the first 640 tokens of each vocabulary.
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {
         "model_type": "llama", "vocab_size": 32_000, "hidden_size": 256, "intermediate_size": 688,
@@ -237,7 +237,7 @@ def policyopt_settings(job: Job) -> dict[str, Any]:
     """Return what the configs of both trainers share."""
     s = job.settings
     shared = {
-        "steps": s["steps"],
+        "updates": s["steps"],
         "batch_size": s["batch"],
         "learning_rate": s["learning_rate"],
         "beta": s["beta"],
@@ -252,7 +252,7 @@ def count_prompts(job: Job, model: Any, records: list[dict[str, Any]], each: int
     lengths = [len(encode_prompt(model.tokenizer, record["prompt"])) for record in records]
 
     def count(row: Any) -> int:
-        indices = batch_indices(len(lengths), job.settings["batch"], row.step - 1, job.seed)
+        indices = batch_indices(len(lengths), job.settings["batch"], row.update - 1, job.seed)
         return each * sum(lengths[i] for i in indices)
 
     return count
@@ -531,9 +531,9 @@ def compare(scale: str, seeds: int) -> dict[str, dict[str, list[dict[str, Any]]]
 # --- the page -------------------------------------------------------------------------------------------------
 
 MODELS = {
-    "tiny": """## The embedded model
+    "tiny": """## The tiny model
 
-`news-sft`, the embedded Llama: 64 wide, 3 layers, vocabulary 640, 0.18 M parameters, float32. Its data are news
+`news-sft`, a tiny Llama of the book: 64 wide, 3 layers, vocabulary 640, 0.18 M parameters, float32. Its data are news
 briefs: about 41 tokens of prompt and 17 of completion.
 """,
     "small": """## A larger model

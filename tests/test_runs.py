@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
+import numpy as np
 import pytest
 import torch
 
-from policyopt.runs import History, Settings, derive_seed, resolve_device
+from policyopt.runs import (
+    Count,
+    History,
+    Positive,
+    Settings,
+    Share,
+    check_seed,
+    derive_seed,
+    resolve_device,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +55,66 @@ def test_settings_are_checked_against_their_annotations(changes: dict[str, objec
     assert _Example(rate=1, kind="b").kind == "b"
     with pytest.raises(ValueError, match=message):
         _Example(**changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bounded(Settings):
+    renamed: ClassVar[dict[str, str]] = {"size": "count"}
+    elsewhere: ClassVar[dict[str, str]] = {"speed": "rate of the other config"}
+    count: Count = 1
+    most: Positive | None = None
+    share: Share = 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"count": 0}, "count must be >= 1, got 0"),
+        ({"count": 1.5}, "count must be int, got 1.5"),
+        ({"most": 0.0}, "most must be > 0 or None, got 0.0"),
+        ({"most": "1"}, r"most must be finite float \| None, got '1'"),
+        ({"share": 1.1}, r"share must be in \[0, 1\], got 1.1"),
+    ],
+)
+def test_bounds_in_annotations_are_checked(changes: dict[str, object], message: str) -> None:
+    assert _Bounded(most=1, share=1).share == 1
+    with pytest.raises(ValueError, match=message):
+        _Bounded(**changes)  # type: ignore[arg-type]
+
+
+def test_names_of_the_last_version_work_and_warn() -> None:
+    with pytest.warns(DeprecationWarning, match="_Bounded: size is called count now"):
+        config = _Bounded(size=3)  # type: ignore[call-arg]
+    assert config.count == 3
+    with pytest.warns(DeprecationWarning, match="size is called count now"):
+        assert config.size == 3
+    assert replace(config, count=4).count == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cuont", "_Bounded has no field 'cuont'; did you mean count"),
+        ("speed", "_Bounded has no field 'speed'; did you mean rate of the other config"),
+        ("zzz", "_Bounded has no field 'zzz'$"),
+    ],
+)
+def test_an_unknown_field_is_refused_with_a_hint(name: str, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        _Bounded(**{name: 1})
+    with pytest.raises(AttributeError, match=name):
+        getattr(_Bounded(), name)
+
+
+@pytest.mark.parametrize("seed", [3, np.int64(3)])
+def test_seeds_are_integers_of_any_kind(seed: object) -> None:
+    assert check_seed(seed) == 3
+
+
+@pytest.mark.parametrize("seed", [True, -1, 1.0, "1", None])
+def test_what_is_no_seed_is_refused(seed: object) -> None:
+    with pytest.raises(ValueError, match="seed must be an integer >= 0, got"):
+        check_seed(seed)
 
 
 def test_a_history_is_a_list_with_columns() -> None:

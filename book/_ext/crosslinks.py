@@ -15,6 +15,7 @@ import importlib
 import inspect
 import json
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from functools import cache, cached_property
 from pathlib import Path
@@ -50,7 +51,8 @@ def resolve(dotted: str) -> Definition | None:
             module = importlib.import_module(".".join(parts[:length]))
         except ModuleNotFoundError:
             continue
-        found = getattr(module, parts[length], None)
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            found = getattr(module, parts[length], None)  # an old name leads to the new one
         if found is None or inspect.ismodule(found):
             return None
         home, name = getattr(found, "__module__", None) or "", getattr(found, "__qualname__", "")

@@ -44,10 +44,10 @@ def model_card(run: Path, *, name: str, base: str, dataset: str, license: str, a
 
 # {name}
 
-`{base}`, trained on `{dataset}` by {METHODS[about["algorithm"]]}: {about["steps"]} steps, seed {about["seed"]},
+`{base}`, trained on `{dataset}` by {METHODS[about["algorithm"]]}: {about["updates"]} updates, seed {about["seed"]},
 {about["seconds"]:.0f} seconds. The training ended by: {about["stop_reason"]}.
 
-## Metrics of the last step
+## Metrics of the last update
 
 | metric | value |
 |:--|--:|

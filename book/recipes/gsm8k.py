@@ -1,13 +1,9 @@
-r"""GRPO on grade-school mathematics: a complete recipe for one GPU.
+r"""GRPO on grade-school mathematics, for one GPU: ``python gsm8k.py --output runs/gsm8k``.
 
-.. code-block:: console
-
-    pip install 'policyopt[lm]' datasets
-    python gsm8k.py --output runs/gsm8k
-
-GSM8K (Cobbe et al. 2021, arXiv:2110.14168; MIT) has 7,473 training and 1,319 test problems in words. A rule reads the
-number behind the last ``####`` (or in the last ``\boxed{}``) of a solution: right is worth 1, wrong nothing, and an
-answer in the asked form a little, so that a model that has not found the form yet has something to learn from.
+Needs ``pip install 'policyopt[lm]' datasets``. GSM8K (Cobbe et al. 2021, arXiv:2110.14168; MIT) has 7,473 training
+and 1,319 test problems in words. A rule reads the number after the last ``####`` (or in the last ``\boxed{}``) of a
+solution: right is worth 1, wrong nothing, and an answer in the form asked for a little, so that a model that has not
+found the form yet has something to learn from.
 
 The run can be stopped and started again with the same command: it goes on from its last checkpoint.
 """
@@ -23,31 +19,27 @@ from typing import Any
 
 from tqdm import tqdm
 
-from policyopt.lm.data import Records, encode_prompt, read_records
-from policyopt.lm.grpo import GRPOConfig, train_grpo
+from policyopt.lm import (
+    GRPOConfig,
+    LanguageModel,
+    LMResult,
+    Sampler,
+    SamplingConfig,
+    TransformersSampler,
+    VLLMSampler,
+    load,
+    read_records,
+    train_grpo,
+)
+from policyopt.lm.data import Records, encode_prompt
 from policyopt.lm.memory import estimate_memory
-from policyopt.lm.models import LanguageModel, load
 from policyopt.lm.rewards import RewardFunction, final_number, final_number_reward
-from policyopt.lm.sampling import Sampler, SamplingConfig, TransformersSampler, VLLMSampler
-from policyopt.lm.training import LMResult
-
-__all__ = [
-    "CONFIG",
-    "INSTRUCTION",
-    "MODEL",
-    "REWARDS",
-    "accuracy",
-    "form_reward",
-    "main",
-    "math_records",
-    "read_gsm8k",
-]
 
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 """Apache-2.0, 0.49 billion parameters; any chat model will do."""
 
 INSTRUCTION = "Reason step by step. Write the answer, a number alone, on the last line after ####."
-"""Stands in front of every problem."""
+"""The system message of every problem."""
 
 
 def form_reward(completions: Sequence[str], finished: Sequence[bool]) -> list[float]:
@@ -61,13 +53,13 @@ REWARDS: dict[str, RewardFunction] = {"right": final_number_reward, "form": form
 """Weighted by ``CONFIG.reward_weights``."""
 
 CONFIG = GRPOConfig(
-    steps=300,
-    batch_size=16,  # prompts, so 128 completions a step
+    updates=300,
+    batch_size=16,  # prompts, so 128 completions an update
     group_size=8,
     sampling=SamplingConfig(max_new_tokens=400),
     reward_weights=(1.0, 0.1),
     learning_rate=1e-6,  # all weights are trained; adapters take about a hundred times as much
-    warmup_steps=10,
+    warmup_updates=10,
     adam_betas=(0.9, 0.99),
     max_gradient_norm=0.2,
     clip_ratio_high=0.28,  # no effect with one update per batch; there for those who make several
@@ -180,13 +172,13 @@ def main(argv: Sequence[str] | None = None) -> LMResult[Any, Any]:
     parser.add_argument("--test-limit", type=int, help="evaluate on the first so many test problems only")
     parser.add_argument("--vllm", action="store_true", help="sample with vLLM, which must be installed")
     parser.add_argument("--seed", type=int, default=0)
-    for name, kind in (("steps", int), ("batch-size", int), ("group-size", int), ("micro-batch-size", int),
+    for name, kind in (("updates", int), ("batch-size", int), ("group-size", int), ("micro-batch-size", int),
                        ("max-new-tokens", int), ("learning-rate", float)):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind)
     parser.add_argument("--device", default="auto")
     options = vars(parser.parse_args(argv))
 
-    names = ("steps", "batch_size", "group_size", "micro_batch_size", "learning_rate")
+    names = ("updates", "batch_size", "group_size", "micro_batch_size", "learning_rate")
     config = replace(CONFIG, **{name: options[name] for name in names if options[name] is not None})
     if options["max_new_tokens"] is not None:
         config = replace(config, sampling=replace(config.sampling, max_new_tokens=options["max_new_tokens"]))

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", default="Qwen/Qwen2.5-0.5B-Instruct")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--updates", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--micro-batch-size", type=int, default=4)
     options = parser.parse_args(argv)
@@ -29,11 +29,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     lora = LoRA(rank=options.rank, alpha=2.0 * options.rank)
     model = load(options.model, dtype="bfloat16", lora=lora)
     config = SFTConfig(
-        steps=options.steps,
+        updates=options.updates,
         batch_size=options.batch_size,
         micro_batch_size=options.micro_batch_size,  # the first thing to lower when memory runs out
         learning_rate=2e-4,  # ten to a hundred times that of full training
-        warmup_steps=10,
+        warmup_updates=10,
         schedule="cosine",
         autocast="bfloat16",
         gradient_checkpointing=True,  # the second: recompute each layer in the backward pass

@@ -19,14 +19,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="JSON Lines: prompt, chosen, rejected")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", default="Qwen/Qwen2.5-0.5B-Instruct")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--updates", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=64, help="pairs, over all processes")
     parser.add_argument("--micro-batch-size", type=int, default=8, help="completions, in each process")
     parser.add_argument("--learning-rate", type=float, default=1e-6)
     options = parser.parse_args(argv)
 
     config = DPOConfig(
-        steps=options.steps,
+        updates=options.updates,
         batch_size=options.batch_size,
         micro_batch_size=options.micro_batch_size,
         learning_rate=options.learning_rate,

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         epochs=options.epochs,
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
-        warmup_steps=5,
+        warmup_updates=5,
         beta=0.1,
     )
     result = train_dpo(model, train, config)
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     reward = ImplicitReward(model, reference, beta=config.beta)
     print(f"pairs: {len(train)} for training, {len(held_out)} held out")
-    print(f"accuracy in the last step: {result.history[-1].accuracy:.2f}")
+    print(f"accuracy in the last update: {result.history[-1].accuracy:.2f}")
     print(f"accuracy on held-out pairs: {pair_accuracy(reward, held_out):.2f}")
 
 

@@ -37,15 +37,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", default=model_path("news-sft"), help="folder or hub id")
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--updates", type=int, default=100)
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="about 1e-6 for a model of the hub")
     options = parser.parse_args(argv)
 
     records = read_records(options.data or EXAMPLES)
     model = load(options.model)
     config = GRPOConfig(
-        steps=options.steps,
-        batch_size=min(8, len(records)),  # prompts a step
+        updates=options.updates,
+        batch_size=min(8, len(records)),  # prompts an update
         group_size=8,  # completions of each
         sampling=SamplingConfig(max_new_tokens=48),
         reward_weights=(1.0, 0.02),  # one keyword of two is worth 25 words

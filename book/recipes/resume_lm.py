@@ -13,13 +13,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", default=model_path("addition-base"), help="folder or hub id")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--save-every", type=int, default=10, help="steps between checkpoints")
+    parser.add_argument("--updates", type=int, default=60)
+    parser.add_argument("--save-every", type=int, default=10, help="updates between checkpoints")
     options = parser.parse_args(argv)
 
     problems = addition.prompt_records(addition.make_problems(512, seed=0))
     config = GRPOConfig(
-        steps=options.steps,
+        updates=options.updates,
         learning_rate=5e-4,
         sampling=SamplingConfig(max_new_tokens=32),
         checkpoint_every=options.save_every,
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = train_grpo(
         load(options.model), problems, addition.answer_reward, config,
         checkpoint_dir=options.output / "checkpoints",
-        callback=lambda row: print(f"step {row.step}: reward {row.reward:.2f}", flush=True),
+        callback=lambda row: print(f"update {row.update}: reward {row.reward:.2f}", flush=True),
     )  # fmt: skip
     result.save(options.output / "model")
 

@@ -28,8 +28,9 @@ class TensorBoard:
         values = dict(vars(row))
         for name, score in values.pop("rewards", {}).items():  # of several reward functions
             values[f"rewards/{name}"] = score
-        # Environment steps for one half, optimisation steps for the other.
-        step = values.pop("steps") if "steps" in values else values.pop("step")
+        # The control half counts steps of the environment, the language half its updates.
+        update = values.pop("update", None)
+        step = values.pop("steps", update)
         for name, value in values.items():
             if isinstance(value, (int, float)) and not math.isnan(value):  # NaN: not measured
                 self.writer.add_scalar(name, value, step)
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--control-steps", type=int, default=100_000)
-    parser.add_argument("--lm-steps", type=int, default=50)
+    parser.add_argument("--lm-updates", type=int, default=50)
     options = parser.parse_args(argv)
 
     train_ppo(
@@ -50,14 +51,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     problems = addition.prompt_records(addition.make_problems(256, seed=0))
     config = GRPOConfig(
-        steps=options.lm_steps,
+        updates=options.lm_updates,
         learning_rate=5e-4,
         sampling=SamplingConfig(max_new_tokens=32),
         reward_weights=(1.0,),
     )
     rewards = {"right": addition.answer_reward}
     train_grpo(
-        load_model("addition-base"), problems, rewards, config, callback=TensorBoard(options.output / "addition")
+        load_model("addition-base"),
+        problems,
+        rewards,
+        config,
+        callback=TensorBoard(options.output / "addition"),
     )
 
 

@@ -17,12 +17,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", default="Qwen/Qwen2.5-0.5B-Instruct")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--updates", type=int, default=100)
     options = parser.parse_args(argv)
 
     model = load(options.model)
     config = GRPOConfig(
-        steps=options.steps,
+        updates=options.updates,
         sampling=SamplingConfig(max_new_tokens=400),
         learning_rate=1e-6,
         autocast="bfloat16",

@@ -24,15 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 __all__ = [
-    "has_checkpoint",
-    "load_checkpoint",
-    "optimizer_slots",
-    "optimizer_tensors",
-    "rows_from_json",
-    "rows_to_json",
-    "save_checkpoint",
-    "strip",
-]
+    "has_checkpoint", "load_checkpoint", "optimizer_slots", "optimizer_tensors",
+    "rows_from_json", "rows_to_json", "save_checkpoint", "strip",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

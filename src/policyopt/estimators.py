@@ -29,19 +29,11 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "adaptive_kl_coefficient",
-    "discounted_returns",
-    "explained_variance",
-    "gae",
-    "group_relative_advantages",
-    "importance_weights",
-    "kl_estimate",
-    "kl_shaped_rewards",
-    "leave_one_out_advantages",
-    "normalize",
-    "sequence_log_prob",
+    "adaptive_kl_coefficient", "discounted_returns", "explained_variance", "gae",
+    "group_relative_advantages", "importance_weights", "kl_estimate",
+    "kl_shaped_rewards", "leave_one_out_advantages", "normalize", "sequence_log_prob",
     "td_errors",
-]
+]  # fmt: skip
 
 
 def _check_fraction(name: str, value: float) -> None:

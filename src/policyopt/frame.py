@@ -82,7 +82,7 @@ class Statistics:
         return torch.stack(noted) if noted else torch.zeros(1)
 
     def means(self, *names: str) -> dict[str, float]:
-        """Return means over the pieces, by name; of all that was noted without names."""
+        """Return means over the pieces, by name; without names, of all."""
         names = names or self.names
         means = torch.stack([self[name] for name in names], 1).mean(0).tolist()
         return dict(zip(names, means, strict=True))

@@ -22,23 +22,11 @@ from torch.nn.functional import logsigmoid
 from policyopt.estimators import _check_match, kl_estimate, sequence_log_prob
 
 __all__ = [
-    "DPO",
-    "BradleyTerry",
-    "ClippedSurrogate",
-    "Loss",
-    "Ranking",
-    "Surrogate",
-    "ValueLoss",
-    "aggregate",
-    "bradley_terry_loss",
-    "clipped_surrogate_loss",
-    "dpo_loss",
-    "policy_gradient_loss",
-    "ranking_loss",
-    "sequence_log_ratio",
-    "surrogate_loss",
-    "value_loss",
-]
+    "DPO", "BradleyTerry", "ClippedSurrogate", "Loss", "Ranking", "Surrogate",
+    "ValueLoss", "aggregate", "bradley_terry_loss", "clipped_surrogate_loss",
+    "dpo_loss", "policy_gradient_loss", "ranking_loss", "sequence_log_ratio",
+    "surrogate_loss", "value_loss",
+]  # fmt: skip
 
 
 Loss = Callable[[Any], Any]
@@ -676,7 +664,6 @@ def item_losses(
     loss: Loss,
     batch: Any,
     shape: Sequence[int],
-    *,
     statistics: Sequence[str] = (),
     required: Sequence[str] = (),
 ) -> Any:

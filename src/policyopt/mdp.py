@@ -30,29 +30,12 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "FiniteMDP",
-    "Solution",
-    "Trajectories",
-    "action_values",
-    "advantages",
-    "bellman_expectation",
-    "bellman_optimality",
-    "error_bound",
-    "exact_policy_gradient",
-    "expected_return",
-    "from_gymnasium",
-    "greedy_policy",
-    "grid_world",
-    "lookahead",
-    "occupancy",
-    "performance_difference",
-    "policy_evaluation",
-    "policy_iteration",
-    "sample_trajectories",
-    "softmax_policy",
-    "uniform_policy",
-    "value_iteration",
-]
+    "FiniteMDP", "Solution", "Trajectories", "action_values", "advantages",
+    "bellman_expectation", "bellman_optimality", "error_bound", "exact_policy_gradient",
+    "expected_return", "from_gymnasium", "greedy_policy", "grid_world", "lookahead",
+    "occupancy", "performance_difference", "policy_evaluation", "policy_iteration",
+    "sample_trajectories", "softmax_policy", "uniform_policy", "value_iteration",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

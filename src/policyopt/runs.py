@@ -44,13 +44,9 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 __all__ = [
-    "History",
-    "Settings",
-    "TrainingDivergedError",
-    "derive_seed",
-    "resolve_device",
+    "History", "Settings", "TrainingDivergedError", "derive_seed", "resolve_device",
     "train_seeds",
-]
+]  # fmt: skip
 
 RowT = TypeVar("RowT", bound="DataclassInstance")
 ResultT = TypeVar("ResultT")
@@ -88,11 +84,10 @@ class _Fields(type):
                 values[new] = values.pop(old)
         known = [f.name for f in dataclasses.fields(cls) if f.init]
         for name in values.keys() - set(known):
-            near = cls.elsewhere.get(name) or difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near if isinstance(near, str) else near[0]}?"
-            raise TypeError(
-                f"{cls.__name__} has no field {name!r}{hint if near else ''}"
-            )
+            near = [cls.elsewhere[name]] if name in cls.elsewhere else []
+            near = near or difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise TypeError(f"{cls.__name__} has no field {name!r}{hint}")
         return super().__call__(**values)
 
 

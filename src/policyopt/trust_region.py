@@ -26,14 +26,9 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 __all__ = [
-    "ConjugateGradient",
-    "LineSearch",
-    "TrustRegionStep",
-    "conjugate_gradient",
-    "fisher_vector_product",
-    "line_search",
-    "trust_region_step",
-]
+    "ConjugateGradient", "LineSearch", "TrustRegionStep", "conjugate_gradient",
+    "fisher_vector_product", "line_search", "trust_region_step",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,11 @@
-r"""Interactive figures: sliders and choices on curves that the package itself has
-computed.
+r"""Interactive figures: sliders and choices on curves that the library has computed.
 
 Each function below returns an :class:`Interactive`, which a notebook shows like any
 other figure. Every number in it comes from the functions that the chapters teach and
-the trainers use (:mod:`policyopt.losses`,
-:mod:`policyopt.estimators`, :mod:`policyopt.mdp`, :mod:`policyopt.distributions`), for all settings of the controls in
-advance. So nothing is computed in the browser, and a figure also works in a page that
-is read offline.
+the trainers use (:mod:`policyopt.losses`, :mod:`policyopt.estimators`,
+:mod:`policyopt.mdp`, :mod:`policyopt.distributions`), for all settings of the controls
+in advance. So nothing is computed in the browser, and a figure also works in a page
+that is read offline.
 
 What is shown needs scripts, and Plotly's "basic" bundle: the book brings its own copy;
 Jupyter and Colab fetch the same file from a public mirror of npm. Without one or the
@@ -20,11 +19,18 @@ with which control:
 >>> import torch
 >>> from policyopt.losses import bradley_terry_loss
 >>> margin = torch.linspace(-4, 4, 9)
->>> loss = [bradley_terry_loss(margin, torch.zeros(9), centering=c).loss.tolist() for c in (0.0, 0.01)]
+>>> loss = [
+...     bradley_terry_loss(margin, torch.zeros(9), centering=c).loss.tolist()
+...     for c in (0.0, 0.01)
+... ]
+>>> line = {"type": "scatter", "mode": "lines", "name": "loss", "x": margin.tolist()}
 >>> figure = Interactive(
-...     uid="bradley-terry", title="Centring", alt="The loss falls with the margin; centring bends it up at the ends.",
-...     controls=(Control("c", "Centring c", ("0", "0.01")),), panels=(Panel("Loss"),),
-...     data=({"type": "scatter", "mode": "lines", "name": "loss", "x": margin.tolist(), "y": []},),
+...     uid="bradley-terry",
+...     title="Centring",
+...     alt="The loss falls with the margin; centring bends it up at the ends.",
+...     controls=(Control("c", "Centring c", ("0", "0.01")),),
+...     panels=(Panel("Loss"),),
+...     data=({**line, "y": []},),
 ...     changes=(Change(0, ("c",), tuple({"y": y} for y in loss)),),
 ... )
 >>> [round(y, 2) for y in figure.traces(c="0.01")[0]["y"][::4]]
@@ -84,7 +90,10 @@ __all__ = [
 PLOTLY_VERSION = "4.1.1"
 """Version of the npm package ``plotly.js-basic-dist-min`` that draws the figures."""
 
-PLOTLY_URL = f"https://cdn.jsdelivr.net/npm/plotly.js-basic-dist-min@{PLOTLY_VERSION}/plotly-basic.min.js"
+PLOTLY_URL = (
+    "https://cdn.jsdelivr.net/npm/plotly.js-basic-dist-min"
+    f"@{PLOTLY_VERSION}/plotly-basic.min.js"
+)
 """Where a page finds it that has no copy of its own, i.e. that does not set
 ``window.POLICYOPT_PLOTLY_URL``.
 """
@@ -428,7 +437,9 @@ class Interactive:
 def _loader() -> str:
     """Return the script of all figures, without its comments."""
     text = (
-        resources.files("policyopt").joinpath("figures.js").read_text(encoding="utf-8")
+        resources.files("policyopt_book")
+        .joinpath("figures.js")
+        .read_text(encoding="utf-8")
     )
     lines = (line.strip() for line in text.splitlines())
     script = "\n".join(line for line in lines if line and not line.startswith("//"))
@@ -637,8 +648,9 @@ def clip_surrogate() -> Interactive:
     any ε and either sign of A.
 
     Left the objective of :func:`~policyopt.losses.clipped_surrogate_loss` and of
-    :func:`~policyopt.losses.surrogate_loss`, right their weights w = ∂ objective / ∂ log π, by autograd. A dot marks
-    the sample whose ratio the reader has chosen.
+    :func:`~policyopt.losses.surrogate_loss`, right their weights
+    w = ∂ objective / ∂ log π, by autograd. A dot marks the sample whose ratio the
+    reader has chosen.
 
     Returns
     -------
@@ -722,9 +734,11 @@ def clip_surrogate() -> Interactive:
     return Interactive(
         uid="clip-surrogate",
         title="PPO's clipped surrogate",
-        alt="Two panels over the ratio from 0 to 2. Left, the clipped objective: for a positive advantage it rises "
-        "with the ratio up to one plus epsilon and is flat beyond; the unclipped one goes on rising. Right, the weight "
-        "of the gradient of log pi, which is ratio times advantage, and exactly 0 where the objective is flat.",
+        alt="Two panels over the ratio from 0 to 2. Left, the clipped objective: for "
+        "a positive advantage it rises with the ratio up to one plus epsilon and is "
+        "flat beyond; the unclipped one goes on rising. Right, the weight of the "
+        "gradient of log pi, which is ratio times advantage, and exactly 0 where the "
+        "objective is flat.",
         controls=(
             Control("epsilon", "Clip ε", _EPSILONS, _EPSILONS.index("0.2")),
             Control("advantage", "Advantage", tuple(_SIGNS), kind="select"),
@@ -861,9 +875,11 @@ def value_iteration() -> Interactive:
     return Interactive(
         uid="value-iteration",
         title="Value iteration, sweep by sweep",
-        alt="Left, the grid world of 4 rows and 5 columns after three sweeps: values are known near the goal in the "
-        "top right corner, where arrows point to it, and still slightly negative far from it. Right, the largest error "
-        "of the values and its bound against the number of sweeps, on a logarithmic axis: both fall, the bound above.",
+        alt="Left, the grid world of 4 rows and 5 columns after three sweeps: values "
+        "are known near the goal in the top right corner, where arrows point to it, "
+        "and still slightly negative far from it. Right, the largest error of the "
+        "values and its bound against the number of sweeps, on a logarithmic axis: "
+        "both fall, the bound above.",
         controls=(
             Control("sweep", "Sweep k", tuple(map(str, sweeps)), 3),
             Control(
@@ -1082,9 +1098,11 @@ def gae_lambda() -> Interactive:
     return Interactive(
         uid="gae-lambda",
         title="What lambda trades in GAE",
-        alt="Three panels for lambda 0.9 and a value function with errors. Left, the weights of later TD errors decay "
-        "geometrically. Middle, TD errors and estimated advantages along an episode of nine steps, beside the true "
-        "advantages. Right, squared bias falls with lambda while the variance rises; their sum is smallest in between.",
+        alt="Three panels for lambda 0.9 and a value function with errors. Left, the "
+        "weights of later TD errors decay geometrically. Middle, TD errors and "
+        "estimated advantages along an episode of nine steps, beside the true "
+        "advantages. Right, squared bias falls with lambda while the variance rises; "
+        "their sum is smallest in between.",
         controls=(
             Control("lam", "λ", _LAMBDAS, _LAMBDAS.index("0.9")),
             Control("values", "V(s) is", tuple(guesses), 1, kind="select"),
@@ -1186,9 +1204,10 @@ def dpo_margin() -> Interactive:
     return Interactive(
         uid="dpo-margin",
         title="DPO's beta and the margin",
-        alt="Two panels over the difference of log-ratios from minus 20 to 20 nats, for beta 0.1. Left, the loss falls "
-        "from about 2.1 to about 0.1. Right, the weight of the gradient falls from almost beta, where the pair is "
-        "ordered wrong, through half of beta at 0 towards 0.",
+        alt="Two panels over the difference of log-ratios from minus 20 to 20 nats, "
+        "for beta 0.1. Left, the loss falls from about 2.1 to about 0.1. Right, the "
+        "weight of the gradient falls from almost beta, where the pair is ordered "
+        "wrong, through half of beta at 0 towards 0.",
         controls=(
             Control("beta", "β", _BETAS, _BETAS.index("0.1")),
             Control(
@@ -1365,10 +1384,12 @@ def kl_estimators() -> Interactive:
     return Interactive(
         uid="kl-estimators",
         title="Three estimators of the KL divergence",
-        alt="Three panels for a shift of 0.6. Left, over the log-ratio: k1 is a falling straight line, negative on the "
-        "right; k2 and k3 are bowls that touch 0 at 0, k3 steeper on the right; ticks below show 40 log-ratios. "
-        "Middle, the means of k1 and k3 coincide and that of k2 lies apart for large shifts. Right, the standard "
-        "deviations: k1's is the largest for small shifts, k3's for large ones.",
+        alt="Three panels for a shift of 0.6. Left, over the log-ratio: k1 is a "
+        "falling straight line, negative on the right; k2 and k3 are bowls that touch "
+        "0 at 0, k3 steeper on the right; ticks below show 40 log-ratios. Middle, the "
+        "means of k1 and k3 coincide and that of k2 lies apart for large shifts. "
+        "Right, the standard deviations: k1's is the largest for small shifts, k3's "
+        "for large ones.",
         controls=(
             Control("shift", "Shift", _SHIFTS, _SHIFTS.index("0.6")),
             Control("policies", "Policies", tuple(_POLICIES), kind="select"),
@@ -1490,9 +1511,11 @@ def group_baseline() -> Interactive:
     return Interactive(
         uid="group-baseline",
         title="The group as a baseline",
-        alt="Left, the rewards of eight answers, two of them 1 and the others 0, with their mean 0.25 as a dashed "
-        "line. Right, three bars for each answer: its advantage centred and divided by the standard deviation, "
-        "centred only, and leave-one-out. Right answers are positive, wrong ones negative, divided ones largest.",
+        alt="Left, the rewards of eight answers, two of them 1 and the others 0, with "
+        "their mean 0.25 as a dashed line. Right, three bars for each answer: its "
+        "advantage centred and divided by the standard deviation, centred only, and "
+        "leave-one-out. Right answers are positive, wrong ones negative, divided ones "
+        "largest.",
         controls=(
             Control("right", "Right answers of 8", counts, 2),
             Control("reward", "Reward", tuple(_REWARDS), kind="select"),

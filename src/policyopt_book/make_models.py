@@ -1,4 +1,4 @@
-"""Make the embedded models anew: ``make models``, or ``python -m
+"""Make the tiny language models again: ``make models``, or ``python -m
 policyopt_book.make_models --out FOLDER``.
 
 Each is a small standard Llama with a byte-level tokenizer, trained on an endless stream
@@ -82,7 +82,7 @@ RECIPES = {
         vocabulary=259,
     ),
 }
-"""The embedded models, in the order in which they are made."""
+"""The tiny models, in the order in which they are made."""
 
 
 def _examples(name: str, count: int, seed: int) -> Records:
@@ -382,7 +382,7 @@ def make(
 
 def main() -> None:
     """Parse the command line and make the models."""
-    parser = argparse.ArgumentParser(description="Make the embedded models anew.")
+    parser = argparse.ArgumentParser(description="Make the tiny language models again.")
     parser.add_argument("names", nargs="*", default=list(RECIPES), help="default: all")
     parser.add_argument("--out", type=Path, default=MODELS, help="folder of the models")
     parser.add_argument(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,11 +18,11 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 import matplotlib as mpl
 import numpy as np
-from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.rcsetup import cycler
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
@@ -271,7 +271,8 @@ def align_runs(
 
     Examples
     --------
-    >>> align_runs([[10, 20, 30]], [[1.0, 3.0, 5.0]], grid=[5, 10, 25, 40], window=2).tolist()
+    >>> steps, returns = [[10, 20, 30]], [[1.0, 3.0, 5.0]]
+    >>> align_runs(steps, returns, grid=[5, 10, 25, 40], window=2).tolist()
     [[nan, 1.0, 2.0, 4.0]]
     """
     if window < 1:
@@ -684,7 +685,7 @@ def show_source(
     obj : object
         A function, method or class written in Python.
     docstring : {'summary', 'full', 'none'}
-        ``"summary"`` keeps the first line of each docstring, ``"full"`` all of it,
+        ``"summary"`` keeps the first paragraph of each docstring, ``"full"`` all of it,
         ``"none"`` nothing.
 
     Returns
@@ -721,7 +722,7 @@ def show_source(
 
 
 def _shorten_docstrings(code: str, *, keep_summary: bool) -> str:
-    """Cut each docstring down to its first line, or out."""
+    """Cut each docstring down to its first paragraph, or out."""
     lines = code.split("\n")
     nodes = [
         n
@@ -736,8 +737,13 @@ def _shorten_docstrings(code: str, *, keep_summary: bool) -> str:
             continue
         expression = node.body[0]
         indent = " " * expression.col_offset
-        summary = text.strip().split("\n", 1)[0]
-        kept: Iterable[str] = [f'{indent}"""{summary}"""'] if keep_summary else []
+        paragraph = text.strip().split("\n\n", 1)[0].split("\n")
+        paragraph[0] = f'"""{paragraph[0]}'
+        if len(paragraph) == 1:
+            paragraph[0] += '"""'
+        else:
+            paragraph.append('"""')
+        kept = [indent + x for x in paragraph] if keep_summary else []
         if not keep_summary and len(node.body) == 1:
             kept = [f"{indent}..."]
         end = expression.end_lineno or expression.lineno

@@ -134,7 +134,7 @@ def stage(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", CHAPTERS)
-def test_chapter(name: str, stage: Path) -> None:
+def test_a_chapter_runs_where_there_is_only_what_colab_has(name: str, stage: Path) -> None:
     """Every cell runs, and prints what the committed notebook says."""
     alone = stage / name
     alone.mkdir()

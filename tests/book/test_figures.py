@@ -22,9 +22,9 @@ from PIL import Image
 
 import notebooks
 from build_book import EXTERNAL
+from policyopt import mdp
 from policyopt.estimators import group_relative_advantages, leave_one_out_advantages
 from policyopt.losses import clipped_surrogate_loss, dpo_loss
-from policyopt import mdp
 from policyopt_book import figures
 from policyopt_book.figures import Change, Control, Interactive, Panel, Readout
 from repository import ROOT
@@ -223,7 +223,9 @@ def test_the_bundle_is_the_version_that_the_loader_asks_for() -> None:
 @pytest.mark.parametrize(
     ("epsilon", "option", "ratio"), [("0.3", 0, "0.50"), ("0.3", 1, "0.50"), ("0.1", 1, "1.80")]
 )
-def test_clip_surrogate(epsilon: str, option: int, ratio: str, made: dict[str, Interactive]) -> None:
+def test_clip_surrogate_is_the_loss_and_its_gradient(
+    epsilon: str, option: int, ratio: str, made: dict[str, Interactive]
+) -> None:
     figure, sign, e = made["clip_surrogate"], (1.0, -1.0)[option], float(epsilon)
     settings = {"epsilon": epsilon, "advantage": figure.controls[1].options[option], "ratio": ratio}
     traces = figure.traces(**settings)
@@ -251,7 +253,9 @@ def test_clip_surrogate(epsilon: str, option: int, ratio: str, made: dict[str, I
 
 
 @pytest.mark.parametrize(("gamma", "sweeps"), [("0.95", 11), ("0.5", 4)])
-def test_value_iteration(gamma: str, sweeps: int, made: dict[str, Interactive]) -> None:
+def test_value_iteration_shows_the_sweeps_and_their_bound(
+    gamma: str, sweeps: int, made: dict[str, Interactive]
+) -> None:
     figure = made["value_iteration"]
     layout = ("....G", ".#.#H", ".....", "S.#..")
     grid = mdp.grid_world(layout, slip=0.2, step_reward=-0.02, gamma=float(gamma))
@@ -281,7 +285,7 @@ def test_value_iteration(gamma: str, sweeps: int, made: dict[str, Interactive]) 
         assert all(b <= other * a * 1.001 for a, b in pairwise(errors) if b > 1e-9)
 
 
-def test_gae_lambda(made: dict[str, Interactive]) -> None:
+def test_gae_lambda_shows_the_estimator_and_its_errors(made: dict[str, Interactive]) -> None:
     figure = made["gae_lambda"]
     exact, noisy, zero = figure.controls[1].options
     assert shown(figure.traces(lam="0.8"), "weight")["y"] == near((0.9 * 0.8) ** np.arange(16))
@@ -311,7 +315,9 @@ def test_gae_lambda(made: dict[str, Interactive]) -> None:
 @pytest.mark.parametrize(
     ("option", "options"), [(0, {}), (1, {"label_smoothing": 0.2}), (2, {"kind": "hinge"})]
 )
-def test_dpo_margin(option: int, options: dict[str, Any], made: dict[str, Interactive]) -> None:
+def test_dpo_margin_is_the_loss_and_its_gradient(
+    option: int, options: dict[str, Any], made: dict[str, Interactive]
+) -> None:
     figure = made["dpo_margin"]
     for beta, difference in product(("0.02", "0.3"), ("−20", "0", "7")):
         settings = {"beta": beta, "difference": difference, "loss": figure.controls[2].options[option]}
@@ -326,7 +332,7 @@ def test_dpo_margin(option: int, options: dict[str, Any], made: dict[str, Intera
         assert traces[2]["y"] == near([float(beta) / 2] * 2)
 
 
-def test_kl_estimators(made: dict[str, Interactive]) -> None:
+def test_kl_estimators_have_the_known_means_and_deviations(made: dict[str, Interactive]) -> None:
     figure = made["kl_estimators"]
     traces = figure.traces()
     x = np.array(traces[0]["x"])
@@ -347,7 +353,7 @@ def test_kl_estimators(made: dict[str, Interactive]) -> None:
     assert "KL = 0.18 nats" in figure.text(shift="0.6")
 
 
-def test_group_baseline(made: dict[str, Interactive]) -> None:
+def test_group_baseline_is_the_three_advantages(made: dict[str, Interactive]) -> None:
     figure = made["group_baseline"]
     names = ("centred and divided by std", "centred only", "leave-one-out")
     for right, reward in product(figure.controls[0].options, figure.controls[1].options):
@@ -425,6 +431,8 @@ def test_parts_that_do_not_fit_are_refused(changed: dict[str, Any], message: str
         ({"options": ("a",), "kind": "knob"}, "must be 'range' or 'select', got 'knob'"),
     ],
 )
-def test_a_control_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
+def test_a_control_with_options_or_a_start_that_cannot_be_is_refused(
+    options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         Control("x", "X", **options)

@@ -1,4 +1,4 @@
-"""The recipes' own code paths, from the command line, on a tiny model."""
+"""The recipe for GSM8K, from the command line, on a tiny model; its settings are those that a chapter shows."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import notebooks
 from policyopt.lm import GRPOConfig, LanguageModel, LoRA, add_lora, generate, load, train_grpo
 from policyopt.lm.memory import estimate_memory
 from policyopt.lm.sampling import SamplingConfig
@@ -55,8 +56,8 @@ def command(tmp_path: Path) -> list[str]:
     train, test = write_problems(tmp_path / "train.jsonl", 8), write_problems(tmp_path / "test.jsonl", 6)
     return [
         "--model", str(tmp_path / "tiny-chat"), "--train", str(train), "--test", str(test), "--test-limit", "4",
-        "--output", str(tmp_path / "run"), "--device", "cpu", "--steps", "40", "--batch-size", "8",
-        "--group-size", "16", "--micro-batch-size", "64", "--max-new-tokens", "6", "--learning-rate", "0.02",
+        "--output", str(tmp_path / "run"), "--device", "cpu", "--updates", "40", "--batch-size", "8",
+        "--group-size", "16", "--micro-batch-size", "64", "--max-new-tokens", "3", "--learning-rate", "0.02",
     ]  # fmt: skip
 
 
@@ -66,8 +67,8 @@ def test_gsm8k_runs_from_the_command_line_and_learns(
     result = gsm8k.main(command)
     # Everything else is the recipe's own configuration.
     expected = replace(
-        gsm8k.CONFIG, steps=40, batch_size=8, group_size=16, micro_batch_size=64, learning_rate=0.02,
-        sampling=SamplingConfig(max_new_tokens=6),
+        gsm8k.CONFIG, updates=40, batch_size=8, group_size=16, micro_batch_size=64, learning_rate=0.02,
+        sampling=SamplingConfig(max_new_tokens=3),
     )  # fmt: skip
     assert result.config == expected
     assert result.config.autocast == "bfloat16"
@@ -83,18 +84,26 @@ def test_gsm8k_runs_from_the_command_line_and_learns(
     (texts,) = generate(
         load(tmp_path / "run" / "model", device="cpu"),
         [[{"role": "user", "content": "is the answer"}]],
-        SamplingConfig(temperature=0.0, max_new_tokens=6),
+        SamplingConfig(temperature=0.0, max_new_tokens=3),
     )
     assert "#### 7" in texts[0]
 
 
+def test_the_chapter_shows_the_settings_of_the_recipe() -> None:
+    cells = notebooks.read(notebooks.notebook_path("real-model")).cells
+    (shown,) = [cell.source for cell in cells if cell.source.startswith("gsm8k_config = ")]
+    names: dict[str, Any] = {"GRPOConfig": GRPOConfig, "SamplingConfig": SamplingConfig}
+    exec(shown, names)
+    assert names["gsm8k_config"] == gsm8k.CONFIG
+
+
 def test_gsm8k_goes_on_where_it_stopped(command: list[str], tmp_path: Path) -> None:
-    where = command.index("--steps") + 1
+    where = command.index("--updates") + 1
     command[where] = "2"
     gsm8k.main(command)
     command[where] = "4"
     again = gsm8k.main(command)
-    assert [row.step for row in again.history] == list(range(1, 5))
+    assert [row.update for row in again.history] == list(range(1, 5))
     assert json.loads((tmp_path / "run" / "accuracy.json").read_text())["before"] == 0.0
 
 
@@ -151,7 +160,7 @@ def test_the_estimate_of_activations_covers_what_is_kept(checkpointing: bool) ->
     """Bytes that autograd keeps for the backward pass, outside the head, against the estimate."""
     model = tiny_chat_model()
     config = GRPOConfig(
-        steps=1, batch_size=2, group_size=4, gradient_checkpointing=checkpointing,
+        updates=1, batch_size=2, group_size=4, gradient_checkpointing=checkpointing,
         sampling=SamplingConfig(max_new_tokens=10),
     )  # fmt: skip
     weights = {p.data_ptr() for p in model.model.parameters()}

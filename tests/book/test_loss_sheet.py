@@ -492,7 +492,8 @@ def test_the_formulas_of_a_row_are_those_of_the_code(objective: str) -> None:
 
 
 def test_every_public_loss_is_on_the_sheet() -> None:
-    functions = {name for name in losses.__all__ if name.islower()}
+    seam = {"check_loss", "item_losses"}  # what trainers do with a loss of one's own
+    functions = {name for name in losses.__all__ if name.islower()} - seam
     assert len(functions) >= 9
     named = set(re.findall(r"\{py:func\}`~policyopt\.losses\.(\w+)`", PAGE))
     assert named == functions

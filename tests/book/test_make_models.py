@@ -1,4 +1,4 @@
-"""The embedded models: as good as their record says, and the script that makes them is deterministic."""
+"""The tiny models: as good as their record says, and the script that makes them is deterministic."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
-from policyopt.lm import make_models
 from policyopt.lm.models import LanguageModel, load
 from policyopt.lm.sampling import SamplingConfig, generate
-from policyopt_book import load_model
+from policyopt_book import load_model, make_models
 from policyopt_book.make_models import MODELS, RECIPES, evaluate, make, sample_texts
 from policyopt_book.tasks import addition, news
 

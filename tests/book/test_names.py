@@ -51,7 +51,11 @@ def test_every_setting_is_on_the_page(half: str) -> None:
 def test_every_name_of_ours_exists(half: str) -> None:
     text, configs = OURS[half]
     known = fields([*configs, lm.SamplingConfig])
-    known |= set(dir(control)) | set(dir(lm)) | {"checkpoint_dir", "seed", "callback", "reference", "sampler", "lora"}
+    known |= (
+        set(dir(control))
+        | set(dir(lm))
+        | {"checkpoint_dir", "seed", "callback", "reference", "sampler", "lora"}
+    )
     known |= {"policy.predict", "result.save", "TrainResult.load", "lm.train_ppo", "load", "reward_functions"}
     for row in cells(text):
         for name in names(row[0]):

@@ -93,7 +93,9 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bool],
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_verdict(case: str, verdicts: tuple[dict[str, bool], str]) -> None:
+def test_a_cell_fails_if_it_raises_warns_or_prints_something_else(
+    case: str, verdicts: tuple[dict[str, bool], str]
+) -> None:
     passed, report = verdicts
     assert passed[case] is CASES[case][3], report
 

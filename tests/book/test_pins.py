@@ -1,7 +1,10 @@
 """environment.yml, constraints.txt, pyproject.toml and the workflows install the same thing, and cannot drift."""
 
+import ast
 import re
+import sys
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,36 @@ for _line in (ROOT / "constraints.txt").read_text().splitlines():
         PINS.setdefault(canonicalize_name(_pin.name), []).append(_pin)
 
 CORE = [Requirement(line) for line in PROJECT["dependencies"]]
-OPTIONAL = [Requirement(line) for lines in EXTRAS.values() for line in lines]
+
+
+def requirements(extras: Iterable[str]) -> tuple[set[str], list[Requirement]]:
+    """What extras ask for, and the extras that they include."""
+    names, packages = set(), []
+    for extra in extras:
+        names.add(extra)
+        for requirement in map(Requirement, EXTRAS[extra]):
+            if requirement.name == PROJECT["name"]:
+                more_names, more_packages = requirements(requirement.extras)
+                names |= more_names
+                packages += more_packages
+            else:
+                packages.append(requirement)
+    return names, packages
+
+
+OPTIONAL = requirements(EXTRAS)[1]
+
+
+def imported(package: str, *, without: str = "") -> set[str]:
+    """Third-party packages that the modules of a package import at their top, by the names of the distributions."""
+    files = [file for file in (ROOT / "src" / package).rglob("*.py") if file.parent.name != without]
+    found = set()
+    for statement in (s for file in files for s in ast.parse(file.read_text()).body):
+        if isinstance(statement, ast.ImportFrom):
+            found.add((statement.module or "").partition(".")[0])
+        elif isinstance(statement, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in statement.names}
+    return found - set(sys.stdlib_module_names) - {"policyopt", "policyopt_book"}
 
 
 def test_environment_has_only_keys_that_conda_and_binder_read() -> None:
@@ -68,7 +100,8 @@ def test_binder_gets_jupyterlab_and_what_the_chapters_import() -> None:
     """Binder reads environment.yml at the root, unless a folder of its own takes precedence."""
     match = re.search(r"\[([a-z,]+)\]", PIP[-1])
     assert match is not None
-    assert {"lab", "lm", "lora", "gguf"} <= set(match[1].split(","))
+    assert set(match[1].split(",")) >= {"book", "lab"}
+    assert requirements(["book"])[0] >= {"lm", "lora", "gguf"}
     for other in ("binder", ".binder", "Dockerfile", "requirements.txt", "setup.py"):
         assert not (ROOT / other).exists(), f"Binder would read {other} instead of environment.yml"
 
@@ -115,21 +148,18 @@ def test_ranges_in_pyproject_are_loose() -> None:
         assert {s.operator for s in requirement.specifier} == {">="}, requirement
 
 
-def test_importing_the_core_needs_no_extra() -> None:
-    extras = {canonicalize_name(requirement.name) for requirement in OPTIONAL}
-    core = {canonicalize_name(requirement.name) for requirement in CORE}
-    imported = set()
-    for file in (ROOT / "src").rglob("*.py"):
-        if (
-            "lm" not in file.relative_to(ROOT).parts
-        ):  # that half is the extra "lm", and says so when it is missing
-            imported |= set(re.findall(r"(?m)^(?:from|import) (\w+)", file.read_text()))
-    assert not (imported - core) & extras
+@pytest.mark.parametrize(
+    ("package", "without", "extras"),
+    [("policyopt", "lm", []), ("policyopt", "", ["lm"]), ("policyopt_book", "", ["book"])],
+)
+def test_what_is_imported_is_asked_for(package: str, without: str, extras: list[str]) -> None:
+    asked = {canonicalize_name(r.name) for r in [*CORE, *requirements(extras)[1]]}
+    assert imported(package, without=without) <= asked
 
 
 def test_makefile_locks_every_extra_and_the_torch_that_is_pinned() -> None:
     makefile = (ROOT / "Makefile").read_text()
     (extras,) = re.findall(r"(?m)^EXTRAS := (.*)$", makefile)
-    assert set(extras.split()) == set(EXTRAS)
+    assert requirements(extras.split())[0] == set(EXTRAS)
     (torch,) = re.findall(r"(?m)^TORCH := (.*)$", makefile)
     assert [str(pin) for pin in PINS["torch"]] == [torch]

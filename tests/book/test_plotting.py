@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 
-from policyopt import mdp, plotting
+from policyopt import mdp
+from policyopt_book import plotting
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_interquartile_mean_against_a_loop(numbers: list[float]) -> None:
     assert plotting.interquartile_mean(numbers) == pytest.approx(sum(kept) / len(kept), rel=1e-9, abs=1e-6)
 
 
-def test_interquartile_mean_axes_and_missing_values() -> None:
+def test_interquartile_mean_along_either_axis_leaves_out_missing_values() -> None:
     table = np.array([[1.0, 5.0, 3.0], [2.0, np.nan, 3.0], [3.0, 5.0, 3.0], [400.0, 5.0, 3.0]])
     np.testing.assert_array_equal(plotting.interquartile_mean(table), [2.5, np.nan, 3.0])
     np.testing.assert_array_equal(plotting.interquartile_mean(table.T, axis=1), [2.5, np.nan, 3.0])
@@ -71,7 +72,7 @@ def test_bootstrap_band_of_a_mean_covers_the_truth() -> None:
     assert np.mean(high - low) == pytest.approx(2 * 1.96 / 20**0.5, rel=0.1)
 
 
-def test_bootstrap_band_with_missing_values_and_bad_input() -> None:
+def test_bootstrap_band_is_missing_where_values_are_and_refuses_what_does_not_fit() -> None:
     runs = np.ones((5, 3))
     runs[2, 1] = np.nan
     low, high = plotting.bootstrap_band(runs)
@@ -107,7 +108,9 @@ def test_align_runs_against_a_loop() -> None:
         ([[1], [3, 2]], [[1.0], [1.0, 2.0]], 1, "run 1: steps must never decrease"),
     ],
 )
-def test_align_runs_bad_input(steps: list[object], values: list[object], window: int, message: str) -> None:
+def test_align_runs_refuses_what_does_not_fit(
+    steps: list[object], values: list[object], window: int, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         plotting.align_runs(steps, values, [1.0], window)
 
@@ -119,7 +122,7 @@ def result(steps: list[int], returns: list[float]) -> SimpleNamespace:
     return SimpleNamespace(episodes=SimpleNamespace(steps=steps, returns=returns))
 
 
-def test_learning_curves(ax: Axes) -> None:
+def test_learning_curves_draw_the_mean_of_each_label_and_return_the_runs(ax: Axes) -> None:
     quick = [result([10, 20, 100], [0.0, 10.0, 20.0 + i]) for i in range(4)]
     slow = [result([50], [1.0])]
     aligned = plotting.learning_curves(ax, {"quick": quick, "slow": slow}, window=1, points=11, threshold=15)
@@ -136,7 +139,7 @@ def test_learning_curves(ax: Axes) -> None:
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("environment steps", "return (mean of last 1 episodes)")
 
 
-def test_learning_curves_bad_input(ax: Axes) -> None:
+def test_learning_curves_refuse_what_does_not_fit(ax: Axes) -> None:
     with pytest.raises(ValueError, match="at least one result"):
         plotting.learning_curves(ax, {"nothing": []})
     with pytest.raises(ValueError, match="result 1 of 'a' has no finished episode"):
@@ -188,7 +191,7 @@ def test_plot_grid_accepts_actions_and_an_added_state(ax: Axes) -> None:
         (np.zeros(4), np.zeros((4, 3)), ["..", ".."], r"policy must be \[S\] actions or \[S, 4\]"),
     ],
 )
-def test_plot_grid_bad_input(
+def test_plot_grid_refuses_what_does_not_fit(
     ax: Axes, values: np.ndarray, policy: object, layout: list[str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -210,7 +213,7 @@ def test_show_source_links_to_the_line_and_shows_running_code() -> None:
     assert repr(listing) == "<source of policyopt.mdp.policy_evaluation>"
 
 
-def test_show_source_docstrings() -> None:
+def test_show_source_keeps_shortens_or_drops_docstrings() -> None:
     full, summary, none = (
         plotting.show_source(mdp.FiniteMDP, docstring=how).code for how in ("full", "summary", "none")
     )
@@ -218,6 +221,8 @@ def test_show_source_docstrings() -> None:
     assert '"""A finite MDP (S, A, P, R, γ) with its initial distribution μ."""\n\n    P: Tensor' in summary
     assert '"""Number of states S, terminal ones included."""' in summary
     assert "Raises\n" not in summary
+    two_lines = plotting.show_source(mdp.value_iteration).code
+    assert 'from V = 0 until V is\n    provably close to V*.\n    """\n    if not' in two_lines
     assert '"""' not in none
     for code in (full, summary, none):
         compile("from __future__ import annotations\n" + code, "listing", "exec")
@@ -227,7 +232,7 @@ def test_show_source_docstrings() -> None:
         plotting.show_source(mdp.lookahead, docstring="short")
 
 
-def test_show_source_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_show_source_names_the_file_where_no_address_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise plotting.metadata.PackageNotFoundError(name)
 

@@ -264,7 +264,7 @@ def test_every_column_written_is_true_and_both_forms_are_rewarded() -> None:
         ("9" * 5000, None),
     ],
 )
-def test_final_answer(text: str, answer: int | None) -> None:
+def test_the_final_answer_is_the_number_at_the_very_end(text: str, answer: int | None) -> None:
     assert addition.final_answer(text) == answer
 
 
@@ -283,7 +283,7 @@ def test_the_careless_rule_pays_for_nonsense_that_looks_like_work() -> None:
     assert addition.answer_reward(texts, [""] * 3, answer=[822] * 3) == [1, 1, 0]
 
 
-def test_addition_records() -> None:
+def test_records_of_addition_have_the_columns_and_the_share_of_worked_sums() -> None:
     problems = addition.make_problems(2000, seed=0)
     prompts = addition.prompt_records(problems[:2])
     assert [set(row) for row in prompts] == [{"prompt", "answer"}] * 2

@@ -118,7 +118,7 @@ ASK_AXE = """async () => {
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_page(name: str, site: str, browser: Any) -> None:
+def test_a_page_is_sound_in_every_size_and_theme(name: str, site: str, browser: Any) -> None:
     """On a desk and on a phone, by day and by night.
 
     Nothing from the network, no error, nothing wider than the window, maths set, and no complaint of axe-core.

@@ -31,7 +31,7 @@ from control_runs import (
 from gymnasium import spaces
 
 from policyopt.checkpoint import load_checkpoint, strip
-from policyopt.control import Policy, TrainResult, make_policy, train_ppo
+from policyopt.control import Collector, Policy, TrainResult, make_policy, train_ppo
 from policyopt.control.config import build_networks
 from policyopt.runs import _context
 
@@ -154,6 +154,26 @@ def test_a_policy_of_ones_own_making_goes_on_too(tmp_path: Path) -> None:
     assert_ended_alike(tmp_path / "broken", tmp_path / "whole")
     with pytest.raises(ValueError, match=r"holds a Mine of your own making.*start its training again"):
         TrainResult.load(tmp_path / "whole")
+
+
+def test_every_reset_after_a_checkpoint_has_a_seed_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: dict[int, list[Any]] = {0: [], 1: []}
+    generators: dict[int, list[Any]] = {0: [], 1: []}
+    original = Collector.reset
+
+    def spy(collector: Collector, seed: int | None = None) -> None:
+        seeds[current].append(seed)
+        generators[current].append(collector.generator.initial_seed())
+        original(collector, seed)
+
+    monkeypatch.setattr(Collector, "reset", spy)
+    for current in seeds:
+        result = with_config(ppo, checkpoint_every=1)(seed=current, checkpoint_dir=tmp_path / str(current))
+        assert len(seeds[current]) == len(result.history)  # one at the start, none after the last update
+    assert len({*seeds[0], *seeds[1]}) == len(seeds[0]) + len(seeds[1])
+    assert len({*generators[0], *generators[1]}) == len(generators[0]) + len(generators[1])
 
 
 def test_without_a_folder_nothing_is_reset() -> None:

@@ -351,6 +351,25 @@ def test_a_full_disk_leaves_the_last_saved_model(tmp_path: Path, monkeypatch: py
     assert torch.equal(next(again.model.parameters()), next(tiny_model().model.parameters()))
 
 
+@pytest.mark.parametrize(
+    ("config", "field", "message"),
+    [
+        (GRPOConfig, "max_completion_tokens", r"did you mean sampling=SamplingConfig\(max_new_tokens"),
+        (PPOConfig, "max_completion_tokens", r"did you mean sampling=SamplingConfig\(max_new_tokens"),
+        (GRPOConfig, "beat", "did you mean beta"),
+        (SFTConfig, "sampling", "SFTConfig has no field 'sampling'"),
+    ],
+)
+def test_a_setting_that_would_be_ignored_is_refused(config: Any, field: str, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        config(**{field: 3})
+
+
+def test_a_reward_model_logs_no_samples() -> None:
+    with pytest.raises(ValueError, match="logged_samples must be 0: a reward model writes nothing, got 4"):
+        RewardConfig(logged_samples=4)
+
+
 # --- code from elsewhere ---------------------------------------------------------------------------------------
 
 

@@ -116,7 +116,11 @@ def test_sft_on_complete_summaries_repairs_the_model() -> None:
 def test_grpo_finds_out_that_thinking_pays() -> None:
     problems = addition.prompt_records(addition.make_problems(2000, seed=7))
     config = GRPOConfig(
-        updates=25, batch_size=32, group_size=8, learning_rate=3e-4, sampling=SamplingConfig(max_new_tokens=48)
+        updates=25,
+        batch_size=32,
+        group_size=8,
+        learning_rate=3e-4,
+        sampling=SamplingConfig(max_new_tokens=48),
     )
     shares: list[float] = []
 

@@ -17,9 +17,7 @@ from policyopt.lm.ppo import ppo_loss
 from policyopt.lm.sft import sft_loss
 from policyopt.losses import bradley_terry_loss, ranking_loss
 
-GRPO = GRPOConfig(
-    batch_size=4, group_size=4, sampling=SHORT, beta=0.1, minibatches=2, epochs_per_batch=2
-)
+GRPO = GRPOConfig(batch_size=4, group_size=4, sampling=SHORT, beta=0.1, minibatches=2, epochs_per_batch=2)
 DEFAULTS: dict[str, tuple[type, Any]] = {
     "sft": (Tokens, sft_loss),
     "reward": (ScoredPairs, lambda batch: bradley_terry_loss(batch.chosen_scores, batch.rejected_scores)),

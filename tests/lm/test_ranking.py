@@ -48,14 +48,12 @@ def test_online_on_a_fixed_batch_is_offline_on_its_list() -> None:
 
     def distinct(completions: list[str], prompts: list[str], **columns: Any) -> list[float]:
         rewards = [float(i % 4) for i in range(len(completions))]
-        for start in range(0, len(completions), 4):
-            texts.append((prompts[start], completions[start : start + 4][::-1]))
+        groups = range(0, len(completions), 4)
+        texts.extend((prompts[i], completions[i : i + 4][::-1]) for i in groups)
         return rewards
 
     sampled = online(tiny_model(), distinct, updates=1, batch_size=1)
-    assert sampled.history[0].accuracy == pytest.approx(
-        offline_accuracy(texts[0][0], texts[0][1]), abs=1e-6
-    )
+    assert sampled.history[0].accuracy == pytest.approx(offline_accuracy(texts[0][0], texts[0][1]), abs=1e-6)
 
 
 def offline_accuracy(prompt: str, ranked: list[str]) -> float:
@@ -78,7 +76,9 @@ def test_equal_rewards_are_not_compared_and_move_nothing() -> None:
     before = {name: p.detach().clone() for name, p in model.model.named_parameters()}
     result = online(model, equal)
     assert all(torch.equal(p, before[name]) for name, p in model.model.named_parameters())
-    assert all(row.loss == 0 and row.gradient_norm == 0 and math.isnan(row.accuracy) for row in result.history)
+    assert all(
+        row.loss == 0 and row.gradient_norm == 0 and math.isnan(row.accuracy) for row in result.history
+    )
     assert [row.reward for row in result.history] == [1.0] * 3
 
 

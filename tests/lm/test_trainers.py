@@ -162,7 +162,10 @@ def test_the_reference_is_the_policy_before_the_checkpoint_is_read(tmp_path: Pat
     """A run that goes on has the reference of the run that stopped: the policy at the start."""
     whole = run_grpo(tiny_model(), changes={"checkpoint_every": 1})
     run_grpo(
-        tiny_model(), checkpoint_dir=tmp_path, changes={"checkpoint_every": 1}, callback=lambda row: row.update == 2
+        tiny_model(),
+        checkpoint_dir=tmp_path,
+        changes={"checkpoint_every": 1},
+        callback=lambda row: row.update == 2,
     )
     resumed = run_grpo(tiny_model(), checkpoint_dir=tmp_path, changes={"checkpoint_every": 1})
     assert resumed.history[-1].kl == whole.history[-1].kl != 0
@@ -539,7 +542,12 @@ def test_a_sampler_that_lies_is_corrected_for() -> None:
             hot = SamplingConfig(max_new_tokens=config.max_new_tokens, temperature=3.0)
             return super().sample(prompts, samples_per_prompt, hot, **options)
 
-    changes: dict[str, Any] = {"updates": 1, "minibatches": 1, "epochs_per_batch": 1, "max_gradient_norm": None}
+    changes: dict[str, Any] = {
+        "updates": 1,
+        "minibatches": 1,
+        "epochs_per_batch": 1,
+        "max_gradient_norm": None,
+    }
     norms = []
     for cap in (2.0, None):
         model = tiny_model()

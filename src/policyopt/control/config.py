@@ -109,25 +109,21 @@ def build_networks(
     """Build the policy, unless one is given, and on request the critic that a config
     describes (on the CPU).
     """
+    shared: dict[str, Any] = {
+        "hidden": config.hidden,
+        "activation": config.activation,
+        "orthogonal": config.orthogonal_init,
+        "generator": generator,
+    }
     if policy is None:
-        continuous = isinstance(action_space, gym.spaces.Box)
         normalize = config.normalize_observations
+        if normalize is None:
+            normalize = isinstance(action_space, gym.spaces.Box)
         policy = make_policy(
             observation_space,
             action_space,
-            hidden=config.hidden,
-            activation=config.activation,
-            normalize_observations=continuous if normalize is None else normalize,
-            orthogonal=config.orthogonal_init,
+            normalize_observations=normalize,
             log_std=config.initial_log_std,
-            generator=generator,
+            **shared,
         )
-    if not critic:
-        return policy, None
-    return policy, Critic(
-        policy.encoder,
-        hidden=config.hidden,
-        activation=config.activation,
-        orthogonal=config.orthogonal_init,
-        generator=generator,
-    )
+    return policy, Critic(policy.encoder, **shared) if critic else None

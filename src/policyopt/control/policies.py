@@ -17,13 +17,9 @@ from torch import Tensor, nn
 from policyopt.distributions import Categorical, DiagonalGaussian, Distribution
 
 __all__ = [
-    "CategoricalPolicy",
-    "Critic",
-    "GaussianPolicy",
-    "ObservationEncoder",
-    "Policy",
+    "CategoricalPolicy", "Critic", "GaussianPolicy", "ObservationEncoder", "Policy",
     "make_policy",
-]
+]  # fmt: skip
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 

@@ -155,10 +155,8 @@ def train_ppo(
     )
     policy, critic = run.policy, run.critic
     optimizer = run.adam(run.trainable(), config.learning_rate)
-    fields = {
-        "statistics": ("ratio", "kl", "clipped"),
-        "required": ("kl",) if config.target_kl else (),
-    }
+    statistics = ("ratio", "kl", "clipped")
+    required = ("kl",) if config.target_kl else ()
     largest_norm = config.max_gradient_norm or torch.inf
 
     with run:
@@ -174,7 +172,9 @@ def train_ppo(
                 for part in steps.minibatches(config.minibatch_size, run.generator):
                     distribution = policy(part.observations)
                     part = part.scored(distribution)
-                    items = item_losses(loss, part, part.log_prob.shape, **fields)
+                    items = item_losses(
+                        loss, part, part.log_prob.shape, statistics, required
+                    )
                     policy_loss = aggregate(items.loss)
                     value_loss = critic_loss(critic, part, clip=config.value_clip)
                     entropy = aggregate(distribution.entropy())

@@ -29,12 +29,9 @@ from policyopt.losses import (
 from policyopt.runs import Count, NonNegative, Positive
 
 __all__ = [
-    "ReinforceConfig",
-    "ReinforceUpdate",
-    "reinforce_loss",
-    "reinforce_weights",
+    "ReinforceConfig", "ReinforceUpdate", "reinforce_loss", "reinforce_weights",
     "train_reinforce",
-]
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -232,7 +232,7 @@ class Collector:
                 self._pending_reset = done
             elif done.any():
                 last = info["final_obs"]
-                finals.extend((t, int(i), last[i]) for i in np.flatnonzero(done))
+                finals += [(t, int(i), np.array(last[i])) for i in np.where(done)[0]]
             running = running & ~done
             if one_episode and not running.any():
                 break

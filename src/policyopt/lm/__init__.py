@@ -2,87 +2,52 @@
 Face causal language model.
 """
 
-import policyopt.lm._requirements  # noqa: F401 - says what is missing, before anything else fails
-from policyopt.lm.config import LMConfig
-from policyopt.lm.data import Prompt, read_records
-from policyopt.lm.dpo import DPOConfig, DPOUpdate, ImplicitReward, train_dpo
-from policyopt.lm.grpo import GRPOConfig, GRPOUpdate, train_grpo
-from policyopt.lm.log_probs import TokenLogProbs, completion_log_probs
-from policyopt.lm.models import LanguageModel, LoRA, RewardModel, add_lora, load
-from policyopt.lm.ppo import PPOConfig, PPOUpdate, train_ppo
-from policyopt.lm.ranking import (
-    OnlineRankingConfig,
-    RankingConfig,
-    RankingUpdate,
-    train_ranking,
-)
-from policyopt.lm.results import LMResult, LMUpdate, LoggedSample
-from policyopt.lm.reward_model import (
-    RewardConfig,
-    RewardUpdate,
-    pair_accuracy,
-    train_reward_model,
-)
-from policyopt.lm.rewards import compute_rewards
-from policyopt.lm.sampling import (
-    Sampler,
-    Samples,
-    SamplingConfig,
-    TransformersSampler,
-    UpdatedSampler,
-    VLLMSampler,
-    generate,
-)
-from policyopt.lm.sequences import Sequences, hidden_states
-from policyopt.lm.sft import SFTConfig, SFTUpdate, train_sft
-from policyopt.runs import History, TrainingDivergedError, train_seeds
+import typing as _typing
+from importlib.util import find_spec as _find_spec
 
-__all__ = [
-    "DPOConfig",
-    "DPOUpdate",
-    "GRPOConfig",
-    "GRPOUpdate",
-    "History",
-    "ImplicitReward",
-    "LMConfig",
-    "LMResult",
-    "LMUpdate",
-    "LanguageModel",
-    "LoRA",
-    "LoggedSample",
-    "OnlineRankingConfig",
-    "PPOConfig",
-    "PPOUpdate",
-    "Prompt",
-    "RankingConfig",
-    "RankingUpdate",
-    "RewardConfig",
-    "RewardModel",
-    "RewardUpdate",
-    "SFTConfig",
-    "SFTUpdate",
-    "Sampler",
-    "Samples",
-    "SamplingConfig",
-    "Sequences",
-    "TokenLogProbs",
-    "TrainingDivergedError",
-    "TransformersSampler",
-    "UpdatedSampler",
-    "VLLMSampler",
-    "add_lora",
-    "completion_log_probs",
-    "compute_rewards",
-    "generate",
-    "hidden_states",
-    "load",
-    "pair_accuracy",
-    "read_records",
-    "train_dpo",
-    "train_grpo",
-    "train_ppo",
-    "train_ranking",
-    "train_reward_model",
-    "train_seeds",
-    "train_sft",
-]
+if _find_spec("transformers") is None:
+    raise ImportError("policyopt.lm needs transformers: pip install 'policyopt[lm]'")
+
+from policyopt import _public_names
+from policyopt.lm.batches import *
+from policyopt.lm.config import LMConfig as LMConfig
+from policyopt.lm.data import Prompt as Prompt
+from policyopt.lm.data import read_records as read_records
+from policyopt.lm.dpo import *
+from policyopt.lm.grpo import *
+from policyopt.lm.log_probs import *
+from policyopt.lm.memory import *
+from policyopt.lm.models import LanguageModel as LanguageModel
+from policyopt.lm.models import LoRA as LoRA
+from policyopt.lm.models import RewardModel as RewardModel
+from policyopt.lm.models import add_lora as add_lora
+from policyopt.lm.models import load as load
+from policyopt.lm.ppo import *
+from policyopt.lm.ranking import *
+from policyopt.lm.results import LMResult as LMResult
+from policyopt.lm.results import LMUpdate as LMUpdate
+from policyopt.lm.results import LoggedSample as LoggedSample
+from policyopt.lm.reward_model import *
+from policyopt.lm.rewards import *
+from policyopt.lm.sampling import *
+from policyopt.lm.sequences import Sequences as Sequences
+from policyopt.lm.sequences import hidden_states as hidden_states
+from policyopt.lm.sft import *
+from policyopt.runs import History as History
+from policyopt.runs import TrainingDivergedError as TrainingDivergedError
+from policyopt.runs import _warn_renamed
+from policyopt.runs import train_seeds as train_seeds
+
+if not _typing.TYPE_CHECKING:  # type checkers follow the stars
+    __all__ = _public_names(globals())
+
+    def __getattr__(name):
+        renamed = {
+            "train_ppo_lm": "train_ppo",
+            "PPOLMConfig": "PPOConfig",
+            "PPOLMUpdate": "PPOUpdate",
+        }
+        if name not in renamed:
+            raise AttributeError(f"module 'policyopt.lm' has no attribute {name!r}")
+        _warn_renamed("policyopt.lm", name, renamed[name])
+        return globals()[renamed[name]]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 from policyopt.lm.data import Limits
 from policyopt.lm.models import LanguageModel
+from policyopt.lm.sampling import SamplingConfig
 from policyopt.runs import Bound, Count, NonNegative, Positive, Settings
 
-__all__ = ["LMConfig", "Natural", "OfflineConfig"]
+__all__ = ["LMConfig", "OfflineConfig", "OnlineConfig"]
 
 Natural = Annotated[int, Bound(">= 0", lambda x: x >= 0)]
 """An integer ≥ 0."""
@@ -44,7 +45,7 @@ class LMConfig(Settings):
     learning_rate: Positive = 1e-5
     """AdamW's step size, at its highest."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """The learning rate after the warm-up: it stays, or falls to 0 at the last update."""
+    """The learning rate after the warm-up: constant, or falling to 0 at the end."""
     warmup_updates: Natural = 0
     """Updates over which the learning rate rises linearly."""
     weight_decay: NonNegative = 0.0
@@ -104,3 +105,20 @@ class OfflineConfig(LMConfig):
     max_completion_tokens: Count | None = None
     """Cut longer completions (they lose their EOS); None: too long for the model is an
     error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineConfig(LMConfig):
+    """Settings of the trainers whose completions are the policy's own."""
+
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How completions are drawn, and scored likewise."""
+    reward_weights: tuple[float, ...] | None = None
+    """One per reward function; None weighs each with 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        explores = self.sampling.temperature > 0
+        self._check(
+            "sampling", explores, "of a temperature > 0: equal samples teach nothing"
+        )

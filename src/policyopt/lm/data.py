@@ -23,27 +23,11 @@ from transformers import PreTrainedTokenizerBase
 from policyopt.runs import derive_seed
 
 __all__ = [
-    "Example",
-    "Item",
-    "Limits",
-    "Pair",
-    "Prompt",
-    "PromptExample",
-    "RankedList",
-    "Records",
-    "batch_indices",
-    "encode_completion",
-    "encode_prompt",
-    "epoch_order",
-    "fingerprint",
-    "pad_id",
-    "preference_pairs",
-    "prompt_examples",
-    "ranked_lists",
-    "read_records",
-    "sft_examples",
-    "split_records",
-]
+    "Example", "Item", "Limits", "Pair", "Prompt", "PromptExample", "RankedList",
+    "Records", "batch_indices", "encode_completion", "encode_prompt", "epoch_order",
+    "fingerprint", "pad_id", "preference_pairs", "prompt_examples", "ranked_lists",
+    "read_records", "sft_examples", "split_records",
+]  # fmt: skip
 
 Message = dict[str, str]
 Prompt = str | list[Message]

@@ -1,4 +1,4 @@
-"""DPO: preferences straight into the policy, without a reward model and without sampling."""
+"""DPO: preferences straight into the policy: no reward model, no sampling."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ class ImplicitReward:
 
 
 def pair_loss(batch: Pairs, config: DPOConfig) -> DPO:
-    """Return :func:`~policyopt.losses.dpo_loss` of each pair as the config describes it."""
+    """Return :func:`~policyopt.losses.dpo_loss` of each pair, as configured."""
     return dpo_loss(
         batch.chosen_log_prob,
         batch.rejected_log_prob,

@@ -5,7 +5,7 @@ critic.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -21,32 +21,27 @@ from policyopt.estimators import (
 )
 from policyopt.frame import Callback, Statistics
 from policyopt.lm.batches import Completions
-from policyopt.lm.config import LMConfig
+from policyopt.lm.config import OnlineConfig
 from policyopt.lm.data import Records, prompt_examples
 from policyopt.lm.models import LanguageModel
 from policyopt.lm.policies import PolicyNetwork
 from policyopt.lm.results import LMResult, LMUpdate
 from policyopt.lm.rewards import RewardFunctions
-from policyopt.lm.sampling import Sampler, SamplingConfig
+from policyopt.lm.sampling import Sampler
 from policyopt.lm.training import SamplingRun
 from policyopt.losses import (
     ClippedSurrogate,
     aggregate,
     check_loss,
     clipped_surrogate_loss,
-    item_losses,
     sequence_log_ratio,
 )
 from policyopt.runs import Bound, Count, NonNegative, Positive
 
 __all__ = [
-    "GRPOConfig",
-    "GRPOUpdate",
-    "group_advantages",
-    "grpo_loss",
-    "grpo_surrogate",
+    "GRPOConfig", "GRPOUpdate", "group_advantages", "grpo_loss", "grpo_surrogate",
     "train_grpo",
-]
+]  # fmt: skip
 
 
 GroupSize = Annotated[
@@ -56,10 +51,11 @@ AtLeastOne = Annotated[float, Bound(">= 1", lambda x: x >= 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPOConfig(LMConfig):
+class GRPOConfig(OnlineConfig):
     """Settings of :func:`train_grpo`. ``batch_size`` counts prompts.
 
-    Defaults: group mean and standard deviation (GRPO), mean over tokens (DAPO), no KL term, and a correction for the sampler capped at 2. Dr. GRPO:
+    Defaults: group mean and standard deviation (GRPO), mean over tokens (DAPO), no KL
+    term, and a correction for the sampler capped at 2. Dr. GRPO:
     ``scale_rewards=False``, ``loss_mean="constant"``. DAPO's loss:
     ``clip_ratio_high=0.28``, ``loss_mean="token"``, ``beta=0``,
     ``drop_unfinished=True``. GSPO: ``ratio="sequence"``, ``loss_mean="sequence"``.
@@ -69,8 +65,6 @@ class GRPOConfig(LMConfig):
     batch_size: int = 16
     group_size: GroupSize = 8
     """K ≥ 2 completions per prompt."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How completions are drawn, and scored likewise."""
     baseline: Literal["group", "leave-one-out"] = "group"
     """Compare each reward with the mean of its group, or with the mean of the others in
     it.
@@ -109,15 +103,9 @@ class GRPOConfig(LMConfig):
     """Leave completions that ``max_new_tokens`` cut out of the loss (their reward still
     counts in the group).
     """
-    reward_weights: tuple[float, ...] | None = None
-    """One per reward function; None weighs each with 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        explores = self.sampling.temperature > 0
-        self._check(
-            "sampling", explores, "of a temperature > 0: equal samples teach nothing"
-        )
         self._check("minibatches", self.minibatches <= self.batch_size, "<= batch_size")
 
 
@@ -295,9 +283,8 @@ def train_grpo(
         for _ in run.updates():
             batch = run.score(run.sample(), frozen, old=several_steps)
             groups = batch.rewards.view(-1, config.group_size)
-            batch = replace(
-                batch, advantages=group_advantages(groups, config).flatten()
-            )
+            advantages = group_advantages(groups, config).flatten()
+            batch = replace(batch, advantages=advantages)
             if config.drop_unfinished:
                 batch = replace(batch, mask=batch.mask & batch.finished[:, None])
 
@@ -310,12 +297,7 @@ def train_grpo(
                     now = run.network(piece.sequences, **run.scoring).log_probs
                     old = piece.old_log_probs if several_steps else now.detach()
                     piece = replace(piece, log_probs=now, old_log_probs=old)
-                    items = item_losses(
-                        objective,
-                        piece,
-                        piece.mask.shape,
-                        statistics=("ratio", "clipped"),
-                    )
+                    items = run.token_losses(objective, piece)
                     total = aggregate(
                         items.loss, piece.mask, reduction=mean, denominator=count
                     )

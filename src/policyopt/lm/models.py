@@ -31,17 +31,9 @@ from policyopt.lm.sequences import Sequences, evaluating, hidden_states
 from policyopt.runs import resolve_device
 
 __all__ = [
-    "LanguageModel",
-    "LoRA",
-    "RewardModel",
-    "ScoreNetwork",
-    "add_lora",
-    "freeze_output_head_",
-    "is_adapted",
-    "load",
-    "scalar_head",
-    "text_batches",
-]
+    "LanguageModel", "LoRA", "RewardModel", "ScoreNetwork", "add_lora",
+    "freeze_output_head_", "is_adapted", "load", "scalar_head", "text_batches",
+]  # fmt: skip
 
 _DTYPES = {
     "auto": "auto",

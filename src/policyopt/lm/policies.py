@@ -74,7 +74,7 @@ class Reference:
         self._autocast, self._device = autocast, language_model.device
 
     def end(self) -> None:
-        """Say that the policy is about to change: without a copy there is no π_ref now."""
+        """Say that the policy is about to change: without a copy, π_ref is gone."""
         if self._borrowed:
             self.model = None
 

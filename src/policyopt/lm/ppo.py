@@ -1,12 +1,12 @@
-"""RLHF's PPO: the score of a completion at its last token, a KL penalty at every token, a
-critic, clipped steps.
+"""RLHF's PPO: the score of a completion at its last token, a KL penalty at every token,
+a critic, clipped steps.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from policyopt.estimators import adaptive_kl_coefficient, gae, kl_shaped_rewards
 from policyopt.frame import Callback, Statistics
 from policyopt.lm.batches import Completions
-from policyopt.lm.config import LMConfig, Natural
+from policyopt.lm.config import Natural, OnlineConfig
 from policyopt.lm.data import Records, prompt_examples
 from policyopt.lm.log_probs import completion_log_probs
 from policyopt.lm.models import LanguageModel, freeze_output_head_, scalar_head
 from policyopt.lm.results import LMResult, LMUpdate
 from policyopt.lm.rewards import RewardFunctions
-from policyopt.lm.sampling import Sampler, SamplingConfig
+from policyopt.lm.sampling import Sampler
 from policyopt.lm.sequences import Sequences, hidden_states
 from policyopt.lm.training import SamplingRun
 from policyopt.losses import (
@@ -31,37 +31,30 @@ from policyopt.losses import (
     aggregate,
     check_loss,
     clipped_surrogate_loss,
-    item_losses,
     value_loss,
 )
 from policyopt.runs import Bound, Count, NonNegative, Positive, Share
 
 __all__ = [
-    "ActorCritic",
-    "PPOConfig",
-    "PPOUpdate",
-    "ppo_loss",
-    "token_advantages",
+    "ActorCritic", "PPOConfig", "PPOUpdate", "ppo_loss", "token_advantages",
     "train_ppo",
-]
+]  # fmt: skip
 
 Gain = Annotated[float, Bound("in (0, 5)", lambda x: 0 < x < 5)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(LMConfig):
+class PPOConfig(OnlineConfig):
     """Settings of :func:`train_ppo`. ``batch_size`` counts prompts."""
 
     warmup_updates: Natural = 5
-    """Updates over which the learning rate rises linearly. Adam's first steps are as long
-    as all others, however small the gradient, and the value head starts from
+    """Updates over which the learning rate rises linearly. Adam's first steps are as
+    long as all others, however small the gradient, and the value head starts from
     nothing."""
     samples_per_prompt: Count = 1
     """Completions of each prompt. Several share the reading of the prompt, so they are
     cheaper than as many prompts.
     """
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How completions are drawn, and scored likewise."""
     beta: NonNegative = 0.05
     """Weight of the penalty log(π/π_ref) in each token's reward, ≥ 0, in units of score
     per nat.
@@ -96,15 +89,9 @@ class PPOConfig(LMConfig):
     """Passes over each batch of completions."""
     minibatches: Count = 2
     """Optimiser steps per pass."""
-    reward_weights: tuple[float, ...] | None = None
-    """One per reward function; None weighs each with 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        explores = self.sampling.temperature > 0
-        self._check(
-            "sampling", explores, "of a temperature > 0: the policy must explore"
-        )
         steered = self.target_kl is None or self.beta > 0
         self._check("beta", steered, "> 0 where target_kl is to steer it")
         self._check("minibatches", self.minibatches <= self.batch_size, "<= batch_size")
@@ -121,9 +108,9 @@ class PPOUpdate(LMUpdate):
     rewards: dict[str, float]
     """Mean of each reward function."""
     kl: float
-    """Estimate (k1) of KL(π_θ ‖ π_ref) of a completion, nats, before the step."""
+    """Estimate (k1) of KL(π_θ ‖ π_ref) of a completion, nats, before the update."""
     beta: float
-    """Weight of the KL penalty in this step."""
+    """Weight of the KL penalty in this update."""
     length: float
     """Mean completion tokens."""
     finished: float
@@ -143,7 +130,7 @@ class PPOUpdate(LMUpdate):
     clip_fraction: float
     """Share of tokens (over all updates) whose gradient the clip switched off."""
     ratio_max: float
-    """Largest ratio of the step."""
+    """Largest ratio of the update."""
 
     headline: ClassVar[tuple[str, ...]] = ("reward", "kl", "length")
     may_be_nan: ClassVar[tuple[str, ...]] = (
@@ -208,10 +195,9 @@ def token_advantages(
     next_values = torch.nn.functional.pad(values[:, 1:], (0, 1))
     # Padding is terminal too, so that nothing leaks from it into the tokens before it.
     ended = last | ~mask
-    advantages = gae(
-        torch.where(mask, rewards, 0.0).T, values.T, next_values.T, ended.T, torch.zeros_like(ended).T,
-        gamma=gamma, gae_lambda=gae_lambda,
-    ).T  # fmt: skip
+    rewards, never = torch.where(mask, rewards, 0.0), torch.zeros_like(ended)
+    by_time = (x.T for x in (rewards, values, next_values, ended, never))
+    advantages = gae(*by_time, gamma=gamma, gae_lambda=gae_lambda).T
     return advantages, advantages + values
 
 
@@ -318,12 +304,7 @@ def train_ppo(
                     piece = part.select(rows)
                     now = run.network(piece.sequences, **run.scoring)
                     piece = replace(piece, log_probs=now.log_probs, values=now.values)
-                    items = item_losses(
-                        objective,
-                        piece,
-                        piece.mask.shape,
-                        statistics=("ratio", "clipped"),
-                    )
+                    items = run.token_losses(objective, piece)
                     errors = value_loss(
                         now.values,
                         piece.targets,

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -44,18 +44,19 @@ class Processes:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return
         from accelerate import Accelerator
+        from accelerate.utils import patch_environment
 
         self._wants_sharding = sharding_requested()
         # FSDP is set up here: to accelerate these are plain processes.
         plain = {"ACCELERATE_USE_FSDP": "false"} if self._wants_sharding else {}
-        with _environment(plain):
+        with patch_environment(**plain):
             self._accelerator = Accelerator(cpu=device.type == "cpu")
         kind = str(self._accelerator.distributed_type.value)
         if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
             raise ValueError(
-                f"the processes were launched for {kind}; these trainers share the work "
-                "by data parallelism (DDP) or FSDP2: launch them with torchrun, or with "
-                "accelerate and no other plugin"
+                f"the processes were launched for {kind}; these trainers share the "
+                "work by data parallelism (DDP) or FSDP2: launch them with torchrun, "
+                "or with accelerate and no other plugin"
             )
         if batch_size % self.count:
             raise ValueError(
@@ -115,7 +116,7 @@ class Processes:
         return torch.where(mask, (x - mean.to(x.dtype)) / deviation.to(x.dtype), 0.0)
 
     def check_pieces(self, count: int) -> None:
-        """Refuse, where weights are sharded, pieces that other processes do not have."""
+        """Refuse, where weights are sharded, pieces that others do not have."""
         if self._sharded is not None and self.sum(count) != count * self.count:
             raise ValueError(
                 "with FSDP all processes must cut their share into the same number of "
@@ -143,7 +144,10 @@ class Processes:
             shared = ShardedNetwork(network, language_model.model, self.device)
             self._sharded, optimizer = shared, new_optimizer()
             parameters = [p for p in network.parameters() if p.requires_grad]
-            slots = {i: shard_like(slot, parameters[i]) for i, slot in slots.items()}
+            slots = {
+                i: {name: shard_like(t, parameters[i]) for name, t in slot.items()}
+                for i, slot in slots.items()
+            }
         if slots:
             optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
         if self._sharded is not None:
@@ -203,18 +207,3 @@ class Processes:
         """Wait for the others."""
         if self._accelerator is not None:
             self._accelerator.wait_for_everyone()
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for a moment."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

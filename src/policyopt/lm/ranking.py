@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,14 +18,14 @@ from torch import Tensor
 from policyopt.estimators import kl_estimate, sequence_log_prob
 from policyopt.frame import Callback, Statistics
 from policyopt.lm.batches import Completions, RankedGroup
-from policyopt.lm.config import LMConfig, OfflineConfig
+from policyopt.lm.config import OfflineConfig, OnlineConfig
 from policyopt.lm.data import RankedList, Records, prompt_examples, ranked_lists
 from policyopt.lm.grpo import GroupSize
 from policyopt.lm.models import LanguageModel
 from policyopt.lm.policies import PolicyNetwork
 from policyopt.lm.results import LMResult, LMUpdate
 from policyopt.lm.rewards import RewardFunctions
-from policyopt.lm.sampling import Sampler, SamplingConfig
+from policyopt.lm.sampling import Sampler
 from policyopt.lm.sequences import Sequences
 from policyopt.lm.training import Run, SamplingRun
 from policyopt.losses import Ranking, aggregate, check_loss, item_losses, ranking_loss
@@ -36,7 +36,7 @@ __all__ = ["OnlineRankingConfig", "RankingConfig", "RankingUpdate", "train_ranki
 
 @dataclass(frozen=True, kw_only=True)
 class RankingConfig(OfflineConfig):
-    """Settings of :func:`train_ranking` on ranked lists. ``batch_size`` counts lists."""
+    """Settings of :func:`train_ranking` on ranked lists; a batch is of lists."""
 
     beta: Positive = 0.1
     """β > 0: scale of the log-probabilities."""
@@ -45,31 +45,18 @@ class RankingConfig(OfflineConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnlineRankingConfig(LMConfig):
-    """Settings of :func:`train_ranking` on groups of its own. ``batch_size`` counts
-    prompts.
-    """
+class OnlineRankingConfig(OnlineConfig):
+    """Settings of :func:`train_ranking` on groups of its own; a batch is of prompts."""
 
     batch_size: int = 16
     group_size: GroupSize = 8
     """K ≥ 2 completions per prompt."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How completions are drawn, and scored likewise."""
-    reward_weights: tuple[float, ...] | None = None
-    """One per reward function; None weighs each with 1."""
     beta: Positive = 0.1
     """β > 0: scale of the log-probabilities."""
     length_normalized: bool = False
     """Compare mean log-probabilities per token; sums favour short completions."""
     kl_coef: NonNegative = 0.0
     """Weight of KL(π_θ ‖ π_ref) per token (k3) in the loss; 0 needs no reference."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        explores = self.sampling.temperature > 0
-        self._check(
-            "sampling", explores, "of a temperature > 0: equal samples have no order"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,9 +136,9 @@ def train_ranking(
     """Train a policy to order completions by their log-probabilities.
 
     Every ordered pair costs −log σ(β (log π(better) − log π(worse))). It is RankNet's
-    loss (Burges et al. 2005, doi:10.1145/1102351.1102363) with the policy as the scorer,
-    and with lists of two it is reference-free DPO. It is not group relative policy
-    optimisation, although articles have given it that name.
+    loss (Burges et al. 2005, doi:10.1145/1102351.1102363) with the policy as the
+    scorer, and with lists of two it is reference-free DPO. It is not group relative
+    policy optimisation, although articles have given it that name.
 
     With a :class:`RankingConfig` the lists come from the data and nothing is sampled.
     With an :class:`OnlineRankingConfig` the policy samples a group per prompt, and its
@@ -163,7 +150,8 @@ def train_ranking(
         Trained in place.
     data : records
         Offline: columns ``prompt`` and ``ranked`` (two or more completions, the best
-        first). Online: column ``prompt``; all others are handed to the reward functions.
+        first). Online: column ``prompt``; all others are handed to the reward
+        functions.
     config : RankingConfig or OnlineRankingConfig
     reward_functions : callable, sequence or mapping of callables
         Online only; see :func:`~policyopt.lm.rewards.compute_rewards`.
@@ -189,8 +177,9 @@ def train_ranking(
         None, None, None,
     ):  # fmt: skip
         raise ValueError(
-            "reward_functions, reference and sampler must be None with a RankingConfig, "
-            "whose lists are ranked already; give an OnlineRankingConfig to sample and rank"
+            "reward_functions, reference and sampler must be None with a "
+            "RankingConfig, whose lists are ranked already; give an "
+            "OnlineRankingConfig to sample and rank"
         )
     run = _make_run(
         language_model, data, config, reward_functions, sampler, seed=seed,
@@ -276,7 +265,7 @@ def _make_run(
 
 
 def _is_above(rewards: Tensor) -> Tensor:
-    """Whether the first of each ordered pair has the higher reward, not an equal one."""
+    """Whether the first of each ordered pair has the strictly higher reward."""
     better, worse = torch.triu_indices(
         len(rewards), len(rewards), 1, device=rewards.device
     )

@@ -30,12 +30,8 @@ from policyopt.losses import (
 from policyopt.runs import Count, NonNegative
 
 __all__ = [
-    "RewardConfig",
-    "RewardUpdate",
-    "pad_pairs",
-    "pair_accuracy",
-    "train_reward_model",
-]
+    "RewardConfig", "RewardUpdate", "pad_pairs", "pair_accuracy", "train_reward_model",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

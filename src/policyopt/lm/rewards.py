@@ -24,13 +24,9 @@ from torch import Tensor
 from policyopt.lm.data import Prompt, quote
 
 __all__ = [
-    "RewardFunction",
-    "RewardFunctions",
-    "Rewards",
-    "compute_rewards",
-    "final_number",
+    "RewardFunction", "RewardFunctions", "Rewards", "compute_rewards", "final_number",
     "final_number_reward",
-]
+]  # fmt: skip
 
 RewardFunction = Callable[..., Any]
 """``(completions, prompts, **columns)`` ↦ one number per completion (a sequence, array

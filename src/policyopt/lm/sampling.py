@@ -30,14 +30,9 @@ from policyopt.lm.sharding import gathered
 from policyopt.runs import Bound, Count, Settings, derive_seed
 
 __all__ = [
-    "Sampler",
-    "Samples",
-    "SamplingConfig",
-    "TransformersSampler",
-    "UpdatedSampler",
-    "VLLMSampler",
-    "generate",
-]
+    "Sampler", "Samples", "SamplingConfig", "TransformersSampler", "UpdatedSampler",
+    "VLLMSampler", "generate",
+]  # fmt: skip
 
 
 _Temperature = Annotated[float, Bound(">= 0 (0 is greedy)", lambda x: x >= 0)]

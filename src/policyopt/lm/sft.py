@@ -80,8 +80,8 @@ def train_sft(
         Held-out examples, whose loss is reported.
     loss : callable, optional
         A function of the :class:`~policyopt.lm.batches.Tokens` of a micro-batch that
-        returns one loss per token, ``[B, T]``: a tensor, or a named tuple with the field
-        ``loss``. By default −log π_θ.
+        returns one loss per token, ``[B, T]``: a tensor, or a named tuple with the
+        field ``loss``. By default −log π_θ.
     seed : int
         Orders the data.
     callback : callable, optional

@@ -7,6 +7,9 @@ PyTorch does all of that. Here stands what a trainer needs around it: weights ga
 for sampling, whole tensors for checkpoints, and a plain model again when the training
 is over.
 
+Accelerate's own FSDP2 (1.15) would replace only the few lines that call
+``fully_shard``, and on CPUs, where the tests run, it falls back to data parallelism.
+
 Left out: offloading to the CPU, mixed precision other than ``autocast``, and tensor or
 context parallelism.
 """
@@ -16,7 +19,7 @@ from __future__ import annotations
 import copy
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -94,17 +97,12 @@ class ShardedNetwork(nn.Module):
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         super().__init__()
-        _check_equal(network, device)
-        # The network without its weights, to put them back into.
-        empty: dict[int, Any] = {
-            id(p): nn.Parameter(
-                torch.empty_like(p, device="meta"), requires_grad=p.requires_grad
-            )
-            for p in network.parameters()
-        }
+        _check_equal(network)
+        # The network without its weights, to put them back into; in a list, so that it
+        # is not one of the parts.
         self._skeleton = [
-            copy.deepcopy(network, empty)
-        ]  # in a list: not one of its parts
+            _copied(network, lambda _, p: torch.empty_like(p, device="meta"))
+        ]
         self.network = network
         mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
         for layer in _layers(network):
@@ -145,16 +143,21 @@ class ShardedNetwork(nn.Module):
         """
         self.reshard()
         weights = dict(self.network.named_parameters())
-        memo: dict[int, Any] = {
-            id(p): nn.Parameter(
-                whole(weights[name].detach()).cpu(), requires_grad=p.requires_grad
-            )
-            for name, p in self._skeleton[0].named_parameters()
-        }
-        plain = copy.deepcopy(self._skeleton[0], memo).cpu()
+        plain = _copied(
+            self._skeleton[0], lambda name, _: whole(weights[name].detach()).cpu()
+        ).cpu()
         for name, child in plain.named_children():
             setattr(self.network, name, child)
         return self.network
+
+
+def _copied(network: nn.Module, weight: Callable[[str, Tensor], Tensor]) -> nn.Module:
+    """Copy a network with other weights; what was tied stays tied."""
+    weights: dict[int, Any] = {
+        id(p): nn.Parameter(weight(name, p), requires_grad=p.requires_grad)
+        for name, p in network.named_parameters()
+    }
+    return copy.deepcopy(network, weights)
 
 
 def _cloned(output: Any) -> Any:
@@ -172,18 +175,14 @@ def _layers(network: nn.Module) -> list[nn.Module]:
     return [module for module in network.modules() if type(module).__name__ in names]
 
 
-def _check_equal(network: nn.Module, device: torch.device) -> None:
+def _check_equal(network: nn.Module) -> None:
     """Compare a fingerprint of the weights: each process contributes its share of its
     own copy.
     """
-    own = (
-        torch.stack([p.detach().float().sum().double() for p in network.parameters()])
-        .sum()
-        .to(device)
-    )
-    others = [torch.zeros_like(own) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(others, own)
-    if any(not torch.equal(other, own) for other in others):
+    own = sum(p.detach().float().sum().double() for p in network.parameters())
+    others = [0.0] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(others, float(own))
+    if set(others) != {others[0]}:
         raise ValueError(
             "the processes hold different weights: load the same model, with the same "
             "seed, in each of them"
@@ -199,22 +198,16 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def shard_like(values: Mapping[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
-    """Shard tensors that have the parameter's shape (an optimiser's moments) as the
-    parameter is.
+def shard_like(value: Tensor, parameter: Any) -> Tensor:
+    """Shard a tensor of the parameter's shape (an optimiser's moment) as the parameter
+    is; another one stays whole.
     """
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor import distribute_tensor
 
-    if not isinstance(parameter, DTensor):
-        return dict(values)
-    return {
-        key: distribute_tensor(
-            value.to(parameter.device), parameter.device_mesh, parameter.placements
-        )
-        if value.shape == parameter.shape
-        else value
-        for key, value in values.items()
-    }
+    if value.shape != parameter.shape:
+        return value
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(value.to(parameter.device), mesh, placements)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from policyopt.lm.sampling import (
     UpdatedSampler,
 )
 from policyopt.lm.sequences import Sequences, widen
+from policyopt.losses import Loss, item_losses
 from policyopt.runs import derive_seed
 
 
@@ -37,8 +38,8 @@ class Run(Frame[ConfigT, RowT]):
     """The frame of a training loop for language models.
 
     A trainer makes one, with the reference policy if it needs one, and loops ``for _ in
-    run.updates()`` inside ``with run:``. In each update it takes its share of the batch,
-    calls :meth:`backward` for every piece of :meth:`micro_batches`, then
+    run.updates()`` inside ``with run:``. In each update it takes its share of the
+    batch, calls :meth:`backward` for every piece of :meth:`micro_batches`, then
     :meth:`descend`, and at the end :meth:`log`.
 
     All randomness is a function of (seed, update), so a checkpoint needs no generator
@@ -221,7 +222,7 @@ class Run(Frame[ConfigT, RowT]):
         return norm
 
     def is_due(self, every: int | None) -> bool:
-        """Whether a measurement is due after this update: every so many, and the last."""
+        """Whether to measure after this update: every so many, and the last."""
         number = self.update + 1
         return number == self.total or (every is not None and number % every == 0)
 
@@ -299,8 +300,8 @@ class Run(Frame[ConfigT, RowT]):
 
     def _revert(self, error: BaseException) -> bool:
         self.optimizer.zero_grad(set_to_none=True)
-        # To gather sharded weights all processes would have to be here, and nobody knows
-        # where the others are.
+        # To gather sharded weights all processes would have to be here, and nobody
+        # knows where the others are.
         return not self.processes.sharded
 
     def _identity(self) -> dict[str, Any]:
@@ -421,7 +422,9 @@ class SamplingRun(Run[ConfigT, RowT]):
     def score(
         self, batch: Completions, reference: Reference | None, *, old: bool = True
     ) -> Completions:
-        """Fill in what the policy (with ``old``) and π_ref say before the first step."""
+        """Fill in what π_ref and (with ``old``) the policy say before the first
+        step.
+        """
         sequences = batch.sequences
         changes: dict[str, Any] = {}
         cuts = list(self.micro_batches(len(batch), self._group))
@@ -453,6 +456,11 @@ class SamplingRun(Run[ConfigT, RowT]):
                 whole = config.minibatches == 1
                 part = rows[first :: config.minibatches].flatten()
                 yield batch if whole else batch.select(part)
+
+    def token_losses(self, loss: Loss, batch: Completions) -> Any:
+        """Return the losses of a micro-batch, with ``ratio`` and ``clipped``."""
+        reported = ("ratio", "clipped")
+        return item_losses(loss, batch, batch.mask.shape, statistics=reported)
 
     def summary(self, batch: Completions) -> dict[str, Any]:
         """Return what a row of the history says of the completions themselves."""

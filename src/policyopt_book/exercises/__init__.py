@@ -227,8 +227,9 @@ def _compare_both(
 ) -> None:
     _compare(exercise, f"{_words(case)}it returns", given[0], expected[0])
     if exercise.gradient is not None:
-        what = f"{_words(case)}the value is right, but the gradient with respect to {exercise.gradient} is"
-        _compare(exercise, what, given[1], expected[1])
+        name = exercise.gradient
+        what = f"the value is right, but the gradient with respect to {name} is"
+        _compare(exercise, _words(case) + what, given[1], expected[1])
 
 
 def _compare(exercise: Exercise, what: str, given: Any, expected: Any) -> None:

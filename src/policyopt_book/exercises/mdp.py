@@ -164,11 +164,11 @@ EXERCISES: tuple[Exercise, ...] = (
             "The discount of the next state's potential is missing": (
                 lambda P, R, gamma, potential: _shaped(P, R, 1.0, potential)
             ),
-            "The signs are turned round: the next potential is added, the present "
-            "one taken off": (
+            "The signs are reversed: the next potential is added, the present one "
+            "subtracted": (
                 lambda P, R, gamma, potential: _shaped(P, R, gamma, -potential)
             ),
-            "The present state's potential is not taken off": (
+            "The present state's potential is not subtracted": (
                 lambda P, R, gamma, potential: R + gamma * P @ potential
             ),
         },

@@ -277,7 +277,7 @@ EXERCISES: tuple[Exercise, ...] = (
         mistakes={
             "The weight of log π is not detached: the critic is pushed by the "
             "policy's loss": (_wrong_actor_critic(attached=True)),
-            "The sign of the policy's part is turned round: a "
+            "The sign of the policy's part is reversed: a "
             "loss is minimised": _wrong_actor_critic(sign=1.0),
             "The critic learns nothing: V is detached in its own "
             "squared error": _wrong_actor_critic(deaf=True),

@@ -131,7 +131,10 @@ def _moves_unseen(policy: Any) -> str | None:
     p = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
     kl = float((p * (p / q).log()).sum())
     if kl <= 2:
-        return f"The KL is only {kl:.2f} nats. What does it do when an action of the old policy gets very rare?"
+        return (
+            f"The KL is only {kl:.2f} nats. What does it do when an action of the old "
+            "policy gets very rare?"
+        )
     return None
 
 

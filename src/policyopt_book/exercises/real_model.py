@@ -152,11 +152,17 @@ def _says_something(rewards: Any) -> str | None:
     except (TypeError, ValueError):
         return f"Return one number for each completion, not {rewards!r}."
     if len(given) != len(_REPLIES):
-        return f"Return one number for each of the {len(_REPLIES)} completions; there are {len(given)}."
+        return (
+            f"Return one number for each of the {len(_REPLIES)} completions; "
+            f"there are {len(given)}."
+        )
     for reward, (text, finished, right) in zip(given, _REPLIES, strict=True):
         if reward != float(right):
             state = "" if finished else ", which did not stop by itself,"
-            return f"The reply {text!r}{state} earns {reward:g}; it should earn {float(right):g}."
+            return (
+                f"The reply {text!r}{state} earns {reward:g}; "
+                f"it should earn {float(right):g}."
+            )
     return None
 
 

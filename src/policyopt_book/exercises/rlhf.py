@@ -67,7 +67,7 @@ def _padded_case() -> dict[str, Any]:
     )
     return {
         "scores": torch.tensor([1.5, -2.0, 3.0], dtype=torch.float64),
-        "log_prob": torch.where(mask, log_prob, 7.0),  # whatever stands behind the end
+        "log_prob": torch.where(mask, log_prob, 7.0),  # anything after the end
         "reference_log_prob": torch.where(mask, reference, -3.0),
         "mask": mask,
         "beta": 0.3,
@@ -123,7 +123,7 @@ def _in_order_of_score(p: Tensor, scores: Tensor, n: int) -> tuple[Tensor, float
     return chosen[order], kl
 
 
-def _divergence_turned_round(p: Tensor, scores: Tensor, n: int) -> tuple[Tensor, float]:
+def _divergence_reversed(p: Tensor, scores: Tensor, n: int) -> tuple[Tensor, float]:
     chosen, _ = _best_of_n(p, scores, n)
     return chosen, float((p * (p / chosen).log()).sum())
 
@@ -208,13 +208,13 @@ EXERCISES: tuple[Exercise, ...] = (
             _padded_case() | {"beta": 0.0},
         ),
         mistakes={
-            "The sign of the KL is turned round: the policy is paid for every nat of "
+            "The sign of the KL is reversed: the policy is paid for every nat of "
             "distance": (_paid_for_distance),
-            "The score stands in the last column of the batch, not at the last token "
+            "The score is in the last column of the batch, not at the last token "
             "of each completion": (_paid_in_the_last_column),
             "Every token gets the score; only the last one should, or long texts are "
             "paid several times": (_paid_at_every_token),
-            "Padding is charged as well: behind the end the "
+            "Padding is charged as well: after the end the "
             "reward must be 0": _charged_for_padding,
             "The factor beta is missing: the log-ratio is charged in full": (
                 lambda s, p, q, mask, beta: _shaped_rewards(s, p, q, mask, 1.0)
@@ -295,7 +295,7 @@ EXERCISES: tuple[Exercise, ...] = (
             "The probabilities are in the order of the scores; put them back in the "
             "order of the texts": (_in_order_of_score),
             "The distribution is right, but the divergence "
-            "is that of p from it": _divergence_turned_round,
+            "is that of p from it": _divergence_reversed,
             "That is the worst of n: F must count the texts with a lower "
             "score": _worst_of_n,
         },

@@ -77,8 +77,9 @@ def final_answer(completion: str) -> int | None:
 
     Examples
     --------
-    >>> final_answer("7+5=12,2+9+1=12,4+3+1=8:822"), final_answer(" 822 "), final_answer("7+5=12"), final_answer("")
-    (822, 822, None, None)
+    >>> texts = "7+5=12,2+9+1=12,4+3+1=8:822", " 822 ", "7+5=12", ""
+    >>> [final_answer(text) for text in texts]
+    [822, 822, None, None]
     """
     match = re.fullmatch(r"(?:.*:)?\s*(\d{1,9})\s*", completion, re.DOTALL | re.ASCII)
     return int(match[1]) if match else None

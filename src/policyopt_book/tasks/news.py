@@ -13,8 +13,10 @@ Today Gavo Steel opens a plant in Riga for $72m to save water.
 Last year rival Elka Toys built a depot in Kyoto for $74m to go solar.
 Summary:
 <BLANKLINE>
->>> utility("Gavo Steel opens a plant.", item), utility("Gavo Steel opens a plant in Kyoto.", item)
-(1.75, 0.65)
+>>> utility("Gavo Steel opens a plant.", item)
+1.75
+>>> utility("Gavo Steel opens a plant in Kyoto.", item)
+0.65
 """
 
 from __future__ import annotations
@@ -49,39 +51,23 @@ __all__ = [
 ]
 
 _NAMES = (
-    "Alvo",
-    "Brix",
-    "Corda",
-    "Delmo",
-    "Elka",
-    "Fenn",
-    "Gavo",
-    "Hexa",
-    "Juno",
-    "Kira",
-)
+    "Alvo", "Brix", "Corda", "Delmo", "Elka", "Fenn", "Gavo", "Hexa", "Juno", "Kira",
+)  # fmt: skip
 _SECTORS = ("Air", "Bank", "Foods", "Grain", "Media", "Motors", "Steel", "Toys")
 _VERBS = {"opens": "opened", "buys": "bought", "builds": "built", "rents": "rented"}
 _OBJECTS = (
-    "farm",
-    "hotel",
-    "lab",
-    "mine",
-    "plant",
-    "port",
-    "school",
-    "store",
-    "tower",
+    "farm", "hotel", "lab", "mine", "plant", "port", "school", "store", "tower",
     "depot",
-)
+)  # fmt: skip
 _CITIES = (
-    "Accra", "Basel", "Cairo", "Dakar", "Delhi", "Hanoi", "Kyoto", "Leeds", "Lima", "Lyon",
-    "Malmo", "Oslo", "Paris", "Perth", "Porto", "Quito", "Riga", "Rome", "Turin", "Zurich",
+    "Accra", "Basel", "Cairo", "Dakar", "Delhi", "Hanoi", "Kyoto", "Leeds", "Lima",
+    "Lyon", "Malmo", "Oslo", "Paris", "Perth", "Porto", "Quito", "Riga", "Rome",
+    "Turin", "Zurich",
 )  # fmt: skip
 _REASONS = (
     "cut costs", "end delays", "go solar", "grow faster", "hire locally", "meet demand",
-    "save "
-    "water", "ship faster", "store grain", "test drones", "train staff", "win clients",
+    "save water", "ship faster", "store grain", "test drones", "train staff",
+    "win clients",
 )  # fmt: skip
 _FILLERS = (
     "The news came as a surprise to many.",
@@ -260,7 +246,8 @@ _PATTERNS = {
     slot: re.compile(rf"(?<!\w){pattern}(?!\w)", re.IGNORECASE)
     for slot, pattern in {
         "who": rf"{_alternatives(_NAMES)}\s+{_alternatives(_SECTORS)}",
-        "what": rf"{_alternatives([*_VERBS, *_PRESENT])}\s+a\s+{_alternatives(_OBJECTS)}",
+        "what": _alternatives([*_VERBS, *_PRESENT])
+        + rf"\s+a\s+{_alternatives(_OBJECTS)}",
         "where": _alternatives(_CITIES),
         "how_much": r"\$\d+m",
         "why": _alternatives([reason.replace(" ", "~") for reason in _REASONS]).replace(
@@ -279,10 +266,14 @@ def find_facts(text: str) -> dict[str, set[str]]:
 
     Examples
     --------
-    >>> facts = find_facts("In OSLO  Fenn Air bought a port, and Oslo is glad. $9m? $ 9 m?")
-    >>> {slot: sorted(values) for slot, values in facts.items() if values}
-    {'who': ['fenn air'], 'what': ['buys a port'], 'where': ['oslo'], 'how_much':
-    ['$9m']}
+    >>> text = "In OSLO  Fenn Air bought a port, and Oslo is glad. $9m? $ 9 m?"
+    >>> for slot, values in find_facts(text).items():
+    ...     print(slot, sorted(values))
+    who ['fenn air']
+    what ['buys a port']
+    where ['oslo']
+    how_much ['$9m']
+    why []
     """
     found = {}
     for slot, pattern in _PATTERNS.items():
