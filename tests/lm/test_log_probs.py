@@ -23,9 +23,7 @@ from policyopt.lm.sequences import Sequences, hidden_states
 N, H, V = 11, 6, 13
 
 
-def problem(
-    dtype: torch.dtype = torch.float64, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def problem(dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return hidden, weight, bias, targets."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(N, H, generator=generator, dtype=torch.float64)
@@ -125,9 +123,7 @@ def test_equals_the_dense_definition(
 
 
 @pytest.mark.parametrize("entropy", [False, True])
-@pytest.mark.parametrize(
-    "options", [{}, {"temperature": 0.6, "softcap": 2.0, "scale": 0.5}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.6, "softcap": 2.0, "scale": 0.5}], ids=str)
 def test_gradcheck(entropy: bool, options: dict[str, Any]) -> None:
     hidden, weight, bias, targets = problem()
 
@@ -149,23 +145,17 @@ def test_only_one_gradient_wanted() -> None:
     """Frozen head, or frozen model: the other gradient is the same."""
     hidden, weight, _, targets = problem()
     chunked_log_probs(linear(weight), hidden, targets)[0].sum().backward()
-    alone, _ = chunked_log_probs(
-        linear(weight.detach()), hidden.detach().requires_grad_(), targets
-    )
+    alone, _ = chunked_log_probs(linear(weight.detach()), hidden.detach().requires_grad_(), targets)
     assert alone.requires_grad
     only_weight = weight.detach().clone().requires_grad_()
-    chunked_log_probs(linear(only_weight), hidden.detach(), targets, chunk_size=3)[
-        0
-    ].sum().backward()
+    chunked_log_probs(linear(only_weight), hidden.detach(), targets, chunk_size=3)[0].sum().backward()
     torch.testing.assert_close(only_weight.grad, weight.grad)
 
 
 @pytest.mark.parametrize("entropy", [False, True])
 def test_no_tokens(entropy: bool) -> None:
     hidden, weight, _, targets = problem()
-    log_probs, entropies = chunked_log_probs(
-        linear(weight), hidden[:0], targets[:0], entropy=entropy
-    )
+    log_probs, entropies = chunked_log_probs(linear(weight), hidden[:0], targets[:0], entropy=entropy)
     assert log_probs.shape == (0,)
     assert (entropies is not None) == entropy
     log_probs.sum().backward()
@@ -179,9 +169,7 @@ def test_bfloat16_is_as_good_as_its_matrix_products() -> None:
     log_probs, _ = chunked_log_probs(linear(weight), hidden, targets, chunk_size=2)
     assert log_probs.dtype == torch.float32
     logits = (hidden @ weight.T).float()  # rounded to bfloat16 once, by the product
-    torch.testing.assert_close(
-        log_probs, logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    )
+    torch.testing.assert_close(log_probs, logits.log_softmax(-1).gather(1, targets[:, None])[:, 0])
     log_probs.sum().backward()
     assert hidden.grad is not None
     assert weight.grad is not None
@@ -200,9 +188,9 @@ def test_the_weight_gradient_is_summed_in_float32() -> None:
     """1,000 chunks of one token: in bfloat16 the sum would stop growing at 256."""
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     hidden = torch.full((1000, 1), 2.0, dtype=torch.bfloat16)
-    chunked_log_probs(
-        linear(weight), hidden, torch.zeros(1000, dtype=torch.long), chunk_size=1
-    )[0].sum().backward()
+    chunked_log_probs(linear(weight), hidden, torch.zeros(1000, dtype=torch.long), chunk_size=1)[
+        0
+    ].sum().backward()
     assert weight.grad is not None
     assert weight.grad.flatten().tolist() == [1000.0, -1000.0]
 
@@ -268,18 +256,12 @@ def test_memory_is_a_fifth_of_the_dense_form(entropy: bool) -> None:
         return torch.autograd.grad(loss, (hidden, weight))
 
     def chunked_form() -> Any:
-        log_probs, entropies = chunked_log_probs(
-            linear(weight), hidden, targets, entropy=entropy
-        )
-        loss = (
-            log_probs.sum() if entropies is None else log_probs.sum() + entropies.sum()
-        )
+        log_probs, entropies = chunked_log_probs(linear(weight), hidden, targets, entropy=entropy)
+        loss = log_probs.sum() if entropies is None else log_probs.sum() + entropies.sum()
         return torch.autograd.grad(loss, (hidden, weight))
 
     wanted = peak_bytes(dense_form)
-    assert (
-        wanted > 2 * tokens * vocabulary * 4
-    )  # the measurement sees the dense matrices
+    assert wanted > 2 * tokens * vocabulary * 4  # the measurement sees the dense matrices
     assert weight.nbytes < peak_bytes(chunked_form) <= wanted / 5
 
 
@@ -292,9 +274,7 @@ def test_filters_are_those_of_transformers() -> None:
                 wanted = TopKLogitsWarper(top_k)(None, wanted)
             if top_p < 1.0:
                 wanted = TopPLogitsWarper(top_p)(None, wanted)
-            assert torch.equal(
-                filter_logits(logits, top_k=top_k, top_p=top_p), wanted
-            ), (top_k, top_p)
+            assert torch.equal(filter_logits(logits, top_k=top_k, top_p=top_p), wanted), (top_k, top_p)
 
 
 def test_filters_depend_on_values_alone() -> None:
@@ -315,16 +295,12 @@ def test_filters_depend_on_values_alone() -> None:
 
 
 @given(st.integers(0, 1000), st.integers(1, 12), st.floats(0.01, 1.0))
-def test_filters_commute_with_renaming_the_tokens(
-    seed: int, top_k: int, top_p: float
-) -> None:
+def test_filters_commute_with_renaming_the_tokens(seed: int, top_k: int, top_p: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randint(-3, 4, (12,), generator=generator).float()  # many ties
     order = torch.randperm(12, generator=generator)
     filtered = filter_logits(logits, top_k=top_k, top_p=top_p)
-    assert torch.equal(
-        filtered[order], filter_logits(logits[order], top_k=top_k, top_p=top_p)
-    )
+    assert torch.equal(filtered[order], filter_logits(logits[order], top_k=top_k, top_p=top_p))
     assert filtered.max() == logits.max()
 
 
@@ -339,9 +315,7 @@ def tiny_llama(**changes: Any) -> LlamaForCausalLM:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
     }
-    config = LlamaConfig(
-        **{"vocab_size": 40, "initializer_range": 0.3, **shape, **changes}
-    )
+    config = LlamaConfig(**{"vocab_size": 40, "initializer_range": 0.3, **shape, **changes})
     return LlamaForCausalLM(config)
 
 
@@ -354,9 +328,7 @@ INDEX = [0, 0, 1, 1, 2]
 def test_against_the_model_itself(share: bool) -> None:
     model = tiny_llama()
     sequences = Sequences.pad(PROMPTS, COMPLETIONS, INDEX)
-    result = completion_log_probs(
-        model, sequences, temperature=0.7, entropy=True, share_prompts=share
-    )
+    result = completion_log_probs(model, sequences, temperature=0.7, entropy=True, share_prompts=share)
     assert result.log_probs.shape == (5, 4)
     assert result.entropy is not None
     for row, completion in enumerate(COMPLETIONS):
@@ -376,23 +348,17 @@ def test_hidden_states_at_hand_are_used() -> None:
     sequences = Sequences.pad(PROMPTS, COMPLETIONS, INDEX)
     hidden = hidden_states(model, sequences).detach().requires_grad_()
     again = completion_log_probs(model, sequences, hidden=hidden)
-    torch.testing.assert_close(
-        again.log_probs, completion_log_probs(model, sequences).log_probs
-    )
+    torch.testing.assert_close(again.log_probs, completion_log_probs(model, sequences).log_probs)
     again.log_probs.sum().backward()
     assert hidden.grad is not None
     used = hidden.grad.abs().sum(-1) > 0
-    assert torch.equal(
-        used[:, :-1], sequences.completion_mask
-    )  # and nothing flows to padding
+    assert torch.equal(used[:, :-1], sequences.completion_mask)  # and nothing flows to padding
     assert not used[:, -1].any()
 
 
 def test_only_empty_completions() -> None:
     model = tiny_llama()
-    result = completion_log_probs(
-        model, Sequences.pad([[1], [2]], [[], []]), entropy=True
-    )
+    result = completion_log_probs(model, Sequences.pad([[1], [2]], [[], []]), entropy=True)
     assert result.log_probs.shape == (2, 0)
     result.log_probs.sum().backward()  # nothing to learn, and no error
 
@@ -402,9 +368,7 @@ def test_log_probs_of_a_filtered_policy_sum_to_one() -> None:
     model = tiny_llama()
     every = Sequences.pad([[1, 2, 3]], [[token] for token in range(40)], [0] * 40)
     with torch.no_grad():
-        log_p = completion_log_probs(
-            model, every, temperature=1.3, top_k=9, top_p=0.9
-        ).log_probs[:, 0]
+        log_p = completion_log_probs(model, every, temperature=1.3, top_k=9, top_p=0.9).log_probs[:, 0]
         logits = model(torch.tensor([[1, 2, 3]])).logits[0, -1] / 1.3
     kept = filter_logits(logits, top_k=9, top_p=0.9).isfinite()
     assert 1 < kept.sum() <= 9
@@ -436,9 +400,7 @@ def test_a_head_that_is_not_one_matrix(filters: dict[str, Any]) -> None:
     for module in (head, merged):
         model.lm_head = module
         model.zero_grad()
-        result = completion_log_probs(
-            model, sequences, entropy=True, temperature=0.8, **filters
-        )
+        result = completion_log_probs(model, sequences, entropy=True, temperature=0.8, **filters)
         assert result.entropy is not None
         (result.log_probs.sum() + 0.1 * result.entropy.sum()).backward()
         gradients.append(
