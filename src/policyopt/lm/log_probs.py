@@ -223,8 +223,8 @@ class _LogSoftmax(torch.autograd.Function):
 
     With p the probabilities, H their entropy, g and g_H the gradients that arrive at
     log p_target and H, the gradient at the logits is
-    g · (onehot(target) − p) − g_H · p · (log p + H). Autograd would store p and log p
-    several times, and take half as long again for the entropy.
+    g · (onehot(target) − p) − g_H · p · (log p + H). Autograd
+    would keep p and log p more than once.
     """
 
     @staticmethod
