@@ -111,7 +111,7 @@ def _text_log_prob(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def _everything(mask: Tensor) -> Tensor:
-    """Prompt and completion; padding stands behind the completion."""
+    """Prompt and completion; padding follows the completion."""
     return mask.flip(1).cumsum(1).flip(1) > 0
 
 
@@ -297,7 +297,7 @@ EXERCISES: tuple[Exercise, ...] = (
             "The sign is wrong: minimising this makes the preference unlikely": (
                 lambda c, r, ref_c, ref_r, beta: -_pair_loss(c, r, ref_c, ref_r, beta)
             ),
-            "The reference's log-ratio is added, not taken off": (
+            "The reference's log-ratio is added, not subtracted": (
                 lambda c, r, ref_c, ref_r, beta: _pair_loss(c, r, -ref_c, -ref_r, beta)
             ),
             "The sigmoid rounds to 0 before its logarithm is taken; compute both in "
@@ -306,7 +306,7 @@ EXERCISES: tuple[Exercise, ...] = (
                     -_pair_probability(c, r, ref_c, ref_r, beta).log()
                 )
             ),
-            "The factor beta stands before the logarithm; it belongs into the margin": (
+            "The factor beta is in front of the logarithm; it belongs in the margin": (
                 lambda c, r, ref_c, ref_r, beta: (
                     beta * _pair_loss(c, r, ref_c, ref_r, 1.0)
                 )
@@ -349,7 +349,7 @@ EXERCISES: tuple[Exercise, ...] = (
             )
         ),
         mistakes={
-            "That is for KL(reference || optimum); asked for is the other direction": (
+            "That is KL(reference || optimum); the question is the other direction": (
                 lambda reference, reward, nats: _beta_for(
                     reference, reward, nats, reverse=True
                 )
@@ -368,7 +368,7 @@ EXERCISES: tuple[Exercise, ...] = (
             {"p": 0.3, "beta": 1.5, "epsilon": 0.05},
         ),
         mistakes={
-            "These are margins; asked for are log-ratios": _as_margins,
+            "These are margins; the question is about log-ratios": _as_margins,
             "The smoothing is missing in the second value": _without_smoothing,
             "The second value holds for p = 1 only: mix p and "
             "epsilon": _smoothed_by_certainty,
@@ -403,7 +403,7 @@ EXERCISES: tuple[Exercise, ...] = (
                     (1 - 2 * epsilon) * _unflipped_loss(margin, epsilon)
                 )
             ),
-            "The other label's loss is to be taken off, not added": (
+            "The other label's loss must be subtracted, not added": (
                 lambda margin, epsilon: (
                     dpo_loss(
                         margin,

@@ -159,7 +159,7 @@ def _batch_case(moved: bool) -> dict[str, Any]:
     return {
         "log_prob": torch.where(
             mask, old + step if moved else old, 2.0
-        ),  # whatever stands behind the end
+        ),  # whatever is after the end
         "old_log_prob": torch.where(mask, old, 1.0),
         "advantages": torch.tensor([1.2, 0.3, -0.9, -0.6], dtype=torch.float64),
         "mask": mask,
@@ -226,7 +226,7 @@ EXERCISES: tuple[Exercise, ...] = (
             {"rewards": torch.tensor([[0.5, -1.0, 2.0], [3.0, 3.0, 3.0]])},
             {"rewards": torch.tensor([[0.0, 1.0]])},
         ),
-        rtol=1e-3,  # whether ε stands in the denominator or not
+        rtol=1e-3,  # whether ε is in the denominator or not
         mistakes={
             "The standard deviation of (2) has the denominator K - 1": (
                 lambda rewards: _advantages(rewards, statistics.pstdev)
@@ -295,8 +295,8 @@ EXERCISES: tuple[Exercise, ...] = (
             "The sign is wrong: minimising this makes good completions rare": (
                 lambda *batch: -_grpo_loss(*batch)
             ),
-            "All tokens count alike; (3) averages over the tokens of each completion "
-            "first": (lambda *batch: _grpo_loss(*batch, mean="token")),
+            "All tokens count the same; (3) averages over the tokens of each "
+            "completion first": (lambda *batch: _grpo_loss(*batch, mean="token")),
             "You divide by the length of the padded row, not by that of the "
             "completion": (lambda *batch: _grpo_loss(*batch, mean="padded")),
             "The ratio is always 1: compare with the policy that drew the batch, not "
@@ -339,7 +339,7 @@ EXERCISES: tuple[Exercise, ...] = (
             {"log_prob": torch.tensor([-4.0, -4.5], dtype=torch.float64), "beta": 2.0},
         ),
         mistakes={
-            "The signs are turned round: the best is to be pushed up": (
+            "The signs are reversed: the best must be pushed up": (
                 lambda log_prob, beta: -_pushes(log_prob, beta)
             ),
             "The list is read from the worst to the best; the best comes first": (
