@@ -207,9 +207,7 @@ class Policy(nn.Module):
         (dtype('int64'), (2,))
         """
         array, shape = np.array(observation), self.encoder.shape
-        if array.shape[array.ndim - len(shape) :] != shape or array.ndim > 1 + len(
-            shape
-        ):
+        if array.shape not in (shape, array.shape[:1] + shape):
             raise ValueError(
                 f"observation must have the shape {shape}, or [N, *{shape}] for N of "
                 f"them, got {array.shape}"
