@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -305,7 +306,12 @@ class Run(Frame[ConfigT, RowT]):
         return not self.processes.sharded
 
     def _identity(self) -> dict[str, Any]:
-        return {"items": len(self.items), "data": fingerprint(self.items)}
+        return {"items": len(self.items), "data": self._data}
+
+    @cached_property
+    def _data(self) -> str:
+        # Read once, not at every checkpoint: 100,000 pairs take a second or two.
+        return fingerprint(self.items)
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         self.processes.prepare_checkpoint()
@@ -406,7 +412,7 @@ class SamplingRun(Run[ConfigT, RowT]):
             decode_all(model, samples.sequences),
             [row.prompt for row in rows],
             columns,
-            weights=getattr(self.config, "reward_weights", None),
+            weights=self.config.reward_weights,
         )
         sequences = samples.sequences.to(self.device)
         return Completions(
