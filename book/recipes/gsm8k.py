@@ -32,8 +32,9 @@ from policyopt.lm import (
     train_grpo,
 )
 from policyopt.lm.data import Records, encode_prompt
-from policyopt.lm.memory import estimate_memory
-from policyopt.lm.rewards import RewardFunction, final_number, final_number_reward
+from policyopt.lm.rewards import RewardFunction
+from policyopt_book.memory import estimate_memory
+from policyopt_book.tasks.gsm8k import final_number, final_number_reward
 
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 """Apache-2.0, 0.49 billion parameters; any chat model will do."""

@@ -11,7 +11,7 @@ import torch
 
 from policyopt.lm import LoRA, SFTConfig, load, train_sft
 from policyopt.lm.data import Limits, sft_examples
-from policyopt.lm.memory import estimate_memory
+from policyopt_book.memory import estimate_memory
 
 
 def main(argv: Sequence[str] | None = None) -> None:

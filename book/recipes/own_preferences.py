@@ -4,12 +4,13 @@ Each line of the file is a JSON object with ``prompt``, ``chosen`` and ``rejecte
 """
 
 import argparse
+import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from policyopt.lm import DPOConfig, ImplicitReward, load, pair_accuracy, read_records, train_dpo
-from policyopt.lm.data import Limits, preference_pairs, split_records
+from policyopt.lm.data import Limits, preference_pairs
 from policyopt_book import model_path
 
 
@@ -30,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         preference_pairs(options.data, model.tokenizer, Limits(model.context_length))
     except ValueError as error:
         sys.exit(f"error: {error}")
-    train, held_out = split_records(records, 0.1)
+    random.Random(0).shuffle(records)
+    count = max(1, len(records) // 10)
+    held_out, train = records[:count], records[count:]
 
     reference = model.copy()
     config = DPOConfig(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from policyopt.lm import GRPOConfig, SamplingConfig, VLLMSampler, load, train_grpo
-from policyopt.lm.rewards import final_number_reward
+from policyopt_book.tasks.gsm8k import final_number_reward
 
 
 def main(argv: Sequence[str] | None = None) -> None:

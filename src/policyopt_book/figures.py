@@ -69,6 +69,7 @@ from policyopt.estimators import (
 )
 from policyopt.losses import DPO, clipped_surrogate_loss, dpo_loss, surrogate_loss
 from policyopt_book.plotting import OKABE_ITO, use_book_style
+from policyopt_book.tasks.grids import grid_world
 
 __all__ = [
     "PLOTLY_INTEGRITY",
@@ -788,7 +789,7 @@ def value_iteration() -> Interactive:
     history: list[tuple[list[float], list[float]]] = []
     said = []
     for gamma in map(float, _GAMMAS):
-        grid = mdp.grid_world(_LAYOUT, slip=0.2, step_reward=-0.02, gamma=gamma)
+        grid = grid_world(_LAYOUT, slip=0.2, step_reward=-0.02, gamma=gamma)
         best = mdp.policy_iteration(grid).values
         values = torch.zeros_like(best)
         errors, bounds = [], []
@@ -954,9 +955,7 @@ def gae_lambda() -> Interactive:
     Interactive
         Controls ``lam`` and ``values``.
     """
-    world = mdp.grid_world(
-        ["...G", ".#.H", "S..."], gamma=0.9, slip=0.2, step_reward=-0.04
-    )
+    world = grid_world(["...G", ".#.H", "S..."], gamma=0.9, slip=0.2, step_reward=-0.04)
     policy = 0.5 * mdp.policy_iteration(world).policy + 0.5 * mdp.uniform_policy(world)
     exact, truth = mdp.policy_evaluation(world, policy), mdp.advantages(world, policy)
     generator = torch.Generator().manual_seed(0)

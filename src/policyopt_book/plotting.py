@@ -510,9 +510,9 @@ def plot_grid(
 ) -> None:
     """Draw a grid world: values as a heat map with numbers, the policy as arrows.
 
-    Works for :func:`policyopt.mdp.grid_world` and for Gymnasium's FrozenLake; state
-    ``row * columns + column`` is the cell ``layout[row][column]``, and the actions are
-    0 left, 1 down, 2 right, 3 up.
+    Works for :func:`policyopt_book.tasks.grids.grid_world` and for Gymnasium's
+    FrozenLake; state ``row * columns + column`` is the cell ``layout[row][column]``,
+    and the actions are 0 left, 1 down, 2 right, 3 up.
 
     Parameters
     ----------

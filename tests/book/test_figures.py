@@ -27,6 +27,7 @@ from policyopt.estimators import group_relative_advantages, leave_one_out_advant
 from policyopt.losses import clipped_surrogate_loss, dpo_loss
 from policyopt_book import figures
 from policyopt_book.figures import Change, Control, Interactive, Panel, Readout
+from policyopt_book.tasks.grids import grid_world
 from repository import ROOT
 
 mpl.use("Agg")
@@ -258,7 +259,7 @@ def test_value_iteration_shows_the_sweeps_and_their_bound(
 ) -> None:
     figure = made["value_iteration"]
     layout = ("....G", ".#.#H", ".....", "S.#..")
-    grid = mdp.grid_world(layout, slip=0.2, step_reward=-0.02, gamma=float(gamma))
+    grid = grid_world(layout, slip=0.2, step_reward=-0.02, gamma=float(gamma))
     values = torch.zeros(grid.n_states, dtype=F64)
     for _ in range(sweeps):
         values = mdp.bellman_optimality(grid, values)

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import gsm8k
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import notebooks
 from policyopt.lm import GRPOConfig, LanguageModel, LoRA, add_lora, generate, load, train_grpo
-from policyopt.lm.memory import estimate_memory
+from policyopt.lm.rewards import compute_rewards
 from policyopt.lm.sampling import SamplingConfig
+from policyopt_book.memory import estimate_memory
+from policyopt_book.tasks.gsm8k import final_number, final_number_reward
 
 WORDS = ["####", "so", "the", "answer", "is", *map(str, range(10))]
 QUESTIONS = ["the answer is", "so the answer is", "is the answer 7", "7 is the answer"]
@@ -181,3 +186,62 @@ def test_the_estimate_of_activations_covers_what_is_kept(checkpointing: bool) ->
         )
     estimate = estimate_memory(model, config, prompt_tokens=30).activations
     assert 0.1 * estimate < sum(kept.values()) < 1.5 * estimate
+
+
+# --- the rule that grades a solution ---
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("Natalia sold 48 / 2 = 24 clips in May.\n#### 72", "72"),
+        ("#### 72\nand so on, 99 times", "72"),
+        ("####-3.50", "-3.50"),
+        ("#### $1,234,567.", "1234567"),
+        ("#### 50%", "50"),
+        ("#### .5", "0.5"),
+        ("#### 1\n#### 2", "2"),
+        (r"so \boxed{12} kg", "12"),
+        (r"\boxed{1} then #### 2", "2"),
+        (r"#### \boxed{2}", "2"),
+        (r"#### 2 then \boxed{1}", None),
+        ("#### 2\n\\boxed{1}", "1"),
+        ("the answer is 72", None),
+        ("####", None),
+        ("####\n72", None),
+        ("#### seventy-two", None),
+        ("#### 71 72 73", None),
+        ("#### 1,2,3", None),
+        ("#### 1/2", None),
+        (r"\boxed{\frac{1}{2}}", None),
+        (r"#### 72" + "\n" + r"\boxed{}", None),
+        ("", None),
+    ],
+)
+def test_final_number(text: str, number: str | None) -> None:
+    assert final_number(text) == (None if number is None else Decimal(number))
+
+
+def test_final_number_reward() -> None:
+    solution = "He has 5 and 5 more, 5 + 5 = <<5+5=10>>10.\n#### 10"
+    completions = ["#### 10", "#### 10.0", r"\boxed{10}", "10", "#### 11", "#### 9 10 11"]
+    for answer in (solution, "10", "10.00", 10, 10.0):
+        scores = final_number_reward(completions, prompts=[], answer=[answer] * 6, finished=[True] * 6)
+        assert scores == [1, 1, 1, 0, 0, 0]
+    assert final_number_reward(["#### 0", "none"], answer=["5 - 5 = 0\n#### 0"] * 2) == [1, 0]
+
+    columns = {"answer": [solution] * 6, "finished": [True] * 6}
+    assert compute_rewards(final_number_reward, completions, ["?"] * 6, columns).total.sum() == 3
+
+
+def test_an_answer_without_a_number_is_named() -> None:
+    for answer in ("ten", "1 or 2", "#### ten"):
+        with pytest.raises(ValueError, match=f"answer 1 holds no number: '{answer}'"):
+            final_number_reward(["a", "b"], answer=["1", answer])
+
+
+@given(number=st.decimals(-(10**9), 10**9, places=2))
+def test_final_number_reads_what_is_written(number: Decimal) -> None:
+    assert final_number(f"first 3, then\n#### {number}") == number
+    assert final_number(f"first 3, then\n#### {number:,}") == number
+    assert final_number(f"\\boxed{{{number} m}}") == number

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 
 from policyopt import mdp
 from policyopt_book import plotting
+from policyopt_book.tasks.grids import grid_world
 
 
 @pytest.fixture
@@ -161,7 +162,7 @@ def test_book_style_is_legible_and_opaque(ax: Axes) -> None:
 
 def test_plot_grid_writes_values_and_points_arrows(ax: Axes) -> None:
     layout = ["S.G", ".#H"]
-    problem = mdp.grid_world(layout)
+    problem = grid_world(layout)
     solution = mdp.policy_iteration(problem)
     plotting.plot_grid(ax, solution.values, solution.policy, layout=layout)
     arrows = [t for t in ax.texts if getattr(t, "arrow_patch", None) is not None]

@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 from policyopt.checkpoint import has_checkpoint, load_checkpoint
 from policyopt.control import TrainResult
 from policyopt.lm import LanguageModel, LoRA, SFTConfig, add_lora, load
-from policyopt.lm.memory import estimate_memory
 from policyopt_book import load_model, model_path
+from policyopt_book.memory import estimate_memory
 from policyopt_book.tasks import news
 from repository import ROOT
 

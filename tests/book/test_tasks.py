@@ -4,11 +4,13 @@ import random
 import statistics
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from policyopt_book.tasks import addition, news
 from policyopt_book.tasks.addition import Problem
+from policyopt_book.tasks.grids import grid_world
 from policyopt_book.tasks.news import Facts, Item, Quality
 
 ITEM = Item(
@@ -294,3 +296,29 @@ def test_records_of_addition_have_the_columns_and_the_share_of_worked_sums() -> 
     for share in (0.0, 1.0):
         records = addition.sft_records(problems[:50], scratchpad_share=share, seed=0)
         assert {addition.uses_scratchpad(row["completion"]) for row in records} == {bool(share)}
+
+
+# ---------------------------------------------------------------------------------------------- grid worlds
+
+
+def test_grid_world_moves_and_slips() -> None:
+    problem = grid_world(["S.", "#G"], slip=0.2, step_reward=-0.1, gamma=0.9)
+    left, down, right, up = range(4)
+    torch.testing.assert_close(problem.P[0, right].tolist(), [0.1 + 0.1, 0.8, 0.0, 0.0])
+    torch.testing.assert_close(problem.P[1, down].tolist(), [0.1, 0.1, 0.0, 0.8])
+    torch.testing.assert_close(problem.P[0, left].tolist(), [1.0, 0.0, 0.0, 0.0])
+    torch.testing.assert_close(problem.P[1, up].tolist(), [0.1, 0.9, 0.0, 0.0])
+    torch.testing.assert_close(problem.R[1, down].item(), 0.7)
+    assert problem.terminal.tolist() == [False, False, True, True]
+    assert grid_world(["..G"]).initial.tolist() == [0.5, 0.5, 0.0]
+
+
+def test_a_bad_map_is_refused() -> None:
+    with pytest.raises(ValueError, match="equal length"):
+        grid_world(["..", "."])
+    with pytest.raises(ValueError, match=r"got \['x'\]"):
+        grid_world(["x."])
+    with pytest.raises(ValueError, match=r"slip must lie in \[0, 1\], got 2"):
+        grid_world([".."], slip=2)
+    with pytest.raises(ValueError, match="to start in"):
+        grid_world(["G#"])

@@ -40,7 +40,6 @@ from policyopt.lm.data import (
     ranked_lists,
     read_records,
     sft_examples,
-    split_records,
 )
 
 BOS, EOS, START, END, TURN = "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<end_of_turn>"
@@ -198,23 +197,6 @@ def test_unusable_data(tmp_path: Path) -> None:
         read_records({"train": [], "test": []})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="got int"):
         read_records(3)  # type: ignore[arg-type]
-
-
-def test_split_records() -> None:
-    records = [{"prompt": str(i)} for i in range(10)]
-    train, held_out = split_records(records, 0.3, seed=1)
-
-    assert len(held_out) == 3
-    assert sorted([*train, *held_out], key=lambda r: r["prompt"]) == records
-    assert split_records(records, 0.3, seed=1) == (train, held_out)
-    assert split_records(records, 0.3, seed=2) != (train, held_out)
-    assert [len(part) for part in split_records(records, 0.001)] == [9, 1]
-    assert [len(part) for part in split_records(records, 0.999)] == [1, 9]
-    for fraction in (0.0, 1.0, float("nan")):
-        with pytest.raises(ValueError, match="fraction must be between 0 and 1"):
-            split_records(records, fraction)
-    with pytest.raises(ValueError, match="at least two"):
-        split_records(records[:1], 0.5)
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------

@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from policyopt.lm.rewards import compute_rewards, final_number, final_number_reward
+from policyopt.lm.rewards import compute_rewards
 
 COMPLETIONS = ["one", "three", "eleven"]
 PROMPTS = ["1", "3", "11"]
@@ -222,62 +220,3 @@ def test_weights_that_do_not_fit(weights: list[float]) -> None:
         ValueError, match=r"one finite number for each of the 2 reward functions \['lengths', 'answers'\]"
     ):
         score([lengths, answers], weights=weights)
-
-
-# --- the rule for arithmetic -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("Natalia sold 48 / 2 = 24 clips in May.\n#### 72", "72"),
-        ("#### 72\nand so on, 99 times", "72"),
-        ("####-3.50", "-3.50"),
-        ("#### $1,234,567.", "1234567"),
-        ("#### 50%", "50"),
-        ("#### .5", "0.5"),
-        ("#### 1\n#### 2", "2"),
-        (r"so \boxed{12} kg", "12"),
-        (r"\boxed{1} then #### 2", "2"),
-        (r"#### \boxed{2}", "2"),
-        (r"#### 2 then \boxed{1}", None),
-        ("#### 2\n\\boxed{1}", "1"),
-        ("the answer is 72", None),
-        ("####", None),
-        ("####\n72", None),
-        ("#### seventy-two", None),
-        ("#### 71 72 73", None),
-        ("#### 1,2,3", None),
-        ("#### 1/2", None),
-        (r"\boxed{\frac{1}{2}}", None),
-        (r"#### 72" + "\n" + r"\boxed{}", None),
-        ("", None),
-    ],
-)
-def test_final_number(text: str, number: str | None) -> None:
-    assert final_number(text) == (None if number is None else Decimal(number))
-
-
-def test_final_number_reward() -> None:
-    solution = "He has 5 and 5 more, 5 + 5 = <<5+5=10>>10.\n#### 10"
-    completions = ["#### 10", "#### 10.0", r"\boxed{10}", "10", "#### 11", "#### 9 10 11"]
-    for answer in (solution, "10", "10.00", 10, 10.0):
-        scores = final_number_reward(completions, prompts=[], answer=[answer] * 6, finished=[True] * 6)
-        assert scores == [1, 1, 1, 0, 0, 0]
-    assert final_number_reward(["#### 0", "none"], answer=["5 - 5 = 0\n#### 0"] * 2) == [1, 0]
-
-    columns = {"answer": [solution] * 6, "finished": [True] * 6}
-    assert compute_rewards(final_number_reward, completions, ["?"] * 6, columns).total.sum() == 3
-
-
-def test_an_answer_without_a_number_is_named() -> None:
-    for answer in ("ten", "1 or 2", "#### ten"):
-        with pytest.raises(ValueError, match=f"answer 1 holds no number: '{answer}'"):
-            final_number_reward(["a", "b"], answer=["1", answer])
-
-
-@given(number=st.decimals(-(10**9), 10**9, places=2))
-def test_final_number_reads_what_is_written(number: Decimal) -> None:
-    assert final_number(f"first 3, then\n#### {number}") == number
-    assert final_number(f"first 3, then\n#### {number:,}") == number
-    assert final_number(f"\\boxed{{{number} m}}") == number

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from policyopt import estimators, mdp
 from policyopt.mdp import FiniteMDP
+from policyopt_book.tasks.grids import grid_world
 
 F64 = torch.float64
 
@@ -159,7 +160,7 @@ def test_policy_gradient_theorem_against_autograd_and_finite_differences(seed: i
 
 
 def test_sampled_returns_agree_with_the_exact_value() -> None:
-    problem = mdp.grid_world(["..G", ".#H", "S.."], gamma=0.9, slip=0.2)
+    problem = grid_world(["..G", ".#H", "S.."], gamma=0.9, slip=0.2)
     policy = random_policy(0, problem)
     batch = mdp.sample_trajectories(
         problem, policy, 20_000, max_steps=300, generator=torch.Generator().manual_seed(0)
@@ -173,7 +174,7 @@ def test_sampled_returns_agree_with_the_exact_value() -> None:
 
 
 def test_flags_of_sampled_trajectories() -> None:
-    problem = mdp.grid_world(["S..G"], gamma=1.0, allow_undiscounted=True)
+    problem = grid_world(["S..G"], gamma=1.0, allow_undiscounted=True)
     policy = torch.tensor([0.2, 0.1, 0.6, 0.1], dtype=F64).expand(4, 4)
     batch = mdp.sample_trajectories(
         problem, policy, 500, max_steps=6, generator=torch.Generator().manual_seed(1)
@@ -384,7 +385,7 @@ def test_slippery_frozen_lake_undiscounted_is_the_chance_of_success() -> None:
     problem = mdp.from_gymnasium(gym.make("FrozenLake-v1"), 1.0, allow_undiscounted=True)
     # 14/17, the known optimum of the 4 x 4 map: V = 0.82 everywhere that one can stay safe.
     assert math.isclose(mdp.policy_iteration(problem).values[0].item(), 14 / 17, abs_tol=1e-12)
-    grid = mdp.grid_world(
+    grid = grid_world(
         ["S...", ".H.H", "...H", "H..G"],
         gamma=0.9,
         slip=2 / 3,
@@ -411,18 +412,6 @@ def test_taxi_and_cliff_walking() -> None:
     taxi = mdp.from_gymnasium(gym.make("Taxi-v4"), 1.0, allow_undiscounted=True)
     best = mdp.expected_return(taxi, mdp.policy_iteration(taxi).policy)
     assert math.isclose(best.item(), 7.93, abs_tol=0.01)
-
-
-def test_grid_world_moves_and_slips() -> None:
-    problem = mdp.grid_world(["S.", "#G"], slip=0.2, step_reward=-0.1, gamma=0.9)
-    left, down, right, up = range(4)
-    torch.testing.assert_close(problem.P[0, right].tolist(), [0.1 + 0.1, 0.8, 0.0, 0.0])
-    torch.testing.assert_close(problem.P[1, down].tolist(), [0.1, 0.1, 0.0, 0.8])
-    torch.testing.assert_close(problem.P[0, left].tolist(), [1.0, 0.0, 0.0, 0.0])
-    torch.testing.assert_close(problem.P[1, up].tolist(), [0.1, 0.9, 0.0, 0.0])
-    torch.testing.assert_close(problem.R[1, down].item(), 0.7)
-    assert problem.terminal.tolist() == [False, False, True, True]
-    assert mdp.grid_world(["..G"]).initial.tolist() == [0.5, 0.5, 0.0]
 
 
 # --- Errors -------------------------------------------------------------------------------------------
@@ -473,14 +462,6 @@ def test_invalid_arguments() -> None:
         mdp.from_gymnasium(gym.make("CartPole-v1"), 0.9)
     with pytest.raises(ValueError, match="initial is required"):
         mdp.from_gymnasium({0: {0: [(1.0, 0, 0.0, True)]}}, 0.9)
-    with pytest.raises(ValueError, match="equal length"):
-        mdp.grid_world(["..", "."])
-    with pytest.raises(ValueError, match=r"got \['x'\]"):
-        mdp.grid_world(["x."])
-    with pytest.raises(ValueError, match=r"slip must lie in \[0, 1\], got 2"):
-        mdp.grid_world([".."], slip=2)
-    with pytest.raises(ValueError, match="to start in"):
-        mdp.grid_world(["G#"])
 
 
 def test_float32_is_accepted_and_made_exact() -> None:

@@ -16,7 +16,6 @@ from policyopt.lm.data import read_records as read_records
 from policyopt.lm.dpo import *
 from policyopt.lm.grpo import *
 from policyopt.lm.log_probs import *
-from policyopt.lm.memory import *
 from policyopt.lm.models import LanguageModel as LanguageModel
 from policyopt.lm.models import LoRA as LoRA
 from policyopt.lm.models import RewardModel as RewardModel

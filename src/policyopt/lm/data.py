@@ -26,7 +26,7 @@ __all__ = [
     "Example", "Item", "Limits", "Pair", "Prompt", "PromptExample", "RankedList",
     "Records", "batch_indices", "encode_completion", "encode_prompt", "epoch_order",
     "fingerprint", "pad_id", "preference_pairs", "prompt_examples", "ranked_lists",
-    "read_records", "sft_examples", "split_records",
+    "read_records", "sft_examples",
 ]  # fmt: skip
 
 Message = dict[str, str]
@@ -148,38 +148,6 @@ def read_records(data: Records) -> list[dict[str, Any]]:
     [{'prompt': 'Two and two is', 'completion': ' four'}]
     """
     return [record for _, record in _named_records(data)]
-
-
-def split_records(
-    data: Records, fraction: float, *, seed: int = 0
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Split at random into (training, held-out) records; both keep the order of the
-    data.
-
-    Parameters
-    ----------
-    data : records
-    fraction : float
-        Share to hold out, in (0, 1); at least one record goes to either side.
-    seed : int
-
-    Examples
-    --------
-    >>> train, held_out = split_records([{"prompt": str(i)} for i in range(10)], 0.2)
-    >>> len(train), len(held_out)
-    (8, 2)
-    """
-    records = read_records(data)
-    if not 0 < fraction < 1:
-        raise ValueError(f"fraction must be between 0 and 1, got {fraction!r}")
-    if len(records) < 2:
-        raise ValueError("one record cannot be split; at least two are needed")
-    count = min(max(1, round(fraction * len(records))), len(records) - 1)
-    held_out = set(epoch_order(len(records), seed, 0)[:count])
-    return (
-        [record for i, record in enumerate(records) if i not in held_out],
-        [record for i, record in enumerate(records) if i in held_out],
-    )
 
 
 def _named_records(data: Records) -> list[tuple[str, dict[str, Any]]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from policyopt import mdp
 from policyopt_book.exercises import Exercise
+from policyopt_book.tasks.grids import grid_world
 
 __all__ = ["EXERCISES"]
 
@@ -30,7 +31,7 @@ def _jumps(step_reward: Any) -> str | None:
     """
     if isinstance(step_reward, bool) or not isinstance(step_reward, (int, float)):
         return f"Return a number, not {step_reward!r}."
-    bridge = mdp.grid_world(
+    bridge = grid_world(
         ["S...G", ".HHH.", "....."],
         slip=0.3,
         gamma=0.99,

@@ -55,7 +55,7 @@ def estimate_memory(
     ----------
     language_model : LanguageModel
     config : LMConfig
-        Of any trainer but :func:`~policyopt.lm.ppo.train_ppo_lm`, whose critic is not
+        Of any trainer but :func:`~policyopt.lm.ppo.train_ppo`, whose critic is not
         counted.
     prompt_tokens : int
         Length of the longest prompt.
