@@ -28,6 +28,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from policyopt._checks import require, require_shape_of
+
 __all__ = [
     "adaptive_kl_coefficient", "discounted_returns", "explained_variance", "gae",
     "group_relative_advantages", "importance_weights", "kl_estimate",
@@ -36,32 +38,13 @@ __all__ = [
 ]  # fmt: skip
 
 
-def _check_fraction(name: str, value: float) -> None:
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
-
-
-def _check_match(reference_name: str, reference: Tensor, **others: Tensor) -> None:
-    """Refuse shapes that differ, which broadcasting would hide; :mod:`policyopt.losses`
-    uses it too.
-    """
-    for name, tensor in others.items():
-        if tensor.shape != reference.shape:
-            raise ValueError(
-                f"{name} must have the shape of {reference_name}, "
-                f"{tuple(reference.shape)}, got {tuple(tensor.shape)}"
-            )
-
-
-def _check_same_shape(**tensors: Tensor) -> None:
+def _check_series(**tensors: Tensor) -> None:
     """Check a time series: equal shapes, time first, at least one step."""
     (first, reference), *others = tensors.items()
-    _check_match(first, reference, **dict(others))
-    if reference.ndim == 0 or reference.shape[0] == 0:
-        raise ValueError(
-            f"{first} must have a time dimension first, [T, ...] with T > 0, got "
-            f"{tuple(reference.shape)}"
-        )
+    require_shape_of(first, reference, **dict(others))
+    timed = reference.ndim > 0 and len(reference) > 0
+    rule = f"{first} must have a time dimension first, [T, ...] with T > 0"
+    require(timed, rule, tuple(reference.shape))
 
 
 def td_errors(
@@ -100,8 +83,8 @@ def td_errors(
     >>> td_errors(one, 2 * one, 4 * one, terminated, gamma=0.5)
     tensor([-1.])
     """
-    _check_fraction("gamma", gamma)
-    _check_same_shape(
+    require(0 <= gamma <= 1, "gamma must lie in [0, 1]", gamma)
+    _check_series(
         rewards=rewards, values=values, next_values=next_values, terminated=terminated
     )
     return rewards + gamma * torch.where(terminated, 0.0, next_values) - values
@@ -157,8 +140,8 @@ def gae(
     >>> gae(r, v, v + 8, no, end, gamma=0.5, gae_lambda=1.0)  # cut: its future is V = 8
     tensor([7.5000, 5.0000])
     """
-    _check_fraction("gae_lambda", gae_lambda)
-    _check_same_shape(rewards=rewards, truncated=truncated)
+    require(0 <= gae_lambda <= 1, "gae_lambda must lie in [0, 1]", gae_lambda)
+    _check_series(rewards=rewards, truncated=truncated)
     deltas = td_errors(rewards, values, next_values, terminated, gamma=gamma)
     decay = torch.where(terminated | truncated, 0.0, gamma * gae_lambda)
     decays = decay.to(deltas.dtype).unbind()
@@ -204,7 +187,7 @@ def discounted_returns(
     zeros = bootstrap = torch.zeros_like(rewards)
     truncated = torch.zeros_like(terminated) if truncated is None else truncated
     if next_values is not None:
-        _check_same_shape(rewards=rewards, truncated=truncated, next_values=next_values)
+        _check_series(rewards=rewards, truncated=truncated, next_values=next_values)
         cut = truncated.clone()
         cut[-1] = True
         bootstrap = torch.where(cut, next_values, zeros)
@@ -319,11 +302,9 @@ def leave_one_out_advantages(rewards: Tensor) -> Tensor:
 
 
 def _check_group(rewards: Tensor) -> None:
-    if rewards.ndim == 0 or rewards.shape[-1] < 2:
-        raise ValueError(
-            "rewards must hold groups of at least 2 samples in the last dimension, got "
-            f"shape {tuple(rewards.shape)}: one sample has nothing to be compared with"
-        )
+    grouped = rewards.ndim > 0 and rewards.shape[-1] >= 2
+    rule = "rewards must hold groups of at least 2 samples, [..., K] with K >= 2"
+    require(grouped, rule, tuple(rewards.shape))
 
 
 def kl_estimate(
@@ -371,7 +352,7 @@ def kl_estimate(
     0.1612
     0.1438
     """
-    _check_match("log_prob", log_prob, reference_log_prob=reference_log_prob)
+    require_shape_of("log_prob", log_prob, reference_log_prob=reference_log_prob)
     log_ratio = reference_log_prob - log_prob
     if kind == "k1":
         return -log_ratio
@@ -438,21 +419,15 @@ def kl_shaped_rewards(
     >>> kl_shaped_rewards(torch.tensor([5.0]), log_prob, log_prob - 1, mask, beta=0.5)
     tensor([[-0.5000,  4.5000,  0.0000]])
     """
-    if not 0 <= beta < math.inf:
-        raise ValueError(f"beta must be finite and >= 0, got {beta!r}")
-    _check_match("log_prob", log_prob, reference_log_prob=reference_log_prob, mask=mask)
-    if log_prob.ndim != 2 or scores.shape != log_prob.shape[:1]:
-        raise ValueError(
-            "log_prob must have the shape [B, T] and scores [B], got "
-            f"{tuple(log_prob.shape)} and {tuple(scores.shape)}"
-        )
-    empty = ~mask.any(dim=1)
-    if bool(empty.any()):
-        rows = empty.nonzero().flatten().tolist()
-        raise ValueError(
-            f"mask must hold at least one token in every row, got none in {rows}; drop "
-            "them"
-        )
+    require(0 <= beta < math.inf, "beta must be finite and >= 0", beta)
+    require_shape_of(
+        "log_prob", log_prob, reference_log_prob=reference_log_prob, mask=mask
+    )
+    shapes = tuple(log_prob.shape), tuple(scores.shape)
+    fits = log_prob.ndim == 2 and scores.shape == log_prob.shape[:1]
+    require(fits, "log_prob must have the shape [B, T] and scores [B]", shapes)
+    if empty := (~mask.any(dim=1)).nonzero().flatten().tolist():
+        raise ValueError(f"mask must hold a token in every row, got none in {empty}")
     position = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     last = torch.where(mask, position, -1).amax(dim=1, keepdim=True)
     penalty = torch.where(mask, kl_estimate(log_prob, reference_log_prob, kind), 0.0)
@@ -490,17 +465,10 @@ def adaptive_kl_coefficient(
     >>> [round(adaptive_kl_coefficient(1.0, kl, target=5.0), 3) for kl in kls]
     [0.98, 0.998, 1.0, 1.02]
     """
-    for name, value in (("beta", beta), ("target", target)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be finite and > 0, got {value!r}")
-    if not 0 < gain < 5:
-        raise ValueError(
-            f"gain must lie in (0, 5), so that beta stays positive, got {gain!r}"
-        )
-    if not math.isfinite(kl):
-        raise ValueError(
-            f"kl must be finite, got {kl!r}: the policy has probably diverged"
-        )
+    require(0 < beta < math.inf, "beta must be finite and > 0", beta)
+    require(0 < target < math.inf, "target must be finite and > 0", target)
+    require(0 < gain < 5, "gain must lie in (0, 5), so that beta stays positive", gain)
+    require(math.isfinite(kl), "kl must be finite", kl, "the policy may have diverged")
     error = min(max(kl / target - 1, -0.2), 0.2)
     return beta * (1 + gain * error)
 
@@ -542,12 +510,8 @@ def importance_weights(
     >>> importance_weights(ratio.log(), torch.zeros(3), cap=2.0)
     tensor([0.5000, 1.0000, 2.0000])
     """
-    if not cap >= 1:
-        raise ValueError(
-            f"cap must be >= 1, got {cap!r}: a smaller one would also shrink the "
-            "weights that are right"
-        )
-    _check_match("log_prob", log_prob, sampler_log_prob=sampler_log_prob)
+    require(cap >= 1, "cap must be >= 1, or it shrinks weights that are right", cap)
+    require_shape_of("log_prob", log_prob, sampler_log_prob=sampler_log_prob)
     return torch.exp(log_prob - sampler_log_prob).clamp(max=cap).detach()
 
 
@@ -583,7 +547,7 @@ def sequence_log_prob(
     >>> sequence_log_prob(log_prob, mask, reduction="mean")
     tensor([-2.])
     """
-    _check_match("log_prob", log_prob, mask=mask)
+    require_shape_of("log_prob", log_prob, mask=mask)
     total = torch.where(mask, log_prob, 0.0).sum(dim=-1)
     if reduction == "sum":
         return total
@@ -610,7 +574,7 @@ def explained_variance(values: Tensor, targets: Tensor) -> Tensor:
     >>> explained_variance(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0])).item()
     0.75
     """
-    _check_same_shape(values=values, targets=targets)
+    _check_series(values=values, targets=targets)
     variance = targets.var(correction=0)
     residual = (targets - values).var(correction=0)
     return torch.where(variance > 0, 1 - residual / variance, torch.nan)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from policyopt.estimators import _check_match, kl_estimate, sequence_log_prob
+from policyopt._checks import require, require_shape_of
+from policyopt.estimators import kl_estimate, sequence_log_prob
 
 __all__ = [
     "DPO", "BradleyTerry", "ClippedSurrogate", "Loss", "Ranking", "Surrogate",
@@ -128,7 +129,7 @@ def policy_gradient_loss(log_prob: Tensor, weights: Tensor) -> Tensor:
     >>> policy_gradient_loss(torch.tensor([-1.0]), torch.tensor([3.0]))
     tensor([3.])
     """
-    _check_match("log_prob", log_prob, weights=weights)
+    require_shape_of("log_prob", log_prob, weights=weights)
     return -weights.detach() * log_prob
 
 
@@ -151,7 +152,9 @@ def surrogate_loss(
     ----------
     Schulman et al. (2015), Trust region policy optimization, arXiv:1502.05477, eq. 14.
     """
-    _check_match("log_prob", log_prob, old_log_prob=old_log_prob, advantages=advantages)
+    require_shape_of(
+        "log_prob", log_prob, old_log_prob=old_log_prob, advantages=advantages
+    )
     old = old_log_prob.detach()
     ratio = torch.exp(log_prob - old)
     return Surrogate(
@@ -202,12 +205,11 @@ def clipped_surrogate_loss(
     (tensor([-1.2000, -0.5000,  1.5000]), tensor([1., 0., 0.]))
     """
     high = clip_ratio if clip_ratio_high is None else clip_ratio_high
-    if not clip_ratio > 0 or not high > 0:
-        raise ValueError(
-            f"clip_ratio and clip_ratio_high must be > 0, got {clip_ratio!r} and "
-            f"{clip_ratio_high!r}"
-        )
-    _check_match("log_prob", log_prob, old_log_prob=old_log_prob, advantages=advantages)
+    require(clip_ratio > 0, "clip_ratio must be > 0", clip_ratio)
+    require(high > 0, "clip_ratio_high must be > 0", high)
+    require_shape_of(
+        "log_prob", log_prob, old_log_prob=old_log_prob, advantages=advantages
+    )
     old, advantages = old_log_prob.detach(), advantages.detach()
     ratio = torch.exp(log_prob - old)
     pessimistic = torch.minimum(
@@ -271,7 +273,7 @@ def sequence_log_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> 
     >>> clipped_surrogate_loss(log_ratio, zeros, ones).clipped
     tensor([[1., 1., 0.]])
     """
-    _check_match("log_prob", log_prob, old_log_prob=old_log_prob, mask=mask)
+    require_shape_of("log_prob", log_prob, old_log_prob=old_log_prob, mask=mask)
     mean = sequence_log_prob(log_prob - old_log_prob.detach(), mask, reduction="mean")
     return torch.where(mask, mean.unsqueeze(-1), 0.0)
 
@@ -309,16 +311,15 @@ def value_loss(
     >>> value_loss(value, target).loss, value_loss(value, target, old, clip=1.0).loss
     (tensor([4.5000]), tensor([8.]))
     """
-    _check_match("values", values, targets=targets)
+    require_shape_of("values", values, targets=targets)
     targets = targets.detach()
     error = values - targets
     squared = error.square()
     if clip is not None:
-        if not clip > 0:
-            raise ValueError(f"clip must be > 0 or None, got {clip!r}")
+        require(clip > 0, "clip must be > 0 or None", clip)
         if old_values is None:
             raise ValueError("old_values must be given when clip is")
-        _check_match("values", values, old_values=old_values)
+        require_shape_of("values", values, old_values=old_values)
         old = old_values.detach()
         clipped = old + (values - old).clamp(-clip, clip)
         squared = torch.maximum(squared, (clipped - targets).square())
@@ -353,9 +354,8 @@ def bradley_terry_loss(
     >>> bradley_terry_loss(torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0]))
     BradleyTerry(loss=tensor([0.1269, 2.1269]), margin=tensor([ 2., -2.]))
     """
-    if not centering >= 0:
-        raise ValueError(f"centering must be >= 0, got {centering!r}")
-    _check_match("chosen_scores", chosen_scores, rejected_scores=rejected_scores)
+    require(centering >= 0, "centering must be >= 0", centering)
+    require_shape_of("chosen_scores", chosen_scores, rejected_scores=rejected_scores)
     margin = chosen_scores - rejected_scores
     loss = -logsigmoid(margin) + centering * (chosen_scores + rejected_scores).square()
     return BradleyTerry(loss=loss, margin=margin.detach())
@@ -446,7 +446,7 @@ def _log_ratios(
     reference_rejected: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return log π/π_ref of both completions; without a reference, log π."""
-    _check_match("chosen_log_prob", chosen, rejected_log_prob=rejected)
+    require_shape_of("chosen_log_prob", chosen, rejected_log_prob=rejected)
     if reference_chosen is None and reference_rejected is None:
         return chosen, rejected
     if reference_chosen is None or reference_rejected is None:
@@ -454,7 +454,7 @@ def _log_ratios(
             "reference_chosen_log_prob and reference_rejected_log_prob must be given "
             "both or neither"
         )
-    _check_match(
+    require_shape_of(
         "chosen_log_prob",
         chosen,
         reference_chosen_log_prob=reference_chosen,
@@ -464,17 +464,12 @@ def _log_ratios(
 
 
 def _check_dpo(beta: float, kind: str, smoothing: float, target_margin: float) -> None:
-    if not 0 < beta < math.inf:
-        raise ValueError(f"beta must be finite and > 0, got {beta!r}")
-    if not 0 <= smoothing < 0.5:
-        raise ValueError(f"label_smoothing must lie in [0, 0.5), got {smoothing!r}")
-    if not 0 <= target_margin < math.inf:
-        raise ValueError(f"target_margin must be finite and >= 0, got {target_margin}")
-    if kind == "ipo" and target_margin != 0:
-        raise ValueError(
-            f"target_margin must be 0 with kind='ipo', got {target_margin!r}: beta "
-            "alone sets IPO's target, 1/(2 beta)"
-        )
+    require(0 < beta < math.inf, "beta must be finite and > 0", beta)
+    require(0 <= smoothing < 0.5, "label_smoothing must lie in [0, 0.5)", smoothing)
+    finite = 0 <= target_margin < math.inf
+    require(finite, "target_margin must be finite and >= 0", target_margin)
+    fits = kind != "ipo" or target_margin == 0
+    require(fits, "target_margin must be 0 with kind='ipo'", target_margin)
 
 
 def _preference_loss(x: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor]:
@@ -523,14 +518,10 @@ def ranking_loss(log_prob: Tensor, *, beta: float) -> Ranking:
     >>> ranking_loss(torch.tensor([-1.0, -3.0, -2.0]), beta=1.0).margin
     tensor([ 2.,  1., -1.])
     """
-    if not 0 < beta < math.inf:
-        raise ValueError(f"beta must be finite and > 0, got {beta!r}")
-    if log_prob.ndim == 0 or log_prob.shape[-1] < 2:
-        raise ValueError(
-            "log_prob must hold lists of at least 2 completions in the last dimension, "
-            f"got {tuple(log_prob.shape)}"
-        )
-    k = log_prob.shape[-1]
+    require(0 < beta < math.inf, "beta must be finite and > 0", beta)
+    k = log_prob.shape[-1] if log_prob.ndim else 0
+    rule = "log_prob must hold lists of at least 2 completions, [..., K]"
+    require(k >= 2, rule, tuple(log_prob.shape))
     better, worse = torch.triu_indices(k, k, offset=1, device=log_prob.device)
     margin = beta * (log_prob[..., better] - log_prob[..., worse])
     return Ranking(loss=-logsigmoid(margin), margin=margin.detach())
@@ -588,47 +579,32 @@ def aggregate(
     [2.6666667461395264, 3.25, 8.0]
     """
     if mask is not None:
-        _check_match("values", values, mask=mask)
+        require_shape_of("values", values, mask=mask)
         keep = mask.bool()
         values = torch.where(keep, values, 0.0)
-    if denominator is not None and not bool(torch.as_tensor(denominator) > 0):
-        raise ValueError(f"denominator must be > 0, got {denominator!r}")
-    if reduction == "sum":
-        if denominator is not None:
-            raise ValueError(
-                f"denominator must be None with reduction='sum', got {denominator!r}; "
-                "use reduction='mean'"
-            )
-        return values.sum()
-    if reduction == "mean":
-        if mask is None and denominator is None and values.numel() > 0:
-            return values.mean()
-        count: float | Tensor = values.numel() if mask is None else keep.sum()
-        return values.sum() / _positive_count(count, denominator)
-    if reduction == "sequence-mean":
-        if values.ndim == 0:
-            raise ValueError(
-                "values must have the sequence in its last dimension, got a scalar"
-            )
-        lengths = (torch.ones_like(values) if mask is None else keep).sum(dim=-1)
-        means = values.sum(dim=-1) / lengths.clamp(min=1)
-        return means.sum() / _positive_count((lengths > 0).sum(), denominator)
-    raise ValueError(
-        f"reduction must be 'mean', 'sequence-mean' or 'sum', got {reduction!r}"
-    )
-
-
-def _positive_count(
-    count: float | Tensor, denominator: float | Tensor | None
-) -> float | Tensor:
     if denominator is not None:
-        return denominator
-    if not bool(torch.as_tensor(count) > 0):
+        require(bool(denominator > 0), "denominator must be > 0", denominator)
+    if reduction == "sum":
+        rule = "denominator must be None with reduction='sum'"
+        require(denominator is None, rule, denominator, "use reduction='mean'")
+        return values.sum()
+    count: float | Tensor = values.numel() if mask is None else keep.sum()
+    if reduction == "sequence-mean":
+        require(values.ndim > 0, "values must be [..., T]", tuple(values.shape))
+        lengths = (torch.ones_like(values) if mask is None else keep).sum(dim=-1)
+        values, count = values.sum(dim=-1) / lengths.clamp(min=1), (lengths > 0).sum()
+    elif reduction != "mean":
+        raise ValueError(
+            f"reduction must be 'mean', 'sequence-mean' or 'sum', got {reduction!r}"
+        )
+    elif mask is None and denominator is None and values.numel() > 0:
+        return values.mean()
+    if denominator is None and not bool(count > 0):
         raise ValueError(
             "values holds no item to average: the mask is empty; give a denominator or "
             "skip the batch"
         )
-    return count
+    return values.sum() / (count if denominator is None else denominator)
 
 
 def check_loss(loss: Loss | None, default: Loss, batch: str) -> Loss:

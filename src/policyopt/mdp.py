@@ -29,6 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from policyopt._checks import require
+
 __all__ = [
     "FiniteMDP", "Solution", "Trajectories", "action_values", "advantages",
     "bellman_expectation", "bellman_optimality", "error_bound", "exact_policy_gradient",
@@ -96,23 +98,12 @@ class FiniteMDP:
             tensor = torch.as_tensor(given, dtype=torch.float64, device=device)
             object.__setattr__(self, name, tensor)
         shape = tuple(self.P.shape)
-        if len(shape) != 3 or shape[0] != shape[2] or 0 in shape:
-            raise ValueError(f"P must have shape [S, A, S] with S, A >= 1, got {shape}")
-        for name, axes, wanted in (
-            ("R", "S, A", shape[:2]),
-            ("initial", "S", shape[:1]),
-        ):
-            got = tuple(getattr(self, name).shape)
-            if got != wanted:
-                raise ValueError(
-                    f"{name} must have shape [{axes}] = {wanted} like P, got {got}"
-                )
-        if not torch.isfinite(self.R).all():
-            where = (~torch.isfinite(self.R)).nonzero()[0].tolist()
-            raise ValueError(
-                f"R must be finite, got {self.R[tuple(where)].item()} at [s, a] = "
-                f"{where}"
-            )
+        square = len(shape) == 3 and shape[0] == shape[2] and 0 not in shape
+        require(square, "P must have shape [S, A, S] with S, A >= 1", shape)
+        _check_shape("R", self.R, "S, A", shape[:2])
+        _check_shape("initial", self.initial, "S", shape[:1])
+        for s, a in (~torch.isfinite(self.R)).nonzero()[:1].tolist():
+            raise ValueError(f"R[{s}, {a}] must be finite, got {self.R[s, a].item()}")
         for name in ("P", "initial"):
             probabilities = getattr(self, name)
             _check_distributions(name, probabilities)
@@ -121,8 +112,7 @@ class FiniteMDP:
             object.__setattr__(
                 self, name, probabilities / probabilities.sum(dim=-1, keepdim=True)
             )
-        if not 0.0 <= self.gamma <= 1.0:
-            raise ValueError(f"gamma must lie in [0, 1], got {self.gamma}")
+        require(0 <= self.gamma <= 1, "gamma must lie in [0, 1]", self.gamma)
         stays = torch.diagonal(self.P, dim1=0, dim2=2).T == 1.0  # [S, A]
         object.__setattr__(self, "terminal", (stays & (self.R == 0.0)).all(dim=1))
         if self.gamma == 1.0 and not self.allow_undiscounted:
@@ -467,8 +457,7 @@ def value_iteration(
     ----------
     Puterman, 1994, section 6.3; for γ = 1, Bertsekas and Tsitsiklis, 1991.
     """
-    if not tolerance > 0.0:
-        raise ValueError(f"tolerance must be greater than 0, got {tolerance}")
+    require(tolerance > 0, "tolerance must be > 0", tolerance)
     weights, modulus = _contraction(mdp)
     factor = float(weights.max()) * modulus / (1.0 - modulus)
     values = torch.zeros_like(mdp.initial)
@@ -588,11 +577,8 @@ def sample_trajectories(
     ValueError
         For ``n < 1``, ``max_steps < 1`` or a bad policy.
     """
-    if n < 1 or max_steps < 1:
-        raise ValueError(
-            f"n and max_steps must be at least 1, got n = {n} and max_steps = "
-            f"{max_steps}"
-        )
+    require(n >= 1, "n must be >= 1", n)
+    require(max_steps >= 1, "max_steps must be >= 1", max_steps)
     policy = _check_policy(mdp, policy).detach()
 
     def draw(probabilities: Tensor) -> Tensor:
@@ -709,36 +695,29 @@ def _check_distributions(
     """Raise unless the last dimension holds probability distributions; says where the
     first bad one is.
     """
-    smallest = probabilities.min()
-    if not bool(smallest >= 0.0):  # also true for NaN
-        raise ValueError(f"{name} must hold probabilities >= 0, got {smallest.item()}")
+    smallest = probabilities.min().item()  # NaN if there is one
+    require(smallest >= 0, f"{name} must hold probabilities >= 0", smallest)
     total = probabilities.sum(dim=-1)
-    wrong = ~((total - 1.0).abs() <= tolerance)
-    if wrong.any():
-        index = wrong.nonzero()[0].tolist()
-        raise ValueError(
-            f"{name}{index or ''} must sum to 1, got "
-            f"{total[tuple(index)].item():.10g}; normalise it"
-        )
+    for index in (~((total - 1.0).abs() <= tolerance)).nonzero()[:1].tolist():
+        got = total[tuple(index)].item()
+        raise ValueError(f"{name}{index or ''} must sum to 1, got {got:.10g}")
 
 
 def _check_policy(mdp: FiniteMDP, policy: Tensor) -> Tensor:
     """Return ``policy`` as float64 after checking it."""
-    if policy.shape != mdp.R.shape:
-        raise ValueError(
-            f"policy must have shape [S, A] = {tuple(mdp.R.shape)}, got "
-            f"{tuple(policy.shape)}"
-        )
+    _check_shape("policy", policy, "S, A", mdp.R.shape)
     _check_distributions("policy", policy.detach())
     return policy.to(torch.float64)
 
 
+def _check_shape(name: str, tensor: Tensor, axes: str, wanted: tuple[int, ...]) -> None:
+    rule = f"{name} must have shape [{axes}] = {tuple(wanted)}"
+    require(tensor.shape == wanted, rule, tuple(tensor.shape))
+
+
 def _check_values(mdp: FiniteMDP, values: Tensor) -> None:
-    if values.shape != mdp.initial.shape or values.dtype != torch.float64:
-        raise ValueError(
-            f"values must be float64 of shape {(mdp.n_states,)}, got {values.dtype} "
-            f"{tuple(values.shape)}"
-        )
+    _check_shape("values", values, "S", mdp.initial.shape)
+    require(values.dtype == torch.float64, "values must be float64", values.dtype)
 
 
 def _few(mask: Tensor, limit: int = 8) -> str:

@@ -524,16 +524,16 @@ def test_kl_shaped_rewards_errors() -> None:
     scores, log_prob, mask = torch.zeros(3), torch.zeros(3, 4), torch.ones(3, 4, dtype=torch.bool)
     hollow = mask.clone()
     hollow[[0, 2]] = False
-    with pytest.raises(ValueError, match=r"at least one token in every row, got none in \[0, 2\]"):
+    with pytest.raises(ValueError, match=r"a token in every row, got none in \[0, 2\]"):
         kl_shaped_rewards(scores, log_prob, log_prob, hollow, beta=0.1)
-    with pytest.raises(ValueError, match=r"at least one token in every row, got none in \[0, 1, 2\]"):
+    with pytest.raises(ValueError, match=r"a token in every row, got none in \[0, 1, 2\]"):
         kl_shaped_rewards(scores, log_prob[:, :0], log_prob[:, :0], mask[:, :0], beta=0.1)
     with pytest.raises(ValueError, match="reference_log_prob must have the shape of log_prob"):
         kl_shaped_rewards(scores, log_prob, log_prob[:1], mask, beta=0.1)
     with pytest.raises(ValueError, match="mask must have the shape of log_prob"):
         kl_shaped_rewards(scores, log_prob, log_prob, mask[:, :1], beta=0.1)
     for wrong in (torch.zeros(4), torch.zeros(3, 1), torch.tensor(0.0)):
-        with pytest.raises(ValueError, match=r"the shape \[B, T\] and scores \[B\], got \(3, 4\)"):
+        with pytest.raises(ValueError, match=r"the shape \[B, T\] and scores \[B\], got \(\(3, 4\), "):
             kl_shaped_rewards(wrong, log_prob, log_prob, mask, beta=0.1)
     for beta in (-0.1, math.inf, math.nan):
         with pytest.raises(ValueError, match="beta must be finite and >= 0"):
@@ -575,7 +575,7 @@ def test_adaptive_kl_coefficient() -> None:
         ({"beta": 0.0}, "beta must be finite and > 0"),
         ({"target": math.inf}, "target must be finite and > 0"),
         ({"gain": 5.0}, r"gain must lie in \(0, 5\)"),
-        ({"kl": math.nan}, "kl must be finite, got nan: the policy has probably diverged"),
+        ({"kl": math.nan}, "kl must be finite, got nan; the policy may have diverged"),
     ]
     for wrong, message in cases:
         with pytest.raises(ValueError, match=message):

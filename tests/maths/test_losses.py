@@ -130,7 +130,7 @@ def test_all_policy_losses_agree_at_the_old_policy() -> None:
 
 @pytest.mark.parametrize("bad", [{"clip_ratio": 0.0}, {"clip_ratio": -0.1}, {"clip_ratio_high": math.nan}])
 def test_clip_range_is_checked(bad: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="clip_ratio and clip_ratio_high must be > 0"):
+    with pytest.raises(ValueError, match=f"{list(bad)[-1]} must be > 0"):
         clipped_surrogate_loss(torch.zeros(1), torch.zeros(1), torch.zeros(1), **bad)
 
 
@@ -258,7 +258,7 @@ def test_aggregate_errors() -> None:
         aggregate(VALUES, reduction="sum", denominator=3)
     with pytest.raises(ValueError, match="reduction must be 'mean', 'sequence-mean' or 'sum', got 'median'"):
         aggregate(VALUES, reduction="median")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="values must have the sequence in its last dimension"):
+    with pytest.raises(ValueError, match="values must be"):
         aggregate(torch.tensor(1.0), reduction="sequence-mean")
 
 
