@@ -18,7 +18,7 @@ from policyopt.distributions import Distribution
 from policyopt.estimators import explained_variance, gae, normalize
 from policyopt.losses import aggregate, value_loss
 
-__all__ = ["Steps", "critic_fit", "critic_loss", "estimate_advantages"]
+__all__ = ["Steps", "estimate_advantages"]
 
 
 @dataclass(frozen=True, kw_only=True)
