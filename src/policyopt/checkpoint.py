@@ -67,17 +67,14 @@ def save_checkpoint(
     state = folder / _STATE
     previous = json.loads(state.read_text())["tensors"] if state.exists() else None
     name = f"tensors-{uuid.uuid4().hex[:12]}.safetensors"
-    text = json.dumps(
-        {"tensors": name, "metadata": dict(metadata)}, indent=1, allow_nan=False
-    )
+    content = {"tensors": name, "metadata": dict(metadata)}
+    text = json.dumps(content, indent=1, allow_nan=False)
     scratch = folder / f"{_STATE}.{uuid.uuid4().hex[:12]}"
     try:
         # Clones: safetensors refuses tensors that share memory, such as views of one
         # flat vector.
-        save_file(
-            {key: t.detach().cpu().clone().contiguous() for key, t in tensors.items()},
-            folder / name,
-        )
+        copies = {k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}
+        save_file(copies, folder / name)
         _fsync(folder / name)
         scratch.write_text(text)
         _fsync(scratch)

@@ -109,10 +109,7 @@ class Categorical:
         ``[...]``.
         """
         if not isinstance(other, Categorical):
-            raise ValueError(
-                "other must be a Categorical to compare with a Categorical, got "
-                f"{type(other).__name__}"
-            )
+            raise ValueError(f"other must be a Categorical, got {type(other).__name__}")
         return (self.log_probs.exp() * (self.log_probs - other.log_probs)).sum(dim=-1)
 
     def detach(self) -> Categorical:
@@ -157,9 +154,8 @@ class DiagonalGaussian:
         D]``; shape ``[...]``.
         """
         z = (actions - self.mean) * torch.exp(-self.log_std)
-        return -(0.5 * z.square() + self.log_std + 0.5 * math.log(2 * math.pi)).sum(
-            dim=-1
-        )
+        per_dimension = 0.5 * z.square() + self.log_std + 0.5 * math.log(2 * math.pi)
+        return -per_dimension.sum(dim=-1)
 
     def entropy(self) -> Tensor:
         """Return Σ_d (log σ_d + ½ log 2πe) in nats, shape ``[...]``. It can be
@@ -174,22 +170,17 @@ class DiagonalGaussian:
         Per dimension: log(σ'/σ) + (σ² + (μ − μ')²) / 2σ'² − ½.
         """
         if not isinstance(other, DiagonalGaussian):
-            raise ValueError(
-                "other must be a DiagonalGaussian to compare with a DiagonalGaussian, "
-                f"got {type(other).__name__}"
-            )
+            kind = type(other).__name__
+            raise ValueError(f"other must be a DiagonalGaussian, got {kind}")
         variance = torch.exp(2 * self.log_std)
         precision = torch.exp(-2 * other.log_std)
         distance = (self.mean - other.mean).square()
-        per_dimension = (
-            other.log_std - self.log_std + 0.5 * (variance + distance) * precision - 0.5
-        )
-        return per_dimension.sum(dim=-1)
+        log_ratio = other.log_std - self.log_std
+        return (log_ratio + 0.5 * (variance + distance) * precision - 0.5).sum(dim=-1)
 
     def detach(self) -> DiagonalGaussian:
         """Return a frozen copy: no gradient, and no change when the parameters are
         changed in place.
         """
-        return DiagonalGaussian(
-            self.mean.detach().clone(), self.log_std.detach().clone()
-        )
+        mean, log_std = self.mean.detach().clone(), self.log_std.detach().clone()
+        return DiagonalGaussian(mean, log_std)

@@ -19,20 +19,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from policyopt.checkpoint import (
-    has_checkpoint,
-    load_checkpoint,
-    rows_from_json,
-    rows_to_json,
-    save_checkpoint,
-)
+from policyopt import checkpoint
 from policyopt.runs import History, Settings, TrainingDivergedError, check_seed
 
 __all__ = ["Callback", "Frame", "Row", "Statistics", "read_run", "run_metadata"]
@@ -102,13 +95,13 @@ def run_metadata(
         "format": _FORMAT,
         "identity": {**shared, "config": config},
         "state": dict(state),
-        "history": rows_to_json(run.history),
+        "history": checkpoint.rows_to_json(run.history),
     }
 
 
 def read_run(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a checkpoint that holds a run: its tensors, and its :func:`run_metadata`."""
-    tensors, metadata = load_checkpoint(folder)
+    tensors, metadata = checkpoint.load_checkpoint(folder)
     if metadata.get("format") != _FORMAT:
         raise ValueError(
             f"{folder} holds a checkpoint of format {metadata.get('format')!r}, this "
@@ -202,7 +195,7 @@ class Frame(ABC, Generic[ConfigT, RowT]):
 
     def _write(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         assert self._folder is not None
-        save_checkpoint(self._folder, tensors, metadata)
+        checkpoint.save_checkpoint(self._folder, tensors, metadata)
 
     # --- the loop's interface ---
 
@@ -236,9 +229,10 @@ class Frame(ABC, Generic[ConfigT, RowT]):
         FloatingPointError
             If a field is not finite that should be.
         """
-        values = self._common(**fields)
-        row = self._row_type(update=self.update + 1, **values)
-        bad = [f.name for f in dataclasses.fields(row) if self._diverged(row, f.name)]
+        row = self._row_type(update=self.update + 1, **self._common(**fields))
+        numbers = {k: v for k, v in vars(row).items() if isinstance(v, float)}
+        odd = {k: v for k, v in numbers.items() if not math.isfinite(v)}
+        bad = [k for k, v in odd.items() if math.isinf(v) or k not in row.may_be_nan]
         if bad:
             raise FloatingPointError(f"{', '.join(bad)} not finite")
         self._recorded()
@@ -257,12 +251,6 @@ class Frame(ABC, Generic[ConfigT, RowT]):
         if self.callback is not None and self.callback(row):
             self.stop_reason, self._stopped = "callback", True
 
-    def _diverged(self, row: RowT, name: str) -> bool:
-        value = getattr(row, name)
-        if not isinstance(value, float) or math.isfinite(value):
-            return False
-        return math.isinf(value) or name not in row.may_be_nan
-
     # --- checkpoints ---
 
     def _checkpoint(self) -> None:
@@ -276,27 +264,25 @@ class Frame(ABC, Generic[ConfigT, RowT]):
         ours = json.loads(json.dumps(run_metadata(self, self._identity(), {})))
         theirs, ours = metadata["identity"], ours["identity"]
         theirs, ours = theirs | theirs.pop("config"), ours | ours.pop("config")
-        for name in ours:
-            if name not in self.may_change and theirs.get(name) != ours[name]:
+        for name, mine in ours.items():
+            if name not in self.may_change and theirs.get(name) != mine:
                 raise ValueError(
-                    f"checkpoint_dir {folder} holds a run with {name} "
-                    f"{theirs.get(name)!r}, this one has {ours[name]!r}; give another "
-                    "folder to start afresh"
+                    f"{folder} holds a run with {name} {theirs.get(name)!r}, this one "
+                    f"has {mine!r}; give another folder to start afresh"
                 )
         try:
             self._restore(tensors, metadata["state"])
         except (KeyError, RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"checkpoint_dir {folder} does not fit this run: {error}"
-            ) from error
-        self.history.extend(rows_from_json(self._row_type, metadata["history"]))
+            raise ValueError(f"{folder} does not fit this run: {error}") from error
+        rows = checkpoint.rows_from_json(self._row_type, metadata["history"])
+        self.history.extend(rows)
         self._seconds = float(metadata["state"]["seconds"])
 
     # --- how it begins and ends ---
 
     def __enter__(self) -> Self:
         try:
-            if self._folder is not None and has_checkpoint(self._folder):
+            if self._folder and checkpoint.has_checkpoint(self._folder):
                 self._resume(self._folder)
             self._enter()
         except BaseException as error:
@@ -304,22 +290,15 @@ class Frame(ABC, Generic[ConfigT, RowT]):
             raise
         if self._shows_bar:
             done, total = self.position
-            title = f"{self.algorithm} {self.name} seed {self.seed}"
             self._bar = tqdm(
-                total=total,
-                initial=done,
-                desc=title,
-                unit=self.unit,
-                unit_scale=total > 10**4,
-            )
+                desc=f"{self.algorithm} {self.name} seed {self.seed}", total=total,
+                initial=done, unit=self.unit, unit_scale=total > 10**4,
+            )  # fmt: skip
         self._started = time.perf_counter()
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: object, error: BaseException | None, trace: object
     ) -> bool:
         if self._bar is not None:
             self._bar.close()

@@ -14,25 +14,14 @@ import os
 import pickle
 import re
 import sys
+import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    ClassVar,
-    Literal,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-    overload,
-)
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, overload
 
 import cloudpickle
 import numpy as np
@@ -109,13 +98,15 @@ class Settings(metaclass=_Fields):
     """Fields of other configs that one may look for here, and what to use instead."""
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self), include_extras=True)
-        for field in dataclasses.fields(self):
-            value, hint = getattr(self, field.name), hints[field.name]
-            self._check(field.name, _fits(value, hint), _describe(hint))
-            for bound in _bounds(hint) if value is not None else ():
-                suffix = " or None" if _fits(None, hint) else ""
-                self._check(field.name, bound.holds(value), bound.text + suffix)
+        hints = typing.get_type_hints(type(self), include_extras=True)
+        for name in (field.name for field in dataclasses.fields(self)):
+            value, options = getattr(self, name), _options(hints[name])
+            fits = any(_fits(value, kind) for kind, *_ in options)
+            self._check(name, fits, " | ".join(_describe(kind) for kind, *_ in options))
+            bounds = [bound for _, *own in options for bound in own]
+            suffix = " or None" if (NoneType,) in options else ""
+            for bound in bounds if value is not None else ():
+                self._check(name, bound.holds(value), bound.text + suffix)
 
     def __getattr__(self, name: str) -> Any:
         if name in type(self).renamed:
@@ -129,23 +120,18 @@ class Settings(metaclass=_Fields):
             raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
 
 
-def _bounds(hint: Any) -> list[Bound]:
-    """Bounds of an annotation, or of the option of it that is not None."""
-    found = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Bound)]
-    if get_origin(hint) in (Union, UnionType):
-        found += [bound for option in get_args(hint) for bound in _bounds(option)]
-    return found
+def _options(hint: Any) -> list[tuple[Any, ...]]:
+    """Return the types that an annotation allows, each followed by its bounds."""
+    if typing.get_origin(hint) in (typing.Union, UnionType):
+        return [option for part in typing.get_args(hint) for option in _options(part)]
+    return [typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)]
 
 
 def _describe(hint: Any) -> str:
     """Say what an annotation allows, for an error message."""
-    if get_origin(hint) is Annotated:
-        return _describe(get_args(hint)[0])
-    if get_origin(hint) in (Union, UnionType):
-        return " | ".join(_describe(option) for option in get_args(hint))
-    text = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
-    text = text.removeprefix("typing.").replace("NoneType", "None")
-    return text.replace("float", "finite float")
+    plain = isinstance(hint, type) and not typing.get_args(hint)
+    text = hint.__name__ if plain else str(hint).removeprefix("typing.")
+    return text.replace("NoneType", "None").replace("float", "finite float")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -153,11 +139,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
     An int will do for a float; NaN and infinity will not.
     """
-    origin, options = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        return _fits(value, options[0])
-    if origin in (Union, UnionType):
-        return any(_fits(value, option) for option in options)
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return value in options
     if origin is tuple:
@@ -192,11 +174,8 @@ def resolve_device(name: str) -> torch.device:
         if torch.cuda.is_available():
             # One of several processes, started by torchrun or accelerate, takes the GPU
             # of its number.
-            return (
-                torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-                if "LOCAL_RANK" in os.environ
-                else torch.device("cuda")
-            )
+            rank = os.environ.get("LOCAL_RANK")
+            return torch.device("cuda", int(rank)) if rank else torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -235,9 +214,8 @@ class History(list[RowT]):
         ValueError
             If the rows have no such field.
         """
-        if self and name not in (
-            names := [f.name for f in dataclasses.fields(self[0])]
-        ):
+        names = [f.name for f in dataclasses.fields(self[0])] if self else [name]
+        if name not in names:
             raise ValueError(f"name must be one of {names}, got {name!r}")
         return np.array([getattr(row, name) for row in self])
 
@@ -262,12 +240,9 @@ class History(list[RowT]):
     def to_csv(self, path: str | Path) -> None:
         """Write the table with a header line."""
         table = self.table()
+        rows = zip(*(column.tolist() for column in table.values()), strict=True)
         with Path(path).open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(table)
-            writer.writerows(
-                zip(*(column.tolist() for column in table.values()), strict=True)
-            )
+            csv.writer(file).writerows([table, *rows])
 
 
 class TrainingDivergedError(FloatingPointError):
@@ -337,20 +312,15 @@ def train_seeds(
     >>> [result.seed for result in results]
     [0, 1]
     """
-    seed_list = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if not seed_list:
+    chosen = range(seeds) if isinstance(seeds, int) else list(seeds)
+    if not chosen:
         raise ValueError(f"seeds must name at least one seed, got {seeds!r}")
-    variants: Mapping[Any, Callable[..., ResultT]] = (
-        runs if isinstance(runs, Mapping) else {None: runs}
-    )
-    jobs = [(label, seed) for label in variants for seed in seed_list]
-    available = (
-        len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1
-    )
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be >= 1 or None, got {workers!r}")
+    variants: Mapping[Any, Any] = runs if isinstance(runs, Mapping) else {None: runs}
+    jobs = [(label, seed) for label in variants for seed in chosen]
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    available = len(affinity(0)) if affinity else os.cpu_count() or 1
     processes = min(workers or available, len(jobs))
 
     results: dict[tuple[Any, int], ResultT] = {}
@@ -369,15 +339,16 @@ def train_seeds(
                     raise KeyboardInterrupt
                 bar.update()
         else:
-            with ProcessPoolExecutor(processes, _context(), _start_worker) as pool:
-                # cloudpickle carries functions that were defined in a notebook or a
-                # script.
-                futures: dict[Future[bytes], tuple[Any, int]] = {
-                    pool.submit(
-                        _run_pickled, cloudpickle.dumps((variants[label], seed))
-                    ): (label, seed)
-                    for label, seed in jobs
-                }
+            # The parallelism is over runs; more threads per run would only fight each
+            # other.
+            one_thread = (torch.set_num_threads, (1,))
+            with ProcessPoolExecutor(processes, _context(), *one_thread) as pool:
+                futures: dict[Future[bytes], tuple[Any, int]] = {}
+                for label, seed in jobs:
+                    # cloudpickle carries functions that were defined in a notebook or a
+                    # script.
+                    job = cloudpickle.dumps((variants[label], seed))
+                    futures[pool.submit(_run_pickled, job)] = (label, seed)
                 try:
                     for future in as_completed(futures):
                         results[futures[future]] = pickle.loads(future.result())
@@ -387,9 +358,7 @@ def train_seeds(
                     if isinstance(error, Exception):
                         error.add_note(f"in the run {futures[future]} (label, seed)")
                     raise
-    grouped = {
-        label: [results[label, seed] for seed in seed_list] for label in variants
-    }
+    grouped = {label: [results[label, seed] for seed in chosen] for label in variants}
     return grouped if isinstance(runs, Mapping) else grouped[None]
 
 
@@ -408,29 +377,19 @@ def _run_pickled(job: bytes) -> bytes:
     return cloudpickle.dumps(result)  # type: ignore[no-any-return]
 
 
-def _start_worker() -> None:
-    # The parallelism is over runs; more threads per run would only fight each other.
-    torch.set_num_threads(1)
-
-
 def _context() -> multiprocessing.context.BaseContext:
     """Return a start method that is safe beside PyTorch's threads.
 
     A fork of this process could inherit a locked thread pool. A fork server imports
-    PyTorch once and forks from a clean state, which makes a second pool start at once;
-    Windows has only "spawn". The classes of language models are imported ahead
-    likewise: each worker would take seconds to do so when it unpickles one.
+    PyTorch once and forks from a clean state, so that a second pool starts at once;
+    Windows has only "spawn". The classes of language models are imported ahead as well:
+    each worker would take seconds to do so when it unpickles one.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    halves = ("policyopt.control", "policyopt.lm")
-    models = [
-        name
-        for name in sys.modules
-        if re.fullmatch(r"transformers\.models\.\w+\.modeling_\w+", name)
-    ]
+    heavy = r"policyopt\.(control|lm)|transformers\.models\.\w+\.modeling_\w+"
+    preloaded = [name for name in sys.modules if re.fullmatch(heavy, name)]
     # An optimiser's first step imports the compiler of PyTorch, a second or two.
-    preloaded = [half for half in halves if half in sys.modules] + ["torch._dynamo"]
-    context.set_forkserver_preload(preloaded + models)
+    context.set_forkserver_preload([*preloaded, "torch._dynamo"])
     return context

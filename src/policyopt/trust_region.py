@@ -71,19 +71,13 @@ class TrustRegionStep:
 
 
 def _flat_gradient(
-    output: Tensor,
-    parameters: Sequence[Tensor],
-    *,
-    create_graph: bool = False,
-    retain_graph: bool = False,
+    output: Tensor, theta: Sequence[Tensor], *, twice: bool = False
 ) -> Tensor:
+    """Differentiate, keeping the graph; ``twice`` when the result is to be
+    differentiated in turn.
+    """
     gradients = torch.autograd.grad(
-        output,
-        parameters,
-        create_graph=create_graph,
-        retain_graph=create_graph or retain_graph,
-        allow_unused=True,
-        materialize_grads=True,
+        output, theta, retain_graph=True, create_graph=twice, materialize_grads=True
     )
     return torch.cat([g.reshape(-1) for g in gradients])
 
@@ -124,15 +118,13 @@ def fisher_vector_product(
     if damping < 0:
         raise ValueError(f"damping must be >= 0, got {damping!r}")
     if kl.ndim != 0:
-        raise ValueError(
-            f"kl must be a scalar (mean over states), got shape {tuple(kl.shape)}"
-        )
+        raise ValueError(f"kl must be a scalar mean, got shape {tuple(kl.shape)}")
     theta = list(parameters)
-    gradient = _flat_gradient(kl, theta, create_graph=True)
+    gradient = _flat_gradient(kl, theta, twice=True)
 
     def product(vector: Tensor) -> Tensor:
         along = gradient @ vector.detach()
-        return _flat_gradient(along, theta, retain_graph=True) + damping * vector
+        return _flat_gradient(along, theta) + damping * vector
 
     return product
 
@@ -183,9 +175,7 @@ def conjugate_gradient(
         raise ValueError(f"iterations must be >= 1, got {iterations!r}")
     if tolerance < 0:
         raise ValueError(f"tolerance must be >= 0, got {tolerance!r}")
-    x = torch.zeros_like(b)
-    residual = b.clone()
-    direction = b.clone()
+    x, residual, direction = torch.zeros_like(b), b, b
     squared = residual @ residual
     norms = [math.sqrt(squared.item())]
     for _ in range(iterations):
@@ -195,9 +185,8 @@ def conjugate_gradient(
         curvature = direction @ product
         if not bool(curvature > 0):
             raise FloatingPointError(
-                f"matvec must be positive definite, but vᵀAv = {curvature.item():.3g} "
-                "along a search direction: raise the damping, or check for NaN in the "
-                "data"
+                f"matvec must be positive definite, got vᵀAv = {curvature.item():.3g}; "
+                "raise the damping, or check the data for NaN"
             )
         step = squared / curvature
         x = x + step * direction
@@ -310,12 +299,10 @@ def trust_region_step(
     """
     theta = list(parameters)
     loss, kl = loss_and_kl()
-    gradient = _flat_gradient(loss, theta, retain_graph=True)
+    gradient = _flat_gradient(loss, theta)
     gradient_norm = float(gradient.norm())
     if not math.isfinite(gradient_norm):
-        raise FloatingPointError(
-            f"the surrogate's gradient is not finite (norm {gradient_norm})"
-        )
+        raise FloatingPointError(f"the loss's gradient is not finite: {gradient_norm}")
     if gradient_norm == 0.0:
         still = LineSearch(False, 0.0, 0.0, 0.0, [], "the gradient is zero")
         return TrustRegionStep(still, 0.0, 0.0, 0.0)
@@ -337,21 +324,13 @@ def trust_region_step(
     found = None
     try:
         found = search(
-            evaluate,
-            old_loss=loss.item(),
-            expected_improvement=expected,
-            kl_limit=kl_limit,
-            backtracks=backtracks,
-            shrink=shrink,
+            evaluate, old_loss=loss.item(), expected_improvement=expected,
+            kl_limit=kl_limit, backtracks=backtracks, shrink=shrink,
             accept_ratio=accept_ratio,
-        )
-    # also when an exception (Ctrl-C) breaks the search off at an untested length
+        )  # fmt: skip
+    # Also when an exception (Ctrl-C) breaks off the search at an untested length.
     finally:
         if found is None or not found.accepted:
             _assign(theta, start)
-    return TrustRegionStep(
-        search=found,
-        expected_improvement=expected,
-        gradient_norm=gradient_norm,
-        residual=cg.residual_norms[-1] / cg.residual_norms[0],
-    )
+    residual = cg.residual_norms[-1] / cg.residual_norms[0]
+    return TrustRegionStep(found, expected, gradient_norm, residual)

@@ -5,19 +5,15 @@ functions.
 import typing as _typing
 
 from policyopt import _public_names
-from policyopt.control.config import ActorCriticConfig as ActorCriticConfig
-from policyopt.control.config import ControlConfig as ControlConfig
-from policyopt.control.environments import EnvLike as EnvLike
-from policyopt.control.environments import make_vector_env as make_vector_env
+from policyopt.control.config import *
+from policyopt.control.environments import *
 from policyopt.control.evaluation import *
 from policyopt.control.policies import *
 from policyopt.control.ppo import *
 from policyopt.control.reinforce import *
-from policyopt.control.results import TrainResult as TrainResult
-from policyopt.control.results import Update as Update
+from policyopt.control.results import *
 from policyopt.control.rollouts import *
-from policyopt.control.steps import Steps as Steps
-from policyopt.control.steps import estimate_advantages as estimate_advantages
+from policyopt.control.steps import *
 from policyopt.control.trpo import *
 from policyopt.runs import History as History
 from policyopt.runs import TrainingDivergedError as TrainingDivergedError

@@ -11,7 +11,7 @@ import torch
 from policyopt.control.policies import Critic, Policy, make_policy
 from policyopt.runs import Count, Settings, Share
 
-__all__ = ["ActorCriticConfig", "ControlConfig", "build_networks"]
+__all__ = ["ActorCriticConfig", "ControlConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +62,8 @@ class ControlConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check(
-            "hidden", all(width >= 1 for width in self.hidden), "a tuple of widths >= 1"
-        )
+        ok = all(width >= 1 for width in self.hidden)
+        self._check("hidden", ok, "a tuple of widths >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +89,8 @@ class ActorCriticConfig(ControlConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check(
-            "use_critic",
-            self.use_critic or self.rollout_steps is None,
-            "True unless rollout_steps is None",
-        )
+        ok = self.use_critic or self.rollout_steps is None
+        self._check("use_critic", ok, "True unless rollout_steps is None")
 
 
 def build_networks(
@@ -110,20 +106,15 @@ def build_networks(
     describes (on the CPU).
     """
     shared: dict[str, Any] = {
-        "hidden": config.hidden,
-        "activation": config.activation,
-        "orthogonal": config.orthogonal_init,
-        "generator": generator,
-    }
+        "hidden": config.hidden, "activation": config.activation,
+        "orthogonal": config.orthogonal_init, "generator": generator,
+    }  # fmt: skip
     if policy is None:
         normalize = config.normalize_observations
         if normalize is None:
             normalize = isinstance(action_space, gym.spaces.Box)
         policy = make_policy(
-            observation_space,
-            action_space,
-            normalize_observations=normalize,
-            log_std=config.initial_log_std,
-            **shared,
-        )
+            observation_space, action_space, normalize_observations=normalize,
+            log_std=config.initial_log_std, **shared,
+        )  # fmt: skip
     return policy, Critic(policy.encoder, **shared) if critic else None

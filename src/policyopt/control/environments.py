@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
-__all__ = ["EnvLike", "environment_name", "environment_seed", "make_vector_env"]
+__all__ = ["EnvLike", "make_vector_env"]
 
 EnvLike: TypeAlias = (
     "str | EnvSpec | Callable[[], gym.Env[Any, Any]] | VectorEnv[Any, Any, Any]"
@@ -25,13 +25,10 @@ def environment_name(env: EnvLike) -> str:
     """Return a short name for messages and tables."""
     if isinstance(env, str):
         return env
-    if isinstance(env, EnvSpec):
-        return env.id
     if isinstance(env, partial):
-        return environment_name(
-            env.args[0] if env.func is gym.make and env.args else env.func
-        )
-    spec = getattr(env, "spec", None)
+        by_id = env.func is gym.make and env.args
+        return environment_name(env.args[0] if by_id else env.func)
+    spec = env if isinstance(env, EnvSpec) else getattr(env, "spec", None)
     if spec is not None:
         return str(spec.id)
     return str(getattr(env, "__name__", None) or type(env).__name__)
@@ -76,11 +73,11 @@ def make_vector_env(
     if isinstance(env, VectorEnv):
         _check_autoreset(env)
         return env, False
+    wanted = "env must be an id, a factory or a vector environment"
     if isinstance(env, gym.Env):
         raise ValueError(
-            "env must be an id, a factory or a vector environment, got one "
-            f"{type(env).__name__} instance; copies are needed, so pass a function "
-            f"that makes one, e.g. `lambda: {type(env.unwrapped).__name__}()`"
+            f"{wanted}, got one {type(env).__name__} instance; to get copies, pass a "
+            f"function that makes one, e.g. `lambda: {type(env.unwrapped).__name__}()`"
         )
     if num_envs < 1:
         raise ValueError(f"num_envs must be >= 1, got {num_envs!r}")
@@ -98,19 +95,15 @@ def make_vector_env(
     elif callable(env):
         factory = env
     else:
-        raise ValueError(
-            f"env must be an id, a factory or a vector environment, got {env!r}"
-        )
-    return SyncVectorEnv(
-        [factory] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP
-    ), True
+        raise ValueError(f"{wanted}, got {env!r}")
+    mode = AutoresetMode.NEXT_STEP
+    return SyncVectorEnv([factory] * num_envs, autoreset_mode=mode), True
 
 
 def _check_autoreset(env: VectorEnv[Any, Any, Any]) -> None:
     mode = env.metadata.get("autoreset_mode")
     if mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
         raise ValueError(
-            f"env must reset its copies itself, but {type(env).__name__} has "
-            f"metadata['autoreset_mode'] = {mode!r}; use AutoresetMode.NEXT_STEP or "
-            "AutoresetMode.SAME_STEP"
+            f"env must reset its copies itself, but {type(env).__name__} has the "
+            f"autoreset_mode {mode!r}; use AutoresetMode.NEXT_STEP or SAME_STEP"
         )

@@ -63,11 +63,7 @@ def evaluate(
         If an episode is not over after ``max_steps``.
     """
     rollout = sample_episodes(
-        policy,
-        env,
-        episodes=episodes,
-        seed=seed,
-        deterministic=deterministic,
+        policy, env, episodes=episodes, seed=seed, deterministic=deterministic,
         max_steps=max_steps,
-    )
+    )  # fmt: skip
     return Evaluation(rollout.episodes.returns, rollout.episodes.lengths)

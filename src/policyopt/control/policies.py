@@ -10,7 +10,7 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium import spaces
+from gymnasium.spaces import Box, Discrete
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -42,19 +42,14 @@ class ObservationEncoder(nn.Module):
         Ignored for ``Discrete``.
     """
 
-    mean: Tensor
-    variance: Tensor
-    count: Tensor
-
     def __init__(self, space: gym.Space[Any], *, normalize: bool = False) -> None:
         super().__init__()
-        if isinstance(space, spaces.Discrete):
+        self.shape: tuple[int, ...] = tuple(space.shape or ())
+        if isinstance(space, Discrete):
             self.kind: Literal["one-hot", "flat"] = "one-hot"
             self.features, self.start = int(space.n), int(space.start)
-            self.shape: tuple[int, ...] = ()
-        elif isinstance(space, spaces.Box):
+        elif isinstance(space, Box):
             self.kind = "flat"
-            self.shape = tuple(space.shape)
             self.features, self.start = math.prod(self.shape), 0
         else:
             raise ValueError(
@@ -63,13 +58,13 @@ class ObservationEncoder(nn.Module):
             )
         self.normalize = normalize and self.kind == "flat"
         if self.normalize:
-            self.register_buffer("mean", torch.zeros(self.features))
-            self.register_buffer("variance", torch.ones(self.features))
-            self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+            self.mean = nn.Buffer(torch.zeros(self.features))
+            self.variance = nn.Buffer(torch.ones(self.features))
+            self.count = nn.Buffer(torch.zeros((), dtype=torch.float64))
 
     def fits(self, space: gym.Space[Any]) -> bool:
         """Whether observations of this space can be encoded."""
-        if isinstance(space, spaces.Discrete):
+        if isinstance(space, Discrete):
             wanted = ("one-hot", int(space.n), int(space.start))
             return (self.kind, self.features, self.start) == wanted
         return self.kind == "flat" and self.shape == space.shape
@@ -113,10 +108,9 @@ def _mlp(
     generator: torch.Generator,
     orthogonal: bool,
 ) -> nn.Sequential:
-    if activation not in _ACTIVATIONS:
-        raise ValueError(
-            f"activation must be one of {sorted(_ACTIVATIONS)}, got {activation!r}"
-        )
+    known = sorted(_ACTIVATIONS)
+    if activation not in known:
+        raise ValueError(f"activation must be one of {known}, got {activation!r}")
     layers: list[nn.Module] = []
     last = len(sizes) - 2
     for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
@@ -207,10 +201,10 @@ class Policy(nn.Module):
         (dtype('int64'), (2,))
         """
         array, shape = np.array(observation), self.encoder.shape
-        if array.shape not in (shape, array.shape[:1] + shape):
+        got = array.shape
+        if got not in (shape, got[:1] + shape):
             raise ValueError(
-                f"observation must have the shape {shape}, or [N, *{shape}] for N of "
-                f"them, got {array.shape}"
+                f"observation must have the shape {shape}, or [N, *{shape}], got {got}"
             )
         one = array.ndim == len(shape)
         device = next((p.device for p in self.parameters()), None)
@@ -228,10 +222,7 @@ class CategoricalPolicy(Policy):
     """
 
     def __init__(
-        self,
-        encoder: ObservationEncoder,
-        space: spaces.Discrete,
-        network: nn.Sequential,
+        self, encoder: ObservationEncoder, space: Discrete, network: nn.Sequential
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -257,15 +248,10 @@ class GaussianPolicy(Policy):
     log-probability is that of the unclipped action.
     """
 
-    low: Tensor
-    high: Tensor
-    centre: Tensor
-    half_range: Tensor
-
     def __init__(
         self,
         encoder: ObservationEncoder,
-        space: spaces.Box,
+        space: Box,
         network: nn.Sequential,
         log_std: float = 0.0,
     ) -> None:
@@ -273,19 +259,16 @@ class GaussianPolicy(Policy):
         self.encoder = encoder
         self.network = network
         self.action_shape, self.action_dtype = space.shape, space.dtype
-        low, high = (
-            torch.as_tensor(bound.astype(np.float32)).flatten()
-            for bound in (space.low, space.high)
-        )
+        bounds = (space.low, space.high)
+        low, high = (torch.as_tensor(b.astype(np.float32)).flatten() for b in bounds)
         bounded = torch.isfinite(low) & torch.isfinite(high)
         self.log_std = nn.Parameter(torch.full((low.numel(),), float(log_std)))
-        for name, value in {
-            "low": low,
-            "high": high,
-            "centre": torch.where(bounded, (high + low) / 2, 0.0),
-            "half_range": torch.where(bounded, (high - low) / 2, 1.0),
-        }.items():
-            self.register_buffer(name, value, persistent=False)
+        self.low = nn.Buffer(low, persistent=False)
+        self.high = nn.Buffer(high, persistent=False)
+        centre = torch.where(bounded, (high + low) / 2, 0.0)
+        self.centre = nn.Buffer(centre, persistent=False)
+        half_range = torch.where(bounded, (high - low) / 2, 1.0)
+        self.half_range = nn.Buffer(half_range, persistent=False)
 
     def forward(self, observations: Tensor) -> DiagonalGaussian:
         """Return π_θ(·|s) over ``[D]`` numbers."""
@@ -371,10 +354,10 @@ def make_policy(
         sizes = [encoder.features, *hidden, outputs]
         return _mlp(sizes, activation, 0.01, generator, orthogonal)
 
-    if isinstance(action_space, spaces.Discrete):
+    if isinstance(action_space, Discrete):
         return CategoricalPolicy(encoder, action_space, network(int(action_space.n)))
     floating = np.issubdtype(action_space.dtype, np.floating)
-    if isinstance(action_space, spaces.Box) and floating:
+    if isinstance(action_space, Box) and floating:
         outputs = math.prod(action_space.shape)
         return GaussianPolicy(encoder, action_space, network(outputs), log_std)
     raise ValueError(

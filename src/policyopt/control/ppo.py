@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from policyopt import losses
 from policyopt.control.config import ActorCriticConfig
 from policyopt.control.environments import EnvLike
 from policyopt.control.policies import Policy
@@ -19,14 +20,6 @@ from policyopt.control.results import TrainResult, Update
 from policyopt.control.steps import Steps, critic_fit, critic_loss, estimate_advantages
 from policyopt.control.training import Run
 from policyopt.frame import Callback, Statistics
-from policyopt.losses import (
-    ClippedSurrogate,
-    Loss,
-    aggregate,
-    check_loss,
-    clipped_surrogate_loss,
-    item_losses,
-)
 from policyopt.runs import Count, NonNegative, Positive
 
 __all__ = ["PPOConfig", "PPOUpdate", "ppo_loss", "train_ppo"]
@@ -36,10 +29,7 @@ __all__ = ["PPOConfig", "PPOUpdate", "ppo_loss", "train_ppo"]
 class PPOConfig(ActorCriticConfig):
     """Settings of :func:`train_ppo`."""
 
-    renamed: ClassVar[dict[str, str]] = {
-        "epochs": "epochs_per_batch",
-        "minibatch": "minibatch_size",
-    }
+    renamed: ClassVar = {"epochs": "epochs_per_batch", "minibatch": "minibatch_size"}
 
     epochs_per_batch: Count = 4
     """Passes over each batch."""
@@ -75,12 +65,7 @@ class PPOUpdate(Update):
     last pass; statistics that a loss of your own does not return are NaN.
     """
 
-    may_be_nan: ClassVar[tuple[str, ...]] = (
-        *Update.may_be_nan,
-        "kl",
-        "clip_fraction",
-        "ratio_max",
-    )
+    may_be_nan: ClassVar = (*Update.may_be_nan, "kl", "clip_fraction", "ratio_max")
 
     policy_loss: float
     """Mean clipped surrogate loss. Near 0 by construction (advantages have mean 0): its
@@ -105,13 +90,11 @@ class PPOUpdate(Update):
     learning_rate: float
 
 
-def ppo_loss(steps: Steps, config: PPOConfig) -> ClippedSurrogate:
+def ppo_loss(steps: Steps, config: PPOConfig) -> losses.ClippedSurrogate:
     """PPO's: :func:`~policyopt.losses.clipped_surrogate_loss` of each step."""
-    return clipped_surrogate_loss(
-        steps.log_prob,
-        steps.old_log_prob,
-        steps.advantages,
-        clip_ratio=config.clip_ratio,
+    old, clip = steps.old_log_prob, config.clip_ratio
+    return losses.clipped_surrogate_loss(
+        steps.log_prob, old, steps.advantages, clip_ratio=clip
     )
 
 
@@ -121,7 +104,7 @@ def train_ppo(
     *,
     seed: int = 0,
     policy: Policy | None = None,
-    loss: Loss | None = None,
+    loss: losses.Loss | None = None,
     checkpoint_dir: str | Path | None = None,
     callback: Callback | None = None,
     progress: bool = True,
@@ -140,19 +123,13 @@ def train_ppo(
     Implementation details: Huang et al. (2022), The 37 implementation details of
     proximal policy optimization, ICLR blog track.
     """
-    loss = check_loss(loss, partial(ppo_loss, config=config), "Steps of a minibatch")
+    ours = partial(ppo_loss, config=config)
+    loss = losses.check_loss(loss, ours, "Steps of a minibatch")
     run = Run(
-        "ppo",
-        env,
-        config,
-        PPOUpdate,
-        seed=seed,
-        critic=config.use_critic,
-        policy=policy,
-        checkpoint_dir=checkpoint_dir,
-        callback=callback,
+        "ppo", env, config, PPOUpdate, seed=seed, critic=config.use_critic,
+        policy=policy, checkpoint_dir=checkpoint_dir, callback=callback,
         progress=progress,
-    )
+    )  # fmt: skip
     policy, critic = run.policy, run.critic
     optimizer = run.adam(run.trainable(), config.learning_rate)
     statistics = ("ratio", "kl", "clipped")
@@ -172,26 +149,22 @@ def train_ppo(
                 for part in steps.minibatches(config.minibatch_size, run.generator):
                     distribution = policy(part.observations)
                     part = part.scored(distribution)
-                    items = item_losses(
+                    items = losses.item_losses(
                         loss, part, part.log_prob.shape, statistics, required
                     )
-                    policy_loss = aggregate(items.loss)
+                    policy_loss = losses.aggregate(items.loss)
                     value_loss = critic_loss(critic, part, clip=config.value_clip)
-                    entropy = aggregate(distribution.entropy())
+                    entropy = losses.aggregate(distribution.entropy())
                     total = policy_loss - config.entropy_coef * entropy
                     optimizer.zero_grad()
                     (total + config.value_coef * value_loss).backward()
                     norm = nn.utils.clip_grad_norm_(run.trainable(), largest_norm)
                     optimizer.step()
                     seen.add(
-                        policy_loss=policy_loss,
-                        value_loss=value_loss,
-                        entropy=entropy,
-                        kl=items.kl.mean(),
-                        clip_fraction=items.clipped.mean(),
-                        ratio_max=items.ratio.max(),
-                        gradient_norm=norm,
-                    )
+                        policy_loss=policy_loss, value_loss=value_loss, entropy=entropy,
+                        kl=items.kl.mean(), clip_fraction=items.clipped.mean(),
+                        ratio_max=items.ratio.max(), gradient_norm=norm,
+                    )  # fmt: skip
                 if config.target_kl and seen["kl"].mean() > 1.5 * config.target_kl:
                     break
 
@@ -201,8 +174,7 @@ def train_ppo(
                 ),
                 ratio_max=seen["ratio_max"].max().item(),
                 gradient_norm=seen["gradient_norm"][-1].item(),
-                explained_variance=critic_fit(critic, steps),
-                passes=passes,
+                explained_variance=critic_fit(critic, steps), passes=passes,
                 learning_rate=optimizer.param_groups[0]["lr"],
-            )
+            )  # fmt: skip
     return run.result()

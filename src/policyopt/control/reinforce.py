@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from policyopt import losses
 from policyopt.control.config import ControlConfig
 from policyopt.control.environments import EnvLike
 from policyopt.control.policies import Policy
@@ -19,13 +20,6 @@ from policyopt.control.steps import Steps, critic_fit, critic_loss
 from policyopt.control.training import Run
 from policyopt.estimators import discounted_returns, normalize
 from policyopt.frame import Callback
-from policyopt.losses import (
-    Loss,
-    aggregate,
-    check_loss,
-    item_losses,
-    policy_gradient_loss,
-)
 from policyopt.runs import Count, NonNegative, Positive
 
 __all__ = [
@@ -117,7 +111,7 @@ def reinforce_weights(
     returns = torch.where(rollout.valid, returns, 0.0)
     weights = returns if reward_to_go else returns[0].expand_as(returns)
     if baseline == "mean":
-        weights = weights - aggregate(weights, rollout.valid)
+        weights = weights - losses.aggregate(weights, rollout.valid)
     elif baseline == "learned":
         if values is None:
             raise ValueError("values must be given with baseline='learned'")
@@ -130,7 +124,7 @@ def reinforce_loss(steps: Steps) -> Tensor:
     """REINFORCE's objective: :func:`~policyopt.losses.policy_gradient_loss` of each
     step.
     """
-    return policy_gradient_loss(steps.log_prob, steps.advantages)
+    return losses.policy_gradient_loss(steps.log_prob, steps.advantages)
 
 
 def train_reinforce(
@@ -140,7 +134,7 @@ def train_reinforce(
     seed: int = 0,
     policy: Policy | None = None,
     weigh: Callable[..., tuple[Tensor, Tensor]] = reinforce_weights,
-    loss: Loss | None = None,
+    loss: losses.Loss | None = None,
     checkpoint_dir: str | Path | None = None,
     callback: Callback | None = None,
     progress: bool = True,
@@ -194,19 +188,12 @@ def train_reinforce(
     ----------
     Williams (1992), doi:10.1007/BF00992696.
     """
-    loss = check_loss(loss, reinforce_loss, "Steps of a batch")
+    loss = losses.check_loss(loss, reinforce_loss, "Steps of a batch")
     run = Run(
-        "reinforce",
-        env,
-        config,
-        ReinforceUpdate,
-        seed=seed,
-        critic=config.baseline == "learned",
-        policy=policy,
-        checkpoint_dir=checkpoint_dir,
-        callback=callback,
-        progress=progress,
-    )
+        "reinforce", env, config, ReinforceUpdate, seed=seed,
+        critic=config.baseline == "learned", policy=policy,
+        checkpoint_dir=checkpoint_dir, callback=callback, progress=progress,
+    )  # fmt: skip
     policy, critic = run.policy, run.critic
     optimizer = run.adam(run.trainable(), config.learning_rate)
 
@@ -215,29 +202,24 @@ def train_reinforce(
             rollout = run.collect(None)
             values, next_values = rollout.evaluate(critic)
             weights, returns = weigh(
-                rollout,
-                gamma=config.gamma,
-                reward_to_go=config.reward_to_go,
-                baseline=config.baseline,
-                normalized=config.normalize_weights,
+                rollout, gamma=config.gamma, reward_to_go=config.reward_to_go,
+                baseline=config.baseline, normalized=config.normalize_weights,
                 values=values,
                 next_values=next_values if config.bootstrap_truncated else None,
-            )
+            )  # fmt: skip
             observations = rollout.flat(rollout.observations)
             actions = rollout.flat(rollout.actions)
             distribution = policy(observations)
             log_prob = distribution.log_prob(actions)
             steps = Steps(
-                observations=observations,
-                actions=actions,
-                advantages=rollout.flat(weights),
-                log_prob=log_prob,
-                old_log_prob=log_prob.detach(),
-                targets=rollout.flat(returns),
+                observations=observations, actions=actions,
+                advantages=rollout.flat(weights), log_prob=log_prob,
+                old_log_prob=log_prob.detach(), targets=rollout.flat(returns),
                 old_values=rollout.flat(values),
-            )
-            policy_loss = aggregate(item_losses(loss, steps, log_prob.shape).loss)
-            entropy = aggregate(distribution.entropy())
+            )  # fmt: skip
+            items = losses.item_losses(loss, steps, log_prob.shape)
+            policy_loss = losses.aggregate(items.loss)
+            entropy = losses.aggregate(distribution.entropy())
             optimizer.zero_grad()
             (policy_loss - config.entropy_coef * entropy).backward()
             gradients = [p.grad for p in policy.parameters() if p.grad is not None]
@@ -250,9 +232,7 @@ def train_reinforce(
                 optimizer.step()
 
             run.log(
-                policy_loss=policy_loss.item(),
-                entropy=entropy.item(),
-                gradient_norm=norm.item(),
-                explained_variance=critic_fit(critic, steps),
-            )
+                policy_loss=policy_loss.item(), entropy=entropy.item(),
+                gradient_norm=norm.item(), explained_variance=critic_fit(critic, steps),
+            )  # fmt: skip
     return run.result()

@@ -21,7 +21,7 @@ from policyopt.control.rollouts import Episodes
 from policyopt.frame import Row, read_run, run_metadata
 from policyopt.runs import History
 
-__all__ = ["ConfigT", "RowT", "TrainResult", "Update"]
+__all__ = ["TrainResult", "Update"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,30 +125,21 @@ class TrainResult(Generic[ConfigT, RowT]):
         settings = identity["config"]
         config = config_type(**settings | {"hidden": tuple(settings["hidden"])})
         observations, actions = (_space_of(strip(tensors, f"{n}.")) for n in _SPACES)
+        spaces = (observations, actions)
         policy, critic = build_networks(
-            observations,
-            actions,
-            config,
+            *spaces, config, generator=torch.Generator(),
             critic=any(name.startswith("critic.") for name in tensors),
-            generator=torch.Generator(),
-        )
+        )  # fmt: skip
         load_networks(policy, critic, tensors)
         return TrainResult(
-            algorithm=identity["algorithm"],
-            environment=identity["environment"],
-            num_envs=identity["copies"],
-            seed=identity["seed"],
-            config=config,
-            policy=policy,
-            critic=critic,
+            algorithm=identity["algorithm"], environment=identity["environment"],
+            num_envs=identity["copies"], seed=identity["seed"], config=config,
+            policy=policy, critic=critic, episodes=episodes_of(tensors),
             history=History(rows_from_json(row_type, metadata["history"])),
-            episodes=episodes_of(tensors),
-            stop_reason=state["stop_reason"],
-            seconds=state["seconds"],
-            steps=state["steps"],
-            spaces=(observations, actions),
+            stop_reason=state["stop_reason"], seconds=state["seconds"],
+            steps=state["steps"], spaces=spaces,
             reward_statistics=tuple(state["reward_statistics"]),
-        )
+        )  # fmt: skip
 
 
 def identity_of(result: TrainResult[Any, Any]) -> dict[str, Any]:
@@ -216,23 +207,18 @@ def _structure(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _algorithm_types(algorithm: str) -> tuple[type[ControlConfig], type[Update]]:
-    prefixes = {"reinforce": "Reinforce", "trpo": "TRPO", "ppo": "PPO"}
-    if algorithm not in prefixes:
-        raise ValueError(
-            f"algorithm must be one of {sorted(prefixes)}, got {algorithm!r}"
-        )
+    names = {"reinforce": "Reinforce", "trpo": "TRPO", "ppo": "PPO"}
+    if algorithm not in names:
+        raise ValueError(f"algorithm must be one of {sorted(names)}, got {algorithm!r}")
     # Looked up late: the algorithms' modules import this one.
     module = importlib.import_module(f"policyopt.control.{algorithm}")
-    prefix = prefixes[algorithm]
-    return getattr(module, f"{prefix}Config"), getattr(module, f"{prefix}Update")
+    name = names[algorithm]
+    return getattr(module, f"{name}Config"), getattr(module, f"{name}Update")
 
 
 def _space_tensors(space: gym.Space[Any]) -> dict[str, Tensor]:
     if isinstance(space, gym.spaces.Discrete):
-        return {
-            "n": torch.tensor(int(space.n)),
-            "start": torch.tensor(int(space.start)),
-        }
+        return {"n": torch.tensor(space.n), "start": torch.tensor(space.start)}
     assert isinstance(space, gym.spaces.Box)
     return {"low": torch.from_numpy(space.low), "high": torch.from_numpy(space.high)}
 

@@ -25,15 +25,14 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 from torch import Tensor
 
-from policyopt.control.environments import (
-    EnvLike,
-    environment_name,
-    environment_seed,
-    make_vector_env,
-)
+from policyopt.control import environments
+from policyopt.control.environments import EnvLike, environment_seed
 from policyopt.control.policies import ObservationEncoder, Policy
 
 __all__ = ["Collector", "Episodes", "Rollout", "sample_episodes"]
+
+ValueFunction = Callable[[Tensor], Tensor]
+"""From raw observations ``[..., *observation shape]`` to V(s), ``[...]``."""
 
 
 @dataclass(frozen=True)
@@ -110,17 +109,13 @@ class Rollout:
         return x.flatten(0, 1) if bool(self.valid.all()) else x[self.valid]
 
     @torch.no_grad()
-    def evaluate(
-        self, critic: Callable[[Tensor], Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
+    def evaluate(self, critic: ValueFunction | None) -> tuple[Tensor, Tensor]:
         """Return V(s_t) and V(s_{t+1}), both ``[T, N]``; the successor of a cut row is
         its final observation. Without a critic V = 0.
         """
         if critic is None:
             return torch.zeros_like(self.rewards), torch.zeros_like(self.rewards)
-        values = critic(
-            torch.cat([self.observations, self.last_observations.unsqueeze(0)])
-        )
+        values = critic(torch.cat([self.observations, self.last_observations[None]]))
         next_values = values[1:].clone()
         if len(self.final_observations):
             next_values[self.final_index] = critic(self.final_observations)
@@ -159,11 +154,8 @@ class Collector:
                 f"policy was made for other observations than those of {name}, "
                 f"{space}: make one for its spaces"
             )
-        self.env = env
-        self.policy = policy
-        self.generator = generator
-        self.name = name
-        self.steps = 0
+        self.env, self.policy, self.generator = env, policy, generator
+        self.name, self.steps = name, 0
         self._same_step = env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
         self.reset(seed)
 
@@ -184,9 +176,7 @@ class Collector:
             If ``steps`` < 1, or an observation or reward is NaN or infinite.
         """
         if steps < 1:
-            raise ValueError(
-                f"steps must be >= 1, got {steps!r}: an empty rollout teaches nothing"
-            )
+            raise ValueError(f"steps must be >= 1, got {steps!r}")
         return self._run(steps, deterministic=deterministic, one_episode=False)
 
     def collect_episodes(
@@ -217,11 +207,8 @@ class Collector:
         for t in range(steps):
             # A copy: some environments return the same array in every step.
             seen = np.array(self._observation, dtype)
-            action = act(
-                torch.from_numpy(seen).to(device),
-                self.generator,
-                deterministic=deterministic,
-            )
+            batch = torch.from_numpy(seen).to(device)
+            action = act(batch, self.generator, deterministic=deterministic)
             self._observation, reward, *ends, info = env.step(to_env(action))
             ended, cut = (np.array(end, bool) for end in ends)
             valid = running if one_episode else ~self._pending_reset
@@ -239,62 +226,45 @@ class Collector:
         else:
             if one_episode:
                 raise ValueError(
-                    f"max_steps: an episode of {self.name} is not over after {steps} "
-                    "steps; raise max_steps or give the environment a time limit "
-                    "(gymnasium.wrappers.TimeLimit)"
+                    f"an episode of {self.name} is not over after {steps} steps; raise "
+                    "max_steps or wrap it in gymnasium.wrappers.TimeLimit"
                 )
-        observations, rewards, terminated, truncated, valid = (
-            np.stack(column) for column in zip(*rows, strict=True)
-        )
+        columns = map(np.stack, zip(*rows, strict=True))
+        observations, rewards, terminated, truncated, valid = columns
         after = np.array(self._observation)
         final = np.array([f[2] for f in finals], dtype).reshape(-1, *after.shape[1:])
         self._check_finite("observation", observations)
         self._check_finite("reward", rewards)
         # Neither is a row of the rollout, but both are bootstrapped from.
-        for array in (after, final):
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise ValueError(
-                    f"{self.name} returned a NaN or infinite last or final "
-                    "observation; fix the environment or wrap it so that every "
-                    "observation is finite"
-                )
-        episodes = self._close_episodes(rewards, terminated | truncated, valid)
+        self._check_finite("observation", after[None], "after the last step")
+        self._check_finite("observation", final[None], "at the end of an episode")
 
         def tensor(array: Any, dtype: torch.dtype | None = None) -> Tensor:
             return torch.as_tensor(array, dtype=dtype, device=device)
 
+        at, copies = (tensor([f[k] for f in finals], torch.long) for k in (0, 1))
         return Rollout(
-            observations=tensor(observations),
-            actions=torch.stack(actions),
-            rewards=tensor(rewards),
-            terminated=tensor(terminated),
-            truncated=tensor(truncated),
-            valid=tensor(valid),
-            last_observations=tensor(after),
-            final_index=(
-                tensor([f[0] for f in finals], torch.long),
-                tensor([f[1] for f in finals], torch.long),
-            ),
+            observations=tensor(observations), actions=torch.stack(actions),
+            rewards=tensor(rewards), terminated=tensor(terminated),
+            truncated=tensor(truncated), valid=tensor(valid),
+            last_observations=tensor(after), final_index=(at, copies),
             final_observations=tensor(final),
-            episodes=episodes,
-        )
+            episodes=self._close_episodes(rewards, terminated | truncated, valid),
+        )  # fmt: skip
 
-    def _check_finite(self, what: str, array: NDArray[Any]) -> None:
+    def _check_finite(self, what: str, array: NDArray[Any], where: str = "") -> None:
         # One sum is cheaper than a mask; look closer only when it fails.
         if array.dtype.kind != "f" or np.isfinite(array.sum(dtype=np.float64)):
             return
         for t, i in np.argwhere(~np.isfinite(array))[:1, :2]:
+            where = where or f"at step {t} of the rollout in copy {i}"
             raise ValueError(
-                f"{self.name} returned a NaN or infinite {what} ({array[t, i]}) at "
-                f"step {t} of the rollout in copy {i}; fix the environment or wrap it "
-                f"so that every {what} is finite"
+                f"{self.name} returned a NaN or infinite {what} ({array[t, i]}) {where}"
+                f"; fix the environment or wrap it so that every {what} is finite"
             )
 
     def _close_episodes(
-        self,
-        rewards: NDArray[np.float32],
-        done: NDArray[np.bool_],
-        valid: NDArray[np.bool_],
+        self, rewards: NDArray[Any], done: NDArray[Any], valid: NDArray[Any]
     ) -> Episodes:
         """Account for the rows just collected, and return the episodes that ended in
         them.
@@ -303,18 +273,15 @@ class Collector:
         lengths = np.cumsum(valid, axis=0) + self._lengths
         steps = self.steps + np.cumsum(valid.sum(axis=1))
         before, begun = np.zeros_like(returns[0]), np.zeros_like(lengths[0])
-        ended: list[tuple[int, float, int]] = []
-        for t, i in np.argwhere(done & valid):
-            ended.append(
-                (steps[t], returns[t, i] - before[i], lengths[t, i] - begun[i])
-            )
-            before[i], begun[i] = returns[t, i], lengths[t, i]
+        ends = np.nonzero(done & valid)
+        totals, sizes = returns[ends], lengths[ends]
+        for k, i in enumerate(ends[1]):
+            # What the copy's earlier episodes gathered is none of this one's.
+            totals[k], before[i] = totals[k] - before[i], totals[k]
+            sizes[k], begun[i] = sizes[k] - begun[i], sizes[k]
         self._returns, self._lengths = returns[-1] - before, lengths[-1] - begun
         self.steps = int(steps[-1])
-        at, totals, sizes = zip(*ended, strict=True) if ended else ((), (), ())
-        return Episodes(
-            np.array(at, np.int64), np.array(totals, float), np.array(sizes, np.int64)
-        )
+        return Episodes(steps[ends[0]], totals, sizes)
 
 
 def sample_episodes(
@@ -353,17 +320,12 @@ def sample_episodes(
     """
     if episodes < 1:
         raise ValueError(f"episodes must be >= 1, got {episodes!r}")
-    vector, owned = make_vector_env(env, episodes)
+    name, start = environments.environment_name(env), environment_seed(seed, 1)
+    vector, owned = environments.make_vector_env(env, episodes)
     try:
         device = next((p.device for p in policy.parameters()), torch.device("cpu"))
         generator = torch.Generator(device).manual_seed(environment_seed(seed, 2))
-        collector = Collector(
-            vector,
-            policy,
-            generator,
-            seed=environment_seed(seed, 1),
-            name=environment_name(env),
-        )
+        collector = Collector(vector, policy, generator, seed=start, name=name)
         return collector._run(max_steps, deterministic=deterministic, one_episode=True)
     finally:
         if owned:

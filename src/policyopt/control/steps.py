@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from policyopt.control.config import ActorCriticConfig
 from policyopt.control.policies import Policy
-from policyopt.control.rollouts import Rollout
+from policyopt.control.rollouts import Rollout, ValueFunction
 from policyopt.distributions import Distribution
 from policyopt.estimators import explained_variance, gae, normalize
 from policyopt.losses import aggregate, value_loss
 
-__all__ = ["Steps", "critic_fit", "critic_loss", "estimate_advantages"]
+__all__ = ["Steps", "estimate_advantages"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Steps:
 def estimate_advantages(
     rollout: Rollout,
     policy: Policy,
-    critic: Callable[[Tensor], Tensor] | None,
+    critic: ValueFunction | None,
     config: ActorCriticConfig,
 ) -> Steps:
     """Turn a rollout into steps with advantages by GAE; without a critic V = 0.
@@ -79,35 +79,24 @@ def estimate_advantages(
     if not config.bootstrap_truncated:
         ended = ended | rollout.truncated
     advantages = gae(
-        rollout.rewards,
-        values,
-        next_values,
-        ended,
-        rollout.truncated,
-        gamma=config.gamma,
-        gae_lambda=config.gae_lambda,
-    )
+        rollout.rewards, values, next_values, ended, rollout.truncated,
+        gamma=config.gamma, gae_lambda=config.gae_lambda,
+    )  # fmt: skip
     flat = rollout.flat(advantages)
     observations = rollout.flat(rollout.observations)
     actions = rollout.flat(rollout.actions)
     with torch.no_grad():
         log_prob = policy(observations).log_prob(actions)
     return Steps(
-        observations=observations,
-        actions=actions,
+        observations=observations, actions=actions, log_prob=log_prob,
         advantages=normalize(flat) if config.normalize_advantages else flat,
-        log_prob=log_prob,
-        old_log_prob=log_prob,
-        targets=rollout.flat(advantages + values),
+        old_log_prob=log_prob, targets=rollout.flat(advantages + values),
         old_values=rollout.flat(values),
-    )
+    )  # fmt: skip
 
 
 def critic_loss(
-    critic: Callable[[Tensor], Tensor] | None,
-    steps: Steps,
-    *,
-    clip: float | None = None,
+    critic: ValueFunction | None, steps: Steps, *, clip: float | None = None
 ) -> Tensor:
     """Mean :func:`~policyopt.losses.value_loss` over some steps; 0 without a critic."""
     if critic is None:

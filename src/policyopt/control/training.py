@@ -40,11 +40,11 @@ class _RewardScaler:
         self._running = np.zeros(copies)
 
     def __call__(self, rollout: Rollout) -> Rollout:
-        rewards = rollout.rewards.cpu().numpy().astype(np.float64)
+        rows = rollout.rewards.cpu().numpy().astype(np.float64)
         # Padding counts as an end: it must not leak into the next rollout.
         done = (rollout.terminated | rollout.truncated | ~rollout.valid).cpu().numpy()
-        returns = np.empty_like(rewards)
-        for t, reward in enumerate(rewards):
+        returns = np.empty_like(rows)
+        for t, reward in enumerate(rows):
             returns[t] = self._running = self._running * self.gamma + reward
             self._running = np.where(done[t], 0.0, self._running)
         seen = returns[rollout.valid.cpu().numpy()]
@@ -56,9 +56,8 @@ class _RewardScaler:
         mean, variance = mean + delta * len(seen) / total, spread / total
         self.statistics = (mean, variance, total)
         deviation = math.sqrt(variance)
-        return dataclasses.replace(
-            rollout, rewards=rollout.rewards / (deviation if deviation > 1e-8 else 1.0)
-        )
+        rewards = rollout.rewards / (deviation if deviation > 1e-8 else 1.0)
+        return dataclasses.replace(rollout, rewards=rewards)
 
     def restart(self) -> None:
         """Forget the episodes that are under way."""
@@ -104,7 +103,7 @@ class Run(Frame[ConfigT, RowT]):
             raise
 
     def _build(self, policy: Policy | None, critic: bool) -> None:
-        env, seed = self.env, self.seed
+        env, seed, name = self.env, self.seed, self.name
         self.spaces = (env.single_observation_space, env.single_action_space)
         # A generator of the CPU: the first weights do not depend on the device.
         start = torch.Generator().manual_seed(seed)
@@ -117,11 +116,7 @@ class Run(Frame[ConfigT, RowT]):
         self._scaler = _RewardScaler(self.config.gamma, env.num_envs)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self._collector = Collector(
-            env,
-            self.policy,
-            self.generator,
-            seed=environment_seed(seed),
-            name=self.name,
+            env, self.policy, self.generator, seed=environment_seed(seed), name=name
         )
 
     # --- the loop's interface ---
@@ -165,21 +160,13 @@ class Run(Frame[ConfigT, RowT]):
     def result(self) -> TrainResult[ConfigT, RowT]:
         """Return what was learned so far."""
         return TrainResult(
-            algorithm=self.algorithm,
-            environment=self.name,
-            num_envs=self.env.num_envs,
-            seed=self.seed,
-            config=self.config,
-            policy=self.policy,
-            critic=self.critic,
-            history=self.history,
-            episodes=Episodes.concatenate(self._episodes),
-            stop_reason=self.stop_reason,
-            seconds=self.seconds,
-            steps=self._collector.steps,
-            spaces=self.spaces,
+            algorithm=self.algorithm, environment=self.name, seed=self.seed,
+            num_envs=self.env.num_envs, config=self.config, policy=self.policy,
+            critic=self.critic, history=self.history, stop_reason=self.stop_reason,
+            episodes=Episodes.concatenate(self._episodes), seconds=self.seconds,
+            steps=self._collector.steps, spaces=self.spaces,
             reward_statistics=self._scaler.statistics,
-        )
+        )  # fmt: skip
 
     # --- what the frame asks for ---
 
@@ -248,9 +235,8 @@ class Run(Frame[ConfigT, RowT]):
                     "it is a saved result, without the optimiser's state; start from "
                     "it with policy= and another folder"
                 )
-            self._optimizer.load_state_dict(
-                {**self._optimizer.state_dict(), "state": slots}
-            )
+            saved = self._optimizer.state_dict() | {"state": slots}
+            self._optimizer.load_state_dict(saved)
         self._scaler.statistics = tuple(state["reward_statistics"])
         self._note(results.episodes_of(tensors))
         self._collector.steps = state["steps"]

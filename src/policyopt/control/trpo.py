@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
+from policyopt import losses
 from policyopt.control.config import ActorCriticConfig
 from policyopt.control.environments import EnvLike
 from policyopt.control.policies import Critic, Policy
@@ -21,14 +22,6 @@ from policyopt.control.steps import Steps, critic_fit, critic_loss, estimate_adv
 from policyopt.control.training import Run
 from policyopt.distributions import Distribution
 from policyopt.frame import Callback, Statistics
-from policyopt.losses import (
-    Loss,
-    Surrogate,
-    aggregate,
-    check_loss,
-    item_losses,
-    surrogate_loss,
-)
 from policyopt.runs import Bound, Count, NonNegative, Positive
 from policyopt.trust_region import TrustRegionStep, trust_region_step
 
@@ -93,18 +86,18 @@ class TRPOUpdate(Update):
     """Of the targets, by the critic before its update; NaN without one."""
 
 
-def trpo_loss(steps: Steps) -> Surrogate:
+def trpo_loss(steps: Steps) -> losses.Surrogate:
     """TRPO's objective: :func:`~policyopt.losses.surrogate_loss` of each step."""
-    return surrogate_loss(steps.log_prob, steps.old_log_prob, steps.advantages)
+    return losses.surrogate_loss(steps.log_prob, steps.old_log_prob, steps.advantages)
 
 
 def surrogate_and_kl(
-    policy: Policy, old: Distribution, steps: Steps, loss: Loss
+    policy: Policy, old: Distribution, steps: Steps, loss: losses.Loss
 ) -> tuple[Tensor, Tensor]:
     """Return the mean loss and the mean KL(π_old ‖ π) of some steps."""
     new = policy(steps.observations)
-    items = item_losses(loss, steps.scored(new), steps.advantages.shape)
-    return aggregate(items.loss), aggregate(old.kl(new))
+    items = losses.item_losses(loss, steps.scored(new), steps.advantages.shape)
+    return losses.aggregate(items.loss), losses.aggregate(old.kl(new))
 
 
 def fit_critic(
@@ -134,7 +127,7 @@ def train_trpo(
     *,
     seed: int = 0,
     policy: Policy | None = None,
-    loss: Loss | None = None,
+    loss: losses.Loss | None = None,
     step: Callable[..., TrustRegionStep] = trust_region_step,
     checkpoint_dir: str | Path | None = None,
     callback: Callback | None = None,
@@ -157,19 +150,12 @@ def train_trpo(
     ----------
     Schulman et al. (2015), Trust region policy optimization, arXiv:1502.05477.
     """
-    loss = check_loss(loss, trpo_loss, "Steps of a batch")
+    loss = losses.check_loss(loss, trpo_loss, "Steps of a batch")
     run = Run(
-        "trpo",
-        env,
-        config,
-        TRPOUpdate,
-        seed=seed,
-        critic=config.use_critic,
-        policy=policy,
-        checkpoint_dir=checkpoint_dir,
-        callback=callback,
+        "trpo", env, config, TRPOUpdate, seed=seed, critic=config.use_critic,
+        policy=policy, checkpoint_dir=checkpoint_dir, callback=callback,
         progress=progress,
-    )
+    )  # fmt: skip
     policy, critic = run.policy, run.critic
     parameters = [p for p in policy.parameters() if p.requires_grad]
     rate = config.critic_learning_rate
@@ -184,26 +170,19 @@ def train_trpo(
                 # parameters in place.
                 old = policy(steps.observations).detach()
             taken = step(
-                parameters,
-                partial(surrogate_and_kl, policy, old, steps, loss),
-                kl_limit=config.kl_limit,
-                damping=config.damping,
-                cg_iterations=config.cg_iterations,
-                backtracks=config.backtracks,
-                shrink=config.shrink,
-                accept_ratio=config.accept_ratio,
-            )
+                parameters, partial(surrogate_and_kl, policy, old, steps, loss),
+                kl_limit=config.kl_limit, damping=config.damping,
+                cg_iterations=config.cg_iterations, backtracks=config.backtracks,
+                shrink=config.shrink, accept_ratio=config.accept_ratio,
+            )  # fmt: skip
             value_loss = fit_critic(critic, optimizer, steps, config, run.generator)
+            search = taken.search
             run.log(
-                kl=taken.search.kl,
-                improvement=taken.search.improvement,
+                kl=search.kl, improvement=search.improvement,
                 expected_improvement=taken.expected_improvement,
-                step_fraction=taken.search.fraction,
-                line_search=taken.search.reason,
-                cg_residual=taken.residual,
-                gradient_norm=taken.gradient_norm,
-                entropy=aggregate(old.entropy()).item(),
-                value_loss=value_loss,
+                step_fraction=search.fraction, line_search=search.reason,
+                cg_residual=taken.residual, gradient_norm=taken.gradient_norm,
+                entropy=losses.aggregate(old.entropy()).item(), value_loss=value_loss,
                 explained_variance=critic_fit(critic, steps),
-            )
+            )  # fmt: skip
     return run.result()
