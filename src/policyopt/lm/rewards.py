@@ -34,6 +34,7 @@ RewardFunctions = (
 )
 """One reward function, several, or several by name."""
 
+_Columns = Mapping[str, Sequence[Any]]
 _FORM = "def reward(completions, prompts, **columns): ..."
 
 
@@ -121,9 +122,7 @@ def _by_name(functions: RewardFunctions) -> dict[str, RewardFunction]:
     return named
 
 
-def _score(
-    name: str, function: RewardFunction, available: Mapping[str, Sequence[Any]]
-) -> Tensor:
+def _score(name: str, function: RewardFunction, available: _Columns) -> Tensor:
     """Call one function, and check what it returns."""
     label, B = f"reward function {name!r}", len(available["completions"])
     # Copies: a function that edits its lists does not change what the next one sees.
@@ -148,9 +147,7 @@ def _score(
     return torch.tensor(scores, dtype=torch.float32)
 
 
-def _accepted(
-    label: str, function: RewardFunction, available: Mapping[str, Any]
-) -> list[str]:
+def _accepted(label: str, function: RewardFunction, available: _Columns) -> list[str]:
     """Return the names of the arguments that the function's signature takes."""
     try:
         signature = inspect.signature(function)
@@ -206,7 +203,7 @@ def _number(value: Any) -> float:
         return math.inf
 
 
-def _item(available: Mapping[str, Sequence[Any]], i: int) -> str:
+def _item(available: _Columns, i: int) -> str:
     """Quote a prompt and its completion."""
     prompt, completion = available["prompts"][i], available["completions"][i]
     text = prompt if isinstance(prompt, str) else repr(prompt)

@@ -274,9 +274,8 @@ def _concatenated(backbone: nn.Module, sequences: Sequences) -> Tensor:
     L, T = sequences.prompt_ids.shape[1], sequences.completion_ids.shape[1]
     width = int((prompt_lengths + sequences.lengths).max())
     columns = torch.arange(width, device=ids.device) + (L - prompt_lengths)[:, None]
-    hidden: Tensor = backbone(
-        input_ids=ids.gather(1, columns.clamp(max=L + T - 1)), use_cache=False
-    )[0]
+    ids = ids.gather(1, columns.clamp(max=L + T - 1))
+    hidden: Tensor = backbone(input_ids=ids, use_cache=False)[0]
     wanted = prompt_lengths[:, None] - 1 + torch.arange(T + 1, device=ids.device)
     wanted = wanted.clamp(max=width - 1)[..., None].expand(-1, -1, hidden.shape[-1])
     return hidden.gather(1, wanted)
