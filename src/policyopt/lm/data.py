@@ -2,7 +2,7 @@
 
 A record is a mapping from column names to values. Every trainer says which columns it
 reads; a list of dicts, a JSON Lines file and a Hugging Face data set are read in the
-same way. What is wrong with a record is said here, before anything is trained, with the
+same way. Errors in a record are reported here, before anything is trained, with the
 record's number and what to do about it.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from policyopt.runs import derive_seed
 
@@ -32,11 +32,12 @@ __all__ = [
 Message = dict[str, str]
 Prompt = str | list[Message]
 """Plain text, or a conversation: a list of {"role": …, "content": …}."""
-_MESSAGE = '{"role": "user", "content": "…"}'
+_FORM = '{"role": "user", "content": "…"}'
 
 Records = Iterable[Mapping[str, Any]] | str | Path
 """Dicts, a Hugging Face data set, or the path of a JSON Lines file."""
 _RECORDS = "dicts, a Hugging Face data set or the path of a JSON Lines file"
+Record = dict[str, Any]
 
 GIVEN = frozenset({"completions", "prompts", "finished"})
 """What reward functions are handed besides the columns of the data."""
@@ -150,7 +151,7 @@ def read_records(data: Records) -> list[dict[str, Any]]:
     return [record for _, record in _named_records(data)]
 
 
-def _named_records(data: Records) -> list[tuple[str, dict[str, Any]]]:
+def _named_records(data: Records) -> list[tuple[str, Record]]:
     """Read all records, each with the name that error messages call it by."""
     if isinstance(data, (str, Path)):
         source, named = str(data), list(_lines(Path(data)))
@@ -161,13 +162,11 @@ def _named_records(data: Records) -> list[tuple[str, dict[str, Any]]]:
     return named
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _lines(path: Path) -> Iterator[tuple[str, Record]]:
     try:
         content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise FileNotFoundError(
-            f"there is no file {path}; data are {_RECORDS}"
-        ) from error
+        raise FileNotFoundError(f"there is no file {path}; give {_RECORDS}") from error
     # Only \n ends a line: JSON texts may hold the other separators that str.splitlines
     # knows.
     for number, line in enumerate(content.split(b"\n"), 1):
@@ -177,26 +176,21 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             record = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{name}: not UTF-8 text ({error}); save the file as UTF-8 JSON Lines"
-            ) from error
+            raise ValueError(f"{name}: not UTF-8 ({error}); save as UTF-8") from error
         except json.JSONDecodeError as error:
             where = f"{error.msg}, column {error.colno}: {quote(error.doc)}"
             raise ValueError(
                 f"{name}: not JSON ({where}); write one JSON object on each line"
             ) from error
         if not isinstance(record, dict):
-            got = quote(record)
-            raise ValueError(f"{name}: must be a JSON object of columns, got {got}")
+            raise ValueError(f"{name}: must be a JSON object, got {quote(record)}")
         yield name, record
 
 
-def _items(data: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _items(data: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Record]]:
     if isinstance(data, Mapping):
-        raise ValueError(
-            f"the data must be records, got a {type(data).__name__} with the keys "
-            f"{[*map(str, data)]}; if these are splits, choose one: data['train']"
-        )
+        remedy = "if these are splits, choose one: data['train']"
+        raise ValueError(f"data must be records, got the keys {[*data]}; {remedy}")
     if not isinstance(data, Iterable):
         raise TypeError(f"data must be {_RECORDS}, got {type(data).__name__}")
     for i, record in enumerate(data):
@@ -206,33 +200,31 @@ def _items(data: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, A
         yield f"item {i}", dict(record)
 
 
-def quote(value: object, width: int = 80) -> str:
-    """Represent a value in an error message, by at most ``width`` characters."""
+def quote(value: object) -> str:
+    """Represent a value in an error message, by at most 80 characters."""
     text = repr(value)
-    return text if len(text) <= width else f"{text[: width - 1]}…"
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 # --- texts to tokens ---
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def pad_id(tokenizer: Tokenizer) -> int:
     """Return a token to fill batches with: the tokenizer's, or EOS, or 0. Masks never
     come from it, so any will do.
     """
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
+    choices = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(int(token) for token in choices if token is not None)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Turn a prompt into the token ids of the first state.
 
     Parameters
     ----------
     tokenizer : PreTrainedTokenizerBase
     prompt : str or list of messages
-        Plain text begins with BOS if the tokenizer has it so. Chat messages go through
+        Plain text begins with BOS if the tokenizer adds it. Chat messages go through
         the tokenizer's own template, up to where the assistant begins to speak; BOS is
         there if the template writes it. No EOS follows either.
 
@@ -244,24 +236,19 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     """
     if isinstance(prompt, str):
         ids = _encode_plain(tokenizer, prompt)
+    elif _roles(prompt, "prompt")[-1] == "assistant":
+        remedy = "make it the completion, or add the user's next message"
+        raise ValueError(f"prompt must not end with the assistant's message; {remedy}")
     else:
-        _check_messages(prompt, "prompt")
-        if prompt[-1]["role"] == "assistant":
-            raise ValueError(
-                "the prompt must not end with the assistant's message; move it to the "
-                "completion, or add the next message of the user"
-            )
         ids = _ids(tokenizer, _render(tokenizer, prompt, generate=True))
     if not ids:
-        raise ValueError(
-            "the prompt is empty and the tokenizer adds no BOS, so there is no state "
-            "to act in; begin the prompt with some text"
-        )
+        remedy = "begin the prompt with some text"
+        raise ValueError(f"the prompt is empty and the tokenizer adds no BOS; {remedy}")
     return ids
 
 
 def encode_completion(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     completion: str | list[Message],
     prompt: Prompt = "",
     *,
@@ -297,15 +284,13 @@ def encode_completion(
     if not eos or ending:
         return ids
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "the tokenizer has no end-of-sequence token, so no completion could ever "
-            "end; set one: tokenizer.eos_token = '<a token of its vocabulary>'"
-        )
+        remedy = "set one: tokenizer.eos_token = '<a token of its vocabulary>'"
+        raise ValueError(f"the tokenizer has no end-of-sequence token; {remedy}")
     end = [int(tokenizer.eos_token_id)]
     return ids if ids[-1:] == end else ids + end
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Tokenise a text that continues another: no BOS, no EOS, no space put in front."""
     if not text:
         return []
@@ -318,15 +303,13 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return whole[len(before) :] if whole[: len(before)] == before else ids
 
 
-def _tokenize(
-    tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False
-) -> list[int]:
-    # verbose=False: a text longer than the context is an error of ours below, not a
-    # line on the terminal.
+def _tokenize(tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[int]:
+    # verbose=False: a text longer than the context is an error below, not a line on the
+    # terminal.
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
-def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _encode_plain(tokenizer: Tokenizer, text: str) -> list[int]:
     """Tokenise a text from its beginning: with BOS if the tokenizer puts one, once, and
     never with EOS.
     """
@@ -339,26 +322,18 @@ def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return plain if plain[: len(opening)] == opening else opening + plain
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, generate: bool
-) -> str:
+def _render(tokenizer: Tokenizer, messages: list[Message], *, generate: bool) -> str:
     if not tokenizer.chat_template:
-        raise ValueError(
-            "the tokenizer has no chat template to write messages with; use a chat "
-            "model's tokenizer, set tokenizer.chat_template, or give plain texts"
-        )
+        remedy = "use a chat model's tokenizer, set chat_template, or give plain texts"
+        raise ValueError(f"the tokenizer has no chat template; {remedy}")
+    render = tokenizer.apply_chat_template
     try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generate
-        )
+        return str(render(messages, tokenize=False, add_generation_prompt=generate))
     except Exception as error:  # templates raise what they like
         raise ValueError(f"the chat template refuses the messages: {error}") from error
-    return str(text)
 
 
-def _frame(
-    tokenizer: PreTrainedTokenizerBase, prompt: list[Message]
-) -> tuple[str, str]:
+def _frame(tokenizer: Tokenizer, prompt: list[Message]) -> tuple[str, str]:
     """Return what the chat template puts before and after the assistant's words, up to
     the token that stops.
     """
@@ -378,35 +353,33 @@ def _frame(
     return opening if opening.isspace() else "", ending[: min(ends, default=0)]
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _special_tokens(tokenizer: Tokenizer) -> list[str]:
     added = tokenizer.added_tokens_decoder.values()
     special = {token.content for token in added if token.special}
     return sorted(special | set(tokenizer.all_special_tokens))
 
 
-def _check_messages(messages: Any, column: str) -> None:
+def _roles(messages: Any, column: str) -> list[str]:
+    """Check that these are messages, and return the role of each."""
     if not isinstance(messages, list) or not messages:
-        raise ValueError(
-            f"{column} must be text or a non-empty list of messages, got "
-            f"{type(messages).__name__} {quote(messages)}"
-        )
+        wanted = "text or a non-empty list of messages"
+        got = f"{type(messages).__name__} {quote(messages)}"
+        raise ValueError(f"{column} must be {wanted}, got {got}")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(
-                f"message {i} of {column} must look like {_MESSAGE}, "
-                f"got {quote(message)}"
+                f"message {i} of {column} must look like {_FORM}, got {quote(message)}"
             )
+    return [message["role"] for message in messages]
 
 
 def _completion_text(completion: Any, column: str = "completion") -> str:
     if isinstance(completion, str):
         return completion
-    _check_messages(completion, column)
-    if len(completion) != 1 or completion[0]["role"] != "assistant":
-        raise ValueError(
-            f"{column} must be text or one message of the assistant, got the roles "
-            f"{[message['role'] for message in completion]}"
-        )
+    roles = _roles(completion, column)
+    if roles != ["assistant"]:
+        wanted = "text or one message of the assistant"
+        raise ValueError(f"{column} must be {wanted}, got the roles {roles}")
     content = completion[0].get("content")
     if not isinstance(content, str):
         raise ValueError(f"the content of {column} must be text, got {quote(content)}")
@@ -417,7 +390,7 @@ def _completion_text(completion: Any, column: str = "completion") -> str:
 
 
 def sft_examples(
-    data: Records, tokenizer: PreTrainedTokenizerBase, limits: Limits = Limits()
+    data: Records, tokenizer: Tokenizer, limits: Limits = Limits()
 ) -> list[Example]:
     """Read examples to imitate.
 
@@ -437,9 +410,9 @@ def sft_examples(
         If an item is unusable or does not fit; the message names it and the remedy.
     """
 
-    def make(record: dict[str, Any]) -> Example:
+    def make(record: Record) -> Example:
         if record.get("messages") is not None and record.get("completion") is None:
-            prompt, text = _split_conversation(record["messages"], "messages")
+            prompt, text = _split_chat(record["messages"], "messages")
         else:
             prompt, text = _column(record, "prompt"), _column(record, "completion")
         ids, encoded = _encode(tokenizer, limits, prompt, {"completion": text})
@@ -449,7 +422,7 @@ def sft_examples(
 
 
 def preference_pairs(
-    data: Records, tokenizer: PreTrainedTokenizerBase, limits: Limits = Limits()
+    data: Records, tokenizer: Tokenizer, limits: Limits = Limits()
 ) -> list[Pair]:
     """Read preference pairs.
 
@@ -469,18 +442,16 @@ def preference_pairs(
         tokens.
     """
 
-    def make(record: dict[str, Any]) -> Pair:
+    def make(record: Record) -> Pair:
         texts = {name: _column(record, name) for name in ("chosen", "rejected")}
         lists = all(isinstance(text, list) for text in texts.values())
         if lists and max(map(len, texts.values())) > 1:
-            split = [_split_conversation(text, name) for name, text in texts.items()]
+            split = [_split_chat(text, name) for name, text in texts.items()]
             (prompt, chosen), (prompt_of_rejected, rejected) = split
             texts = {"chosen": chosen, "rejected": rejected}
             if prompt != prompt_of_rejected:
-                raise ValueError(
-                    "chosen and rejected must be the same conversation up to their "
-                    "last message; drop the item, or give a prompt and one message each"
-                )
+                wanted = "the same conversation up to their last message"
+                raise ValueError(f"chosen and rejected must be {wanted}; drop the item")
         else:
             prompt = _column(record, "prompt")
         ids, encoded = _encode(tokenizer, limits, prompt, texts)
@@ -490,7 +461,7 @@ def preference_pairs(
 
 
 def ranked_lists(
-    data: Records, tokenizer: PreTrainedTokenizerBase, limits: Limits = Limits()
+    data: Records, tokenizer: Tokenizer, limits: Limits = Limits()
 ) -> list[RankedList]:
     """Read ranked lists.
 
@@ -510,7 +481,7 @@ def ranked_lists(
         or are the same tokens.
     """
 
-    def make(record: dict[str, Any]) -> RankedList:
+    def make(record: Record) -> RankedList:
         prompt, ranked = _column(record, "prompt"), _best_first(record)
         names = (f"completion {i} (from 0, best first)" for i in range(len(ranked)))
         texts = dict(zip(names, ranked, strict=True))
@@ -520,11 +491,7 @@ def ranked_lists(
 
 
 def prompt_examples(
-    data: Records,
-    tokenizer: PreTrainedTokenizerBase,
-    limits: Limits = Limits(),
-    *,
-    reserve: int = 0,
+    data: Records, tokenizer: Tokenizer, limits: Limits = Limits(), *, reserve: int = 0
 ) -> list[PromptExample]:
     """Read prompts, with all other columns for the reward functions.
 
@@ -544,7 +511,7 @@ def prompt_examples(
     """
     expected: set[str] | None = None
 
-    def make(record: dict[str, Any]) -> PromptExample:
+    def make(record: Record) -> PromptExample:
         nonlocal expected
         prompt = _column(record, "prompt")
         columns = {name: value for name, value in record.items() if name != "prompt"}
@@ -553,11 +520,9 @@ def prompt_examples(
                 f"reward functions are given {min(taken)!r} already; rename the column"
             )
         expected = set(columns) if expected is None else expected
-        if uneven := columns.keys() ^ expected:
-            raise ValueError(
-                f"column {min(uneven)!r} is in some records only; reward functions get "
-                "a value for each completion: give it to all (None will do) or to none"
-            )
+        if odd := columns.keys() ^ expected:
+            remedy = "give it to all (None will do) or to none"
+            raise ValueError(f"column {min(odd)!r} is in some records only; {remedy}")
         ids, _ = _encode(tokenizer, limits, prompt, {})
         return PromptExample(prompt, ids, columns)
 
@@ -565,10 +530,7 @@ def prompt_examples(
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase,
-    limits: Limits,
-    prompt: Prompt,
-    completions: Mapping[str, Any],
+    tokenizer: Tokenizer, limits: Limits, prompt: Prompt, completions: Mapping[str, Any]
 ) -> tuple[list[int], list[list[int]]]:
     """Token ids of a prompt and of its completions by name, cut to the limits.
 
@@ -595,10 +557,7 @@ def _encode(
 
 
 def _read(
-    data: Records,
-    make: Callable[[dict[str, Any]], ItemT],
-    limits: Limits,
-    reserve: int = 0,
+    data: Records, make: Callable[[Record], ItemT], limits: Limits, reserve: int = 0
 ) -> list[ItemT]:
     """Make an item of each record, and check that the model's context can hold them."""
     named = _named_records(data)
@@ -633,8 +592,7 @@ def _check_lengths(
     raise ValueError(
         f"{names[first]}: the prompt has {prompts[first]} tokens and the completion "
         f"{has} {rests[first]}, more than the model's context of {context} "
-        f"({len(long)} of {len(items)} items are too long); shorten the texts, or "
-        f"{remedy}"
+        f"({len(long)} of {len(items)} items are too long); {remedy}"
     )
 
 
@@ -645,15 +603,11 @@ def _column(record: Mapping[str, Any], name: str) -> Any:
     return record[name]
 
 
-def _split_conversation(
-    messages: Any, column: str
-) -> tuple[list[Message], list[Message]]:
-    _check_messages(messages, column)
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise ValueError(
-            f"{column} must be a conversation that ends with a message of the "
-            f"assistant, got the roles {[message['role'] for message in messages]}"
-        )
+def _split_chat(messages: Any, column: str) -> tuple[list[Message], list[Message]]:
+    roles = _roles(messages, column)
+    if len(roles) < 2 or roles[-1] != "assistant":
+        wanted = "a conversation that ends with the assistant's message"
+        raise ValueError(f"{column} must be {wanted}, got the roles {roles}")
     return messages[:-1], messages[-1:]
 
 
@@ -661,23 +615,18 @@ def _best_first(record: Mapping[str, Any]) -> list[Any]:
     column = "ranked" if record.get("ranked") is not None else "completions"
     completions: Any = record.get(column)
     if completions is None or (column != "ranked" and record.get("ranks") is None):
-        raise ValueError(
-            "a ranked list needs the column 'ranked' (completions, the best first), or "
-            f"'completions' and 'ranks'; there are {sorted(map(str, record))}"
-        )
+        wanted = "'ranked' (completions, the best first), or 'completions' and 'ranks'"
+        there = sorted(map(str, record))
+        raise ValueError(f"a ranked list needs the column {wanted}; there are {there}")
     if not isinstance(completions, list) or len(completions) < 2:
-        raise ValueError(
-            f"{column} must be a list of two or more completions, "
-            f"got {quote(completions)}"
-        )
+        got = quote(completions)
+        raise ValueError(f"{column} must list two or more completions, got {got}")
     if column == "ranked":
         return completions
     ranks = list(record["ranks"])
     if len(ranks) != len(completions) or len(set(ranks)) != len(ranks):
-        raise ValueError(
-            f"ranks must be {len(completions)} different numbers, one per completion, "
-            f"got {ranks}; leave out completions that tie with a better one"
-        )
+        wanted = f"{len(completions)} different numbers, one per completion"
+        raise ValueError(f"ranks must be {wanted}, got {ranks}; leave out ties")
     return [completions[i] for i in sorted(range(len(ranks)), key=ranks.__getitem__)]
 
 
@@ -771,9 +720,8 @@ def batch_indices(size: int, batch_size: int, step: int, seed: int) -> list[int]
     if size < 1:
         raise ValueError("the data set is empty: there is nothing to make a batch of")
     if batch_size < 1 or step < 0:
-        raise ValueError(
-            f"batch_size must be >= 1 and step >= 0, got {batch_size!r} and {step!r}"
-        )
+        got = f"{batch_size!r} and {step!r}"
+        raise ValueError(f"batch_size must be >= 1 and step >= 0, got {got}")
     positions = range(step * batch_size, (step + 1) * batch_size)
     epochs = range(positions[0] // size, positions[-1] // size + 1)
     orders = {epoch: epoch_order(size, seed, epoch) for epoch in epochs}

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
-import uuid
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,17 +35,7 @@ __all__ = [
     "freeze_output_head_", "is_adapted", "load", "scalar_head", "text_batches",
 ]  # fmt: skip
 
-_DTYPES = {
-    "auto": "auto",
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-
-
-def _config_value(model: Any, name: str) -> Any:
-    """Read a field of the model's config, or of the text part of a multimodal one."""
-    return getattr(model.config.get_text_config(), name, None)
+_DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 @dataclass
@@ -62,8 +52,7 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        device: torch.device = next(self.model.parameters()).device
-        return device
+        return torch.device(next(self.model.parameters()).device)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -81,10 +70,8 @@ class LanguageModel:
         listed = ids if isinstance(ids, (list, tuple)) else [ids]
         found = {*listed, self.tokenizer.eos_token_id} - {None}
         if not found:
-            raise ValueError(
-                f"{self.name} has no end-of-sequence token; set one of its vocabulary: "
-                "tokenizer.eos_token = '…'"
-            )
+            remedy = "set one of its vocabulary: tokenizer.eos_token = '…'"
+            raise ValueError(f"{self.name} has no end-of-sequence token; {remedy}")
         return tuple(sorted(map(int, found)))
 
     @property
@@ -99,7 +86,8 @@ class LanguageModel:
         """The most tokens, prompt and completion together, that the model was built
         for; None if it does not say.
         """
-        length = _config_value(self.model, "max_position_embeddings")
+        config = self.model.config.get_text_config()
+        length = getattr(config, "max_position_embeddings", None)
         return None if length is None else int(length)
 
     @property
@@ -137,25 +125,20 @@ class LanguageModel:
         ValueError
             If a text is unusable, or the lengths of the arguments do not fit.
         """
+        P, B = len(prompts), len(completions)
         if prompt_index is None:
-            if not prompts or len(completions) % len(prompts):
-                raise ValueError(
-                    "completions must be the same number to each prompt, got "
-                    f"{len(completions)} for {len(prompts)} prompts; give prompt_index"
-                )
-            each = len(completions) // len(prompts)
-            prompt_index = [i // each for i in range(len(completions))]
-        ends = [True] * len(completions) if finished is None else finished
+            if P == 0 or B % P:
+                remedy = "give the same number to each, or prompt_index"
+                raise ValueError(f"{B} completions for {P} prompts: {remedy}")
+            prompt_index = [i // (B // P) for i in range(B)]
+        ends = [True] * B if finished is None else finished
         encoded = [
             encode_completion(self.tokenizer, text, prompts[i], eos=bool(end))
             for text, i, end in zip(completions, prompt_index, ends, strict=True)
         ]
+        ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         return Sequences.pad(
-            [encode_prompt(self.tokenizer, prompt) for prompt in prompts],
-            encoded,
-            prompt_index,
-            pad_id=self.pad_id,
-            device=self.device,
+            ids, encoded, prompt_index, pad_id=self.pad_id, device=self.device
         )
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -201,18 +184,16 @@ class LanguageModel:
 def _new_folder(folder: Path) -> Iterator[Path]:
     """Yield a scratch folder that takes the place of ``folder`` if all goes well."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}")
-    old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}")
-    scratch.mkdir()
-    try:
+    with tempfile.TemporaryDirectory(
+        prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True
+    ) as beside:
+        scratch = Path(beside, "new")
+        scratch.mkdir()
         with _quiet(True):
             yield scratch
         if folder.exists():
-            folder.replace(old)
+            folder.replace(Path(beside, "old"))
         scratch.replace(folder)
-    finally:
-        for leftover in (scratch, old):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -244,34 +225,30 @@ def add_lora(
 
     B starts at 0, so the adapted model starts equal to the model; ``seed`` draws A.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError("LoRA needs peft: pip install 'policyopt[lora]'") from error
     targets = lora.target_modules
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # need not be an integer
-        lora_dropout=lora.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-    )
-    with torch.random.fork_rng(devices=[]), _old_names():
+    with torch.random.fork_rng(devices=[]), _peft() as peft:
         torch.manual_seed(seed)
-        model = get_peft_model(language_model.model, config)
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM", r=lora.rank, lora_alpha=lora.alpha,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            lora_dropout=lora.dropout,
+        )  # fmt: skip
+        model = peft.get_peft_model(language_model.model, config)
     return LanguageModel(model, language_model.tokenizer, language_model.name)
 
 
 @contextmanager
-def _old_names() -> Iterator[None]:
-    """Hold back the warning that peft asks transformers for an attribute by its old
-    name.
+def _peft() -> Iterator[Any]:
+    """Import peft, without the warning that it asks transformers for an attribute by
+    its old name.
     """
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("LoRA needs peft: pip install 'policyopt[lora]'") from error
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
-        )
-        yield
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield peft
 
 
 def load(
@@ -324,14 +301,12 @@ def load(
         )
     place = resolve_device(device)
     if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, got {dtype!r}")
+        raise ValueError(f"dtype must be one of {_DTYPES}, got {dtype!r}")
     gguf = folder.suffix == ".gguf"
     source = str(folder.parent if gguf else name_or_path)
     local = Path(source).exists()
-    options: dict[str, Any] = {"trust_remote_code": False}
-    weights: dict[str, Any] = {"dtype": _DTYPES[dtype]}
-    if revision is not None:
-        options["revision"] = revision
+    options = {"trust_remote_code": False, "revision": revision or "main"}
+    weights: dict[str, Any] = {"dtype": dtype}
     if attention is not None:
         weights["attn_implementation"] = attention
     if gguf:
@@ -349,60 +324,44 @@ def load(
     except (OSError, ImportError, ValueError) as error:
         raise ValueError(_why_not(str(name_or_path), error)) from error
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError(
-            f"{name_or_path} holds adapters; download it "
-            "(huggingface_hub.snapshot_download) and load the folder"
-        )
+        remedy = "get it with huggingface_hub.snapshot_download and load the folder"
+        raise ValueError(f"{name_or_path} holds adapters; {remedy}")
     name = model.name_or_path = str(name_or_path)  # what adapters will look for
     if local:
         file = folder.resolve()
         name, model.name_or_path = file.stem if gguf else file.name, str(file)
     loaded = LanguageModel(model.to(place).eval(), tokenizer, name)
-    loaded.eos_ids  # noqa: B018 - says at once when nothing would stop a completion
+    loaded.eos_ids  # noqa: B018 - raises if nothing would stop a completion
     return loaded if lora is None else add_lora(loaded, lora, seed=seed)
 
 
 def _why_not(name: str, error: Exception) -> str:
     """Say why a model could not be loaded."""
     if "trust_remote_code" in str(error):
-        return (
-            f"{name!r} needs code from its own repository, which is never run; choose "
-            "a model whose architecture transformers knows"
-        )
-    return (
-        "name_or_path must be a local folder, a .gguf file or the id of a model on the "
-        "Hugging Face hub (reachable, with safetensors weights), got "
-        f"{name!r}: {error}"
-    )
+        why = "needs code from its own repository, which is never run"
+        return f"{name!r} {why}; choose a model whose architecture transformers knows"
+    wanted = "a local folder, a .gguf file or the id of a model on the Hugging Face hub"
+    return f"name_or_path must be {wanted} (with safetensors), got {name!r}: {error}"
 
 
 def _load_adapters(folder: Path, **options: Any) -> LanguageModel:
-    try:
-        from peft import PeftConfig, PeftModel
-    except ImportError as error:
-        raise ImportError(
-            f"{folder} holds adapters, which need peft: pip install 'policyopt[lora]'"
-        ) from error
-    base_name = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
-    try:
-        base = load(base_name, **options)
-    except ValueError as error:
-        raise ValueError(
-            f"{folder} holds adapters for {base_name!r}, which cannot be loaded "
-            "(base_model_name_or_path in adapter_config.json says where it is): "
-            f"{error}"
-        ) from error
+    with _peft() as peft:
+        name = str(peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+        try:
+            base = load(name, **options).model
+        except ValueError as error:
+            raise ValueError(
+                f"{folder} holds adapters for {name!r}, which cannot be loaded "
+                f"(adapter_config.json says where it is): {error}"
+            ) from error
+        model = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=True)
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    with _old_names():
-        model = PeftModel.from_pretrained(base.model, str(folder), is_trainable=True)
     return LanguageModel(model.eval(), tokenizer, folder.resolve().name)
 
 
 @contextmanager
 def _quiet(active: bool) -> Iterator[None]:
-    """Hold back transformers' bar over a file that is read or written in a moment; a
-    download keeps its bar.
-    """
+    """Hide transformers' progress bar for local files; a download keeps its bar."""
     showing = logging.is_progress_bar_enabled()
     if active:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -444,12 +403,12 @@ def freeze_output_head_(model: Any) -> None:
         head.requires_grad_(False)
 
 
-def scalar_head(model: nn.Module) -> nn.Linear:
+def scalar_head(model: Any) -> nn.Linear:
     """Return a linear map from the model's hidden states to one number, on its device,
     starting at 0.
     """
-    device = next(model.parameters()).device
-    head = nn.Linear(int(_config_value(model, "hidden_size")), 1, device=device)
+    width = model.config.get_text_config().hidden_size
+    head = nn.Linear(width, 1, device=next(model.parameters()).device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head
@@ -469,12 +428,9 @@ def text_batches(
     for start in range(0, len(completions), batch_size):
         part = slice(start, start + batch_size)
         # Equal prompts that follow one another are run once.
-        unique: list[Prompt] = []
-        index: list[int] = []
-        for prompt in prompts[part]:
-            if not unique or prompt != unique[-1]:
-                unique.append(prompt)
-            index.append(len(unique) - 1)
+        groups = [list(group) for _, group in groupby(prompts[part])]
+        unique = [group[0] for group in groups]
+        index = [i for i, group in enumerate(groups) for _ in group]
         yield language_model.encode(
             unique, completions[part], prompt_index=index, finished=ends[part]
         )
@@ -532,8 +488,7 @@ class RewardModel:
         with _new_folder(Path(folder)) as scratch:
             self.language_model._write(scratch)
             head = self.network.score.state_dict()
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in head.items()}
-            save_file(tensors, scratch / "reward_head.safetensors")
+            save_file(head, scratch / "reward_head.safetensors")
             (scratch / "reward_model.json").write_text(json.dumps({"format": 1}))
         return Path(folder)
 

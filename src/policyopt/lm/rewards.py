@@ -34,6 +34,7 @@ RewardFunctions = (
 )
 """One reward function, several, or several by name."""
 
+_Columns = Mapping[str, Sequence[Any]]
 _FORM = "def reward(completions, prompts, **columns): ..."
 
 
@@ -92,15 +93,10 @@ def compute_rewards(
     named = _by_name(functions)
     factors = [1.0] * len(named) if weights is None else [float(w) for w in weights]
     if len(factors) != len(named) or not all(map(math.isfinite, factors)):
-        raise ValueError(
-            f"weights must be one finite number for each of the {len(named)} reward "
-            f"functions {list(named)}, got {weights!r}"
-        )
+        each = f"each of the {len(named)} reward functions {list(named)}"
+        raise ValueError(f"weights must be one finite number for {each}, got {weights}")
     available = {"completions": completions, "prompts": prompts, **(columns or {})}
-    parts = {
-        name: _score(f"reward function {name!r}", function, available)
-        for name, function in named.items()
-    }
+    parts = {name: _score(name, named[name], available) for name in named}
     total = torch.zeros(len(completions), dtype=torch.float64)
     for factor, part in zip(factors, parts.values(), strict=True):
         total += factor * part.double()
@@ -126,64 +122,51 @@ def _by_name(functions: RewardFunctions) -> dict[str, RewardFunction]:
     return named
 
 
-def _score(
-    label: str, function: RewardFunction, available: Mapping[str, Sequence[Any]]
-) -> Tensor:
-    """Call one function; ``label`` is what error messages call it."""
-    completions, prompts = available["completions"], available["prompts"]
+def _score(name: str, function: RewardFunction, available: _Columns) -> Tensor:
+    """Call one function, and check what it returns."""
+    label, B = f"reward function {name!r}", len(available["completions"])
     # Copies: a function that edits its lists does not change what the next one sees.
-    names = _accepted(label, function, available)
-    arguments = {name: list(available[name]) for name in names}
+    accepted = _accepted(label, function, available)
+    arguments = {key: list(available[key]) for key in accepted}
     try:
         result = function(**arguments)
     except Exception as error:
-        first = (
-            f"; the first: {_item(completions[0], prompts[0])}" if completions else ""
-        )
-        raise RuntimeError(
-            f"{label} raised {type(error).__name__}: {error} (on a batch of "
-            f"{len(completions)} completions{first})"
-        ) from error
-    values = _values(label, result, len(completions))
+        what = f"{label} raised {type(error).__name__}: {error}"
+        first = f"; the first: {_item(available, 0)}" if B else ""
+        raise RuntimeError(f"{what} (on a batch of {B} completions{first})") from error
+    values = _values(label, result, B)
     scores = [_number(value) for value in values]
     for i, score in enumerate(scores):
         if not math.isfinite(score):
             kind = "" if values[i] is None else f" ({type(values[i]).__name__})"
             raise ValueError(
                 f"{label} returned {quote(values[i])}{kind} for item {i} "
-                f"({_item(completions[i], prompts[i])}); it must return a finite "
-                "number for every completion, 0 or a penalty where it has no opinion"
+                f"({_item(available, i)}); it must return a finite number for every "
+                "completion, 0 or a penalty where it has no opinion"
             )
     return torch.tensor(scores, dtype=torch.float32)
 
 
-def _accepted(
-    label: str, function: RewardFunction, available: Mapping[str, Any]
-) -> list[str]:
+def _accepted(label: str, function: RewardFunction, available: _Columns) -> list[str]:
     """Return the names of the arguments that the function's signature takes."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"{label} has no readable signature; wrap it: {_FORM}"
-        ) from error
+        raise TypeError(f"{label} has no readable signature; write {_FORM}") from error
     parameters = signature.parameters.values()
     everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
     keywords = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     named = {p.name for p in parameters if p.kind in keywords}
     if "completions" not in named and not everything:
-        raise TypeError(
-            f"{label} takes no argument 'completions', its signature is {signature}; "
-            f"write it as: {_FORM}"
-        )
+        what = f"takes no argument 'completions', its signature is {signature}"
+        raise TypeError(f"{label} {what}; write {_FORM}")
     for p in parameters:
         variable = p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         given = p.name in available and p.kind is not p.POSITIONAL_ONLY
         if p.default is p.empty and not variable and not given:
             raise TypeError(
-                f"{label} requires {p.name!r}, which is not there; it can have "
-                f"{', '.join(available)} as keywords: add the column to the data, or "
-                "give the argument a default"
+                f"{label} requires {p.name!r}, which is not there; add the column to "
+                f"the data, or give it a default (there are {', '.join(available)})"
             )
     return [name for name in available if everything or name in named]
 
@@ -202,10 +185,8 @@ def _values(label: str, result: Any, count: int) -> list[Any]:
         got = f"{len(values)} rewards for {count} completions"
     else:
         return values
-    raise ValueError(
-        f"{label} returned {got}; it must return one number per completion, {count} "
-        "here, in their order"
-    )
+    wanted = f"one number per completion, {count} here, in their order"
+    raise ValueError(f"{label} returned {got}; it must return {wanted}")
 
 
 def _number(value: Any) -> float:
@@ -222,7 +203,9 @@ def _number(value: Any) -> float:
         return math.inf
 
 
-def _item(completion: str, prompt: Prompt) -> str:
+def _item(available: _Columns, i: int) -> str:
+    """Quote a prompt and its completion."""
+    prompt, completion = available["prompts"][i], available["completions"][i]
     text = prompt if isinstance(prompt, str) else repr(prompt)
     # The end of a prompt tells more than its beginning, which a template often fixes.
     short = text if len(text) <= 80 else f"…{text[-79:]}"

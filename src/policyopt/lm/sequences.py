@@ -15,11 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import (
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-)
+from transformers import DynamicCache, cache_utils
 
 from policyopt.lm.heads import backbone_and_head, evaluating
 
@@ -51,22 +47,21 @@ class Sequences:
     def __post_init__(self) -> None:
         for name in ("prompt", "completion"):
             ids, mask = getattr(self, f"{name}_ids"), getattr(self, f"{name}_mask")
-            if ids.ndim != 2 or ids.dtype != torch.long:
-                raise ValueError(
-                    f"{name}_ids must be a long matrix, got {ids.dtype} "
-                    f"{tuple(ids.shape)}"
-                )
-            if mask.shape != ids.shape or mask.dtype != torch.bool:
-                raise ValueError(
-                    f"{name}_mask must be Boolean with the shape of {name}_ids, "
-                    f"{tuple(ids.shape)}, got {mask.dtype} {tuple(mask.shape)}"
-                )
+            fits = ids.ndim == 2 and ids.dtype == torch.long
+            self._check(f"{name}_ids", fits, "be a long matrix")
+            fits = mask.shape == ids.shape and mask.dtype == torch.bool
+            wanted = f"be Boolean with the shape of {name}_ids, {tuple(ids.shape)}"
+            self._check(f"{name}_mask", fits, wanted)
         index = self.prompt_index
-        if index.shape != self.completion_ids.shape[:1] or index.dtype != torch.long:
-            raise ValueError(
-                "prompt_index must hold one row number per completion, long "
-                f"[{len(self)}], got {index.dtype} {tuple(index.shape)}"
-            )
+        fits = index.shape == (len(self),) and index.dtype == torch.long
+        wanted = f"hold one row number per completion, long [{len(self)}]"
+        self._check("prompt_index", fits, wanted)
+
+    def _check(self, name: str, fits: bool, wanted: str) -> None:
+        if not fits:
+            tensor = getattr(self, name)
+            got = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise ValueError(f"{name} must {wanted}, got {got}")
 
     @staticmethod
     def pad(
@@ -97,28 +92,20 @@ class Sequences:
         """
         refuse_empty(prompts)
         P, B = len(prompts), len(completions)
-        if prompt_index is None:
-            if P != B:
-                raise ValueError(
-                    f"{P} prompts and {B} completions: say with prompt_index which "
-                    "prompt each completion continues"
-                )
-            prompt_index = range(P)
-        if len(prompt_index) != B:
-            raise ValueError(
-                f"{len(prompt_index)} entries in prompt_index, {B} completions"
-            )
-        for i, row in enumerate(prompt_index):
+        if prompt_index is None and P != B:
+            remedy = "say with prompt_index which prompt each completion continues"
+            raise ValueError(f"{P} prompts and {B} completions: {remedy}")
+        index = list(range(P) if prompt_index is None else prompt_index)
+        if len(index) != B:
+            raise ValueError(f"{len(index)} entries in prompt_index, {B} completions")
+        for i, row in enumerate(index):
             if not 0 <= row < P:
                 raise ValueError(
                     f"completion {i} continues prompt {row}, but there are {P} prompts"
                 )
-        prompt_ids, prompt_mask = _pad(prompts, pad_id, left=True)
-        completion_ids, completion_mask = _pad(completions, pad_id, left=False)
-        index = torch.tensor(list(prompt_index), dtype=torch.long)
-        sequences = Sequences(
-            prompt_ids, prompt_mask, completion_ids, completion_mask, index
-        )
+        left = _pad(prompts, pad_id, left=True)
+        right = _pad(completions, pad_id, left=False)
+        sequences = Sequences(*left, *right, torch.tensor(index, dtype=torch.long))
         return sequences if device is None else sequences.to(device)
 
     def __len__(self) -> int:
@@ -141,28 +128,21 @@ class Sequences:
         that no row needs.
         """
         used, index = torch.unique(self.prompt_index[rows], return_inverse=True)
-        prompt_mask, completion_mask = (
-            self.prompt_mask[used],
-            self.completion_mask[rows],
-        )
+        prompt_mask = self.prompt_mask[used]
+        completion_mask = self.completion_mask[rows]
         L, T = _longest(prompt_mask), _longest(completion_mask)
         first = prompt_mask.shape[1] - L
         return Sequences(
-            self.prompt_ids[used][:, first:],
-            prompt_mask[:, first:],
-            self.completion_ids[rows][:, :T],
-            completion_mask[:, :T],
-            index,
-        )
+            self.prompt_ids[used][:, first:], prompt_mask[:, first:],
+            self.completion_ids[rows][:, :T], completion_mask[:, :T], index,
+        )  # fmt: skip
 
 
 def refuse_empty(prompts: Sequence[Sequence[int]]) -> None:
     """Raise a ValueError for the first prompt without a token."""
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise ValueError(
-                f"prompt {i} is empty; begin it with at least one token: BOS or EOS"
-            )
+            raise ValueError(f"prompt {i} is empty; begin it with at least one token")
 
 
 def _pad(
@@ -228,9 +208,8 @@ def hidden_states(
 
 
 def _can_share(backbone: nn.Module) -> bool:
-    if backbone.training and any(
-        getattr(m, "gradient_checkpointing", False) for m in backbone.modules()
-    ):
+    flags = (getattr(m, "gradient_checkpointing", False) for m in backbone.modules())
+    if backbone.training and any(flags):
         return False  # transformers switches the cache off then
     accepted = inspect.signature(backbone.forward).parameters
     if not {"attention_mask", "position_ids", "past_key_values"} <= accepted.keys():
@@ -238,10 +217,8 @@ def _can_share(backbone: nn.Module) -> bool:
     # State-space and hybrid models keep states of another kind, which cannot be masked
     # afterwards.
     config: Any = backbone.config
-    return all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
-        for layer in DynamicCache(config=config).layers
-    )
+    known = cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer
+    return all(type(layer) in known for layer in DynamicCache(config=config).layers)
 
 
 def read_prompts(backbone: Any, sequences: Sequences) -> tuple[Tensor, DynamicCache]:
@@ -251,12 +228,9 @@ def read_prompts(backbone: Any, sequences: Sequences) -> tuple[Tensor, DynamicCa
     mask = sequences.prompt_mask
     cache = DynamicCache(config=backbone.config)
     hidden: Tensor = backbone(
-        input_ids=sequences.prompt_ids,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-    )[0]
+        input_ids=sequences.prompt_ids, attention_mask=mask, past_key_values=cache,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=True,
+    )[0]  # fmt: skip
     return hidden, cache
 
 
@@ -276,12 +250,10 @@ def _shared(backbone: nn.Module, sequences: Sequences) -> Tensor:
             layer.values = _rows(layer.values, index)
     steps = torch.arange(sequences.completion_ids.shape[1], device=mask.device)
     completions: Tensor = backbone(
-        input_ids=sequences.completion_ids,
+        input_ids=sequences.completion_ids, past_key_values=cache, use_cache=True,
         attention_mask=torch.cat([mask[index], sequences.completion_mask], 1),
         position_ids=mask.sum(1)[index, None] + steps,
-        past_key_values=cache,
-        use_cache=True,
-    )[0]
+    )[0]  # fmt: skip
     return torch.cat([first, completions], 1)
 
 
@@ -302,9 +274,8 @@ def _concatenated(backbone: nn.Module, sequences: Sequences) -> Tensor:
     L, T = sequences.prompt_ids.shape[1], sequences.completion_ids.shape[1]
     width = int((prompt_lengths + sequences.lengths).max())
     columns = torch.arange(width, device=ids.device) + (L - prompt_lengths)[:, None]
-    hidden: Tensor = backbone(
-        input_ids=ids.gather(1, columns.clamp(max=L + T - 1)), use_cache=False
-    )[0]
+    ids = ids.gather(1, columns.clamp(max=L + T - 1))
+    hidden: Tensor = backbone(input_ids=ids, use_cache=False)[0]
     wanted = prompt_lengths[:, None] - 1 + torch.arange(T + 1, device=ids.device)
     wanted = wanted.clamp(max=width - 1)[..., None].expand(-1, -1, hidden.shape[-1])
     return hidden.gather(1, wanted)
