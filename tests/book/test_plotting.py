@@ -223,7 +223,7 @@ def test_show_source_keeps_shortens_or_drops_docstrings() -> None:
     assert '"""Number of states S, terminal ones included."""' in summary
     assert "Raises\n" not in summary
     two_lines = plotting.show_source(mdp.value_iteration).code
-    assert 'from V = 0 until V is\n    provably close to V*.\n    """\n    if not' in two_lines
+    assert 'from V = 0 until V is\n    provably close to V*.\n    """\n    require' in two_lines
     assert '"""' not in none
     for code in (full, summary, none):
         compile("from __future__ import annotations\n" + code, "listing", "exec")
