@@ -36,12 +36,14 @@ class Head(NamedTuple):
         """Logits ``[..., V]`` of hidden states ``[..., H]``, in the head's dtype.
         Dense: for few positions.
         """
-        logits: Tensor = self.head(hidden)
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
+        return scale_and_cap(self.head(hidden), self.scale, self.softcap)
+
+
+def scale_and_cap(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Return softcap · tanh(scale · logits / softcap), as :class:`Head` says."""
+    if scale != 1.0:
+        logits = logits * scale
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 # Models whose parts have been seen to reproduce the whole. The parts are looked up at

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from policyopt.lm.heads import backbone_and_head
+from policyopt.lm.heads import backbone_and_head, scale_and_cap
 from policyopt.lm.sequences import Sequences, hidden_states
 
 __all__ = [
@@ -176,10 +176,7 @@ def chunked_log_probs(
 
     def score(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if scale != 1.0:
-            logits = logits * scale
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
+        logits = scale_and_cap(logits, scale, softcap)
         if temperature != 1.0:
             logits = logits / temperature
         if top_k is not None or top_p < 1.0:

@@ -58,7 +58,7 @@ def sharding_requested() -> bool:
     if version != "2":
         raise ValueError(
             f"the processes were launched for FSDP of version {version}; only version "
-            "2 is supported: launch with --fsdp_version 2 (or FSDP_VERSION=2) or use DDP"
+            "2 is supported: launch with --fsdp_version 2 (FSDP_VERSION=2), or with DDP"
         )
     if environment.get("FSDP_OFFLOAD_PARAMS", "").lower() in _ON:
         raise ValueError(
