@@ -21,6 +21,11 @@ def _later() -> Tensor:
     return torch.empty(0)
 
 
+def ordered_rightly(margins: Tensor) -> Tensor:
+    """Return 1 where a margin is positive, 0 where it is not, NaN where it is NaN."""
+    return torch.where(margins.isnan(), margins, margins > 0)
+
+
 @dataclass(frozen=True)
 class Tokens:
     """``B`` completions of at most ``T`` tokens."""

@@ -25,9 +25,8 @@ class LMConfig(Settings):
     """
 
     renamed: ClassVar[dict[str, str]] = {
-        "steps": "updates",
-        "warmup_steps": "warmup_updates",
-    }
+        "steps": "updates", "warmup_steps": "warmup_updates",
+    }  # fmt: skip
     elsewhere: ClassVar[dict[str, str]] = {
         "max_completion_tokens": "sampling=SamplingConfig(max_new_tokens=…)"
     }
@@ -90,11 +89,8 @@ class LMConfig(Settings):
             return self.learning_rate * (update + 1) / self.warmup_updates
         after = update - self.warmup_updates
         done = after / max(1, total - self.warmup_updates)
-        factor = {
-            "constant": 1.0,
-            "linear": 1 - done,
-            "cosine": 0.5 * (1 + math.cos(math.pi * done)),
-        }[self.schedule]
+        cosine = 0.5 * (1 + math.cos(math.pi * done))
+        factor = {"constant": 1.0, "linear": 1 - done, "cosine": cosine}[self.schedule]
         return self.learning_rate * factor
 
 
@@ -119,6 +115,5 @@ class OnlineConfig(LMConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         explores = self.sampling.temperature > 0
-        self._check(
-            "sampling", explores, "of a temperature > 0: equal samples teach nothing"
-        )
+        needed = "of a temperature > 0: equal samples teach nothing"
+        self._check("sampling", explores, needed)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from policyopt.estimators import sequence_log_prob
 from policyopt.frame import Callback, Statistics
-from policyopt.lm.batches import Pairs, Tokens
+from policyopt.lm.batches import Pairs, Tokens, ordered_rightly
 from policyopt.lm.config import OfflineConfig
 from policyopt.lm.data import Pair, Prompt, Records, batch_indices, preference_pairs
 from policyopt.lm.log_probs import completion_log_probs
@@ -89,12 +89,8 @@ class DPOUpdate(LMUpdate):
 
     headline: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "margin")
     may_be_nan: ClassVar[tuple[str, ...]] = (
-        "margin",
-        "accuracy",
-        "chosen_reward",
-        "rejected_reward",
-        "weight",
-    )
+        "margin", "accuracy", "chosen_reward", "rejected_reward", "weight",
+    )  # fmt: skip
 
 
 class ImplicitReward:
@@ -142,13 +138,9 @@ class ImplicitReward:
                 "reference must be given for a policy without adapters: the model that "
                 "DPO started from"
             )
-        self.policy, self.beta, self.batch_size = policy, beta, batch_size
+        self.language_model = self.policy = policy
+        self.beta, self.batch_size = beta, batch_size
         self.reference = Reference(policy, reference, copy=False)
-
-    @property
-    def language_model(self) -> LanguageModel:
-        """The policy."""
-        return self.policy
 
     @property
     def network(self) -> nn.Module:
@@ -171,26 +163,19 @@ class ImplicitReward:
         **columns: Any,
     ) -> list[float]:
         """Score texts, one prompt to each: the interface of a reward function."""
-        batches = text_batches(
-            self.policy, completions, prompts, finished, self.batch_size
-        )
-        return [
-            score for sequences in batches for score in self.scores(sequences).tolist()
-        ]
+        size = self.batch_size
+        batches = text_batches(self.policy, completions, prompts, finished, size)
+        return [score for batch in batches for score in self.scores(batch).tolist()]
 
 
 def pair_loss(batch: Pairs, config: DPOConfig) -> DPO:
     """Return :func:`~policyopt.losses.dpo_loss` of each pair, as configured."""
     return dpo_loss(
-        batch.chosen_log_prob,
-        batch.rejected_log_prob,
-        batch.reference_chosen_log_prob,
-        batch.reference_rejected_log_prob,
-        beta=config.beta,
-        kind=config.loss,
-        label_smoothing=config.label_smoothing,
+        batch.chosen_log_prob, batch.rejected_log_prob,
+        batch.reference_chosen_log_prob, batch.reference_rejected_log_prob,
+        beta=config.beta, kind=config.loss, label_smoothing=config.label_smoothing,
         target_margin=config.target_margin,
-    )
+    )  # fmt: skip
 
 
 def train_dpo(
@@ -237,42 +222,31 @@ def train_dpo(
         pairs, seed=seed, callback=callback, progress=progress,
         checkpoint_dir=checkpoint_dir,
     )  # fmt: skip
-    reference_scores = _reference_log_probs(run, pairs, reference)
+    frozen_scores = _reference_log_probs(run, pairs, reference)
     objective = check_loss(loss, partial(pair_loss, config=config), "Pairs")
+    reduction = config.reduction
 
     with run:
         for _ in run.updates():
             batch = pad_pairs(run.batch(), language_model)
-            reference_of = (
-                reference_scores[run.batch_numbers()].to(run.device).flatten()
-            )
+            reference_of = frozen_scores[run.batch_numbers()].to(run.device).flatten()
             count = run.sum(len(batch) // 2)
             statistics = Statistics()
             for rows in run.micro_batches(len(batch), 2):
                 sequences = batch.select(rows)
                 mask = sequences.completion_mask
                 tokens = Tokens(sequences, mask, run.network(sequences).log_probs)
-                scores = sequence_log_prob(
-                    tokens.log_probs, mask, reduction=config.reduction
-                )
+                scores = sequence_log_prob(tokens.log_probs, mask, reduction=reduction)
                 theirs = reference_of[rows]
-                pair = Pairs(
-                    scores[0::2], scores[1::2], theirs[0::2], theirs[1::2], tokens
-                )
-                items = item_losses(
-                    objective, pair, scores[0::2].shape, statistics=DPO._fields[1:]
-                )
+                chosen, rejected = scores[0::2], scores[1::2]
+                pair = Pairs(chosen, rejected, theirs[0::2], theirs[1::2], tokens)
+                items = item_losses(objective, pair, chosen.shape, DPO._fields[1:])
                 run.backward(aggregate(items.loss, denominator=count))
-                right = torch.where(items.margin.isnan(), torch.nan, items.margin > 0)
                 statistics.add(
-                    loss=items.loss.sum(),
-                    margin=items.margin.sum(),
-                    accuracy=right.sum(),
-                    chosen_reward=items.chosen_reward.sum(),
-                    rejected_reward=items.rejected_reward.sum(),
-                    chosen_log_prob=pair.chosen_log_prob.sum(),
-                    rejected_log_prob=pair.rejected_log_prob.sum(),
-                    weight=items.weight.sum(),
+                    **{name: values.sum() for name, values in vars(items).items()},
+                    accuracy=ordered_rightly(items.margin).sum(),
+                    chosen_log_prob=chosen.sum(),
+                    rejected_log_prob=rejected.sum(),
                 )
             norm = run.descend()
             run.log(

@@ -13,12 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from policyopt.estimators import (
-    group_relative_advantages,
-    importance_weights,
-    kl_estimate,
-    leave_one_out_advantages,
-)
+from policyopt import estimators, losses
 from policyopt.frame import Callback, Statistics
 from policyopt.lm.batches import Completions
 from policyopt.lm.config import OnlineConfig
@@ -29,13 +24,7 @@ from policyopt.lm.results import LMResult, LMUpdate
 from policyopt.lm.rewards import RewardFunctions
 from policyopt.lm.sampling import Sampler
 from policyopt.lm.training import SamplingRun
-from policyopt.losses import (
-    ClippedSurrogate,
-    aggregate,
-    check_loss,
-    clipped_surrogate_loss,
-    sequence_log_ratio,
-)
+from policyopt.losses import ClippedSurrogate, aggregate, check_loss
 from policyopt.runs import Bound, Count, NonNegative, Positive
 
 __all__ = [
@@ -151,8 +140,8 @@ class GRPOUpdate(LMUpdate):
 def group_advantages(rewards: Tensor, config: GRPOConfig) -> Tensor:
     """Advantages ``[P, K]`` of rewards ``[P, K]``: each against its group."""
     if config.baseline == "leave-one-out":
-        return leave_one_out_advantages(rewards)
-    return group_relative_advantages(rewards, scale=config.scale_rewards)
+        return estimators.leave_one_out_advantages(rewards)
+    return estimators.group_relative_advantages(rewards, scale=config.scale_rewards)
 
 
 def grpo_surrogate(
@@ -175,15 +164,12 @@ def grpo_surrogate(
         Boolean ``[B, T]``.
     """
     if config.ratio == "sequence":
-        log_probs = sequence_log_ratio(log_probs, old_log_probs, mask)
+        log_probs = losses.sequence_log_ratio(log_probs, old_log_probs, mask)
         old_log_probs = torch.zeros_like(log_probs)
-    return clipped_surrogate_loss(
-        log_probs,
-        old_log_probs,
-        advantages[:, None].expand_as(log_probs),
-        clip_ratio=config.clip_ratio,
-        clip_ratio_high=config.clip_ratio_high,
-    )
+    return losses.clipped_surrogate_loss(
+        log_probs, old_log_probs, advantages[:, None].expand_as(log_probs),
+        clip_ratio=config.clip_ratio, clip_ratio_high=config.clip_ratio_high,
+    )  # fmt: skip
 
 
 def grpo_loss(batch: Completions, config: GRPOConfig) -> ClippedSurrogate:
@@ -211,10 +197,12 @@ def grpo_loss(batch: Completions, config: GRPOConfig) -> ClippedSurrogate:
     items = grpo_surrogate(batch.log_probs, old, batch.advantages, batch.mask, config)
     loss = items.loss
     if (cap := config.importance_cap) is not None:
-        loss = loss * importance_weights(old, batch.sampler_log_probs, cap=cap)
+        sampled = batch.sampler_log_probs
+        loss = loss * estimators.importance_weights(old, sampled, cap=cap)
     if config.beta > 0:
         reference, kind = batch.reference_log_probs, config.kl_estimator
-        loss = loss + config.beta * kl_estimate(batch.log_probs, reference, kind)
+        kl = estimators.kl_estimate(batch.log_probs, reference, kind)
+        loss = loss + config.beta * kl
     return items._replace(loss=loss)
 
 
@@ -315,14 +303,12 @@ def train_grpo(
             loss_sum, clipped, seen = run.sums(statistics, "loss", "clipped", "tokens")
             run.log(
                 **run.summary(batch),
-                gradient_norm=norm,
-                reward_std=run.mean(groups.std(dim=1)),
-                zero_variance=run.mean(equal),
-                loss=loss_sum,
+                gradient_norm=norm, loss=loss_sum,
+                reward_std=run.mean(groups.std(dim=1)), zero_variance=run.mean(equal),
                 kl=run.kl(batch, batch.sampler_log_probs),
                 clip_fraction=clipped / max(seen, 1),
                 ratio_max=run.processes.max(statistics["ratio"].max()),
-            )
+            )  # fmt: skip
     return run.result()
 
 

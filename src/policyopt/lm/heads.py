@@ -36,31 +36,19 @@ class Head(NamedTuple):
         """Logits ``[..., V]`` of hidden states ``[..., H]``, in the head's dtype.
         Dense: for few positions.
         """
-        logits: Tensor = self.head(hidden)
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
+        return scale_and_cap(self.head(hidden), self.scale, self.softcap)
+
+
+def scale_and_cap(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Return softcap · tanh(scale · logits / softcap), as :class:`Head` says."""
+    if scale != 1.0:
+        logits = logits * scale
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 # Models whose parts have been seen to reproduce the whole. The parts are looked up at
 # every call, because adapters may be added and heads replaced in between.
 _verified: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-def _causal_lm(model: nn.Module) -> Any:
-    """Unwrap adapters (peft): LoRA lives inside the layers, which stay what they
-    are.
-    """
-    active = getattr(model, "active_peft_config", None)
-    if active is not None and getattr(active, "is_prompt_learning", False):
-        raise ValueError(
-            f"{type(active).__name__} adds virtual tokens in front of the prompt, "
-            "which is not supported; use LoRA or full fine-tuning"
-        )
-    unwrap = getattr(model, "get_base_model", None)
-    return model if unwrap is None else unwrap()
 
 
 @contextmanager
@@ -87,7 +75,15 @@ def backbone_and_head(model: nn.Module) -> Head:
         If the model has no language-model head, or does something to its logits that is
         not known here.
     """
-    causal = _causal_lm(model)
+    active = getattr(model, "active_peft_config", None)
+    if getattr(active, "is_prompt_learning", False):
+        raise ValueError(
+            f"{type(active).__name__} adds virtual tokens in front of the prompt, "
+            "which is not supported; use LoRA or full fine-tuning"
+        )
+    # Without its adapters (peft): LoRA lives inside the layers, which stay what they
+    # are.
+    causal: Any = getattr(model, "get_base_model", lambda: model)()
     name = type(causal).__name__
     head = getattr(causal, "get_output_embeddings", lambda: None)()
     backbone = getattr(causal, "get_decoder", lambda: None)()
@@ -130,6 +126,6 @@ def _verify(causal: Any, parts: Head) -> None:
     if not error <= 0.3 * precision * max(1e-3, whole.abs().max().item()):
         raise ValueError(
             f"{name}: decoder and head do not reproduce the model's own logits "
-            f"(largest difference {error:.3g}); it changes them in a way that is not "
-            "known here, so its log-probabilities would be wrong: choose another model"
+            f"(largest difference {error:.3g}), so its log-probabilities would be "
+            "wrong: choose another model"
         )

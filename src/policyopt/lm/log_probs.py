@@ -9,21 +9,22 @@ again.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from policyopt.lm.heads import backbone_and_head
+from policyopt.lm.heads import backbone_and_head, scale_and_cap
 from policyopt.lm.sequences import Sequences, hidden_states
 
 __all__ = [
-    "TokenLogProbs",
-    "chunked_log_probs",
-    "completion_log_probs",
-    "filter_logits",
-]
+    "TokenLogProbs", "chunked_log_probs", "completion_log_probs", "filter_logits",
+]  # fmt: skip
+
+
+_Apply = Callable[..., tuple[Tensor, ...]]
 
 
 class TokenLogProbs(NamedTuple):
@@ -77,19 +78,17 @@ def filter_logits(
     arXiv:1904.09751 (top-p).
     """
     if top_k is not None and top_k < 1:
-        raise ValueError(
-            f"top_k must be at least 1, or None for no limit, got {top_k!r}"
-        )
+        raise ValueError(f"top_k must be at least 1 or None, got {top_k!r}")
     if not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p must lie in (0, 1], got {top_p!r}")
-    limited = top_k is not None and top_k < logits.shape[-1]
-    if not limited and top_p == 1.0:
+    vocabulary = logits.shape[-1]
+    top_k = min(top_k or vocabulary, vocabulary)
+    if top_k == vocabulary and top_p == 1.0:
         return logits
     with torch.no_grad():
         values = logits
         dropped = torch.zeros_like(logits, dtype=torch.bool)
-        if limited:
-            assert top_k is not None
+        if top_k < vocabulary:
             dropped = logits < logits.topk(top_k, dim=-1).values[..., -1:]
             values = logits.masked_fill(dropped, -torch.inf)
         if top_p < 1.0:
@@ -177,19 +176,15 @@ def chunked_log_probs(
 
     def score(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if scale != 1.0:
-            logits = logits * scale
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
+        logits = scale_and_cap(logits, scale, softcap)
         if temperature != 1.0:
             logits = logits / temperature
         if top_k is not None or top_p < 1.0:
             logits = filter_logits(logits, top_k=top_k, top_p=top_p, keep=targets)
             logits = logits.clamp(min=-1e30)  # so that 0 · log 0 is 0 in the entropy
-        scores = _LogSoftmax.apply(  # type: ignore[no-untyped-call]
-            logits, targets, entropy
-        )
-        return tuple(scores) if entropy else (scores[0],)
+        apply: _Apply = _LogSoftmax.apply
+        scores = apply(logits, targets, entropy)
+        return scores if entropy else scores[:1]
 
     plain = head if type(head) is nn.Linear and "forward" not in vars(head) else None
     on = hidden.device.type
@@ -206,9 +201,8 @@ def chunked_log_probs(
     elif plain is not None:
         weight = plain.weight.to(dtype)
         bias = None if plain.bias is None else plain.bias.to(dtype)
-        result = _Recomputed.apply(  # type: ignore[no-untyped-call]
-            hidden, weight, bias, targets, score, size
-        )
+        apply: _Apply = _Recomputed.apply
+        result = apply(hidden, weight, bias, targets, score, size)
     else:
         pieces = [
             checkpoint(lambda h, t: score(head(h), t), *piece, use_reentrant=False)
@@ -233,9 +227,8 @@ class _LogSoftmax(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         log_p = logits.log_softmax(-1)
         chosen = log_p.gather(1, targets[:, None])[:, 0]
-        entropies = chosen.new_empty(0)
-        if entropy:
-            entropies = -log_p.exp().mul_(log_p).sum(-1)
+        nothing = chosen.new_empty(0)
+        entropies = -log_p.exp().mul_(log_p).sum(-1) if entropy else nothing
         ctx.save_for_backward(log_p, targets, entropies)
         ctx.entropy = entropy
         return chosen, entropies
@@ -244,12 +237,11 @@ class _LogSoftmax(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor, g_H: Tensor) -> tuple[Tensor, None, None]:
         log_p, targets, entropies = ctx.saved_tensors
-        grad = log_p.exp()
+        factor = -g[:, None]
         if ctx.entropy:
             inner = (log_p + entropies[:, None]).mul_(g_H[:, None]).add_(g[:, None])
-            grad.mul_(inner.neg_())
-        else:
-            grad.mul_(-g[:, None])
+            factor = inner.neg_()
+        grad = log_p.exp().mul_(factor)
         return grad.scatter_add_(1, targets[:, None], g[:, None]), None, None
 
 
@@ -354,27 +346,17 @@ def completion_log_probs(
     ids, mask = sequences.completion_ids, sequences.completion_mask
     if hidden is None:
         # The state after the last token chooses no action.
-        shorter = Sequences(
-            sequences.prompt_ids,
-            sequences.prompt_mask,
-            ids[:, :-1],
-            mask[:, :-1],
-            sequences.prompt_index,
+        shorter = replace(
+            sequences, completion_ids=ids[:, :-1], completion_mask=mask[:, :-1]
         )
         hidden = hidden_states(model, shorter, share_prompts=share_prompts)
     places = mask.flatten().nonzero()[:, 0]
     states = hidden[:, : ids.shape[1]].reshape(-1, hidden.shape[-1])
     scores, entropies = chunked_log_probs(
-        parts.head,
-        states.index_select(0, places),
-        ids.flatten()[places],
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        softcap=parts.softcap,
-        scale=parts.scale,
-        entropy=entropy,
-    )
+        parts.head, states.index_select(0, places), ids.flatten()[places],
+        temperature=temperature, top_k=top_k, top_p=top_p, softcap=parts.softcap,
+        scale=parts.scale, entropy=entropy,
+    )  # fmt: skip
 
     def place(values: Tensor) -> Tensor:
         padded = values.new_zeros(mask.numel()).index_copy(0, places, values)

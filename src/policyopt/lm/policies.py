@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -57,20 +57,19 @@ class Reference:
         autocast: bool = False,
         copy: bool = True,
     ) -> None:
-        self._adapted = reference is None and is_adapted(language_model.model)
-        self._borrowed = not (copy or self._adapted or reference is not None)
-        if reference is not None:
-            theirs, ours = len(reference.tokenizer), len(language_model.tokenizer)
-            if theirs != ours:
-                raise ValueError(
-                    "reference must have the policy's tokenizer, got "
-                    f"{theirs} tokens for {ours}"
-                )
-            self.model = reference.model
-        elif self._adapted or not copy:
-            self.model = language_model.model
-        else:
-            self.model = _frozen(language_model.model)
+        given = reference or language_model
+        theirs, ours = len(given.tokenizer), len(language_model.tokenizer)
+        if theirs != ours:
+            raise ValueError(
+                f"reference must have the policy's tokenizer, got {theirs} tokens for "
+                f"{ours}"
+            )
+        self.model: Any = given.model
+        self._adapted = reference is None and is_adapted(self.model)
+        trained = reference is None and not self._adapted
+        self._borrowed = trained and not copy
+        if trained and copy:
+            self.model = deepcopy(self.model).requires_grad_(False)
         self._autocast, self._device = autocast, language_model.device
 
     def end(self) -> None:
@@ -80,14 +79,12 @@ class Reference:
 
     @torch.no_grad()
     def log_probs(
-        self,
-        sequences: Sequences,
-        pieces: Iterable[Tensor] | None = None,
-        **options: Any,
+        self, sequences: Sequences, pieces: Sequence[Tensor] = (), **options: Any
     ) -> Tensor:
         """Return log π_ref(y_t | x, y_<t), ``[B, T]``.
 
-        ``pieces`` are row numbers to be computed one after another.
+        ``pieces`` are row numbers to be computed one after another; by default all
+        rows are computed at once.
 
         Raises
         ------
@@ -103,14 +100,7 @@ class Reference:
         kind = self._device.type
         precision = torch.autocast(kind, torch.bfloat16, enabled=self._autocast)
         with gathered(self.model), evaluating(self.model), off, precision:
-            parts = [sequences] if pieces is None else map(sequences.select, pieces)
-            scored = [
-                completion_log_probs(self.model, part, **options) for part in parts
-            ]
-        return torch.cat(
-            [widen(s.log_probs, sequences.completion_mask) for s in scored]
-        )
-
-
-def _frozen(model: Any) -> Any:
-    return copy.deepcopy(model).requires_grad_(False)
+            parts = [sequences.select(rows) for rows in pieces] or [sequences]
+            scored = [completion_log_probs(self.model, p, **options) for p in parts]
+        like = sequences.completion_mask
+        return torch.cat([widen(one.log_probs, like) for one in scored])

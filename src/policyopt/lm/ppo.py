@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from policyopt import losses
 from policyopt.estimators import adaptive_kl_coefficient, gae, kl_shaped_rewards
 from policyopt.frame import Callback, Statistics
 from policyopt.lm.batches import Completions
@@ -26,13 +27,7 @@ from policyopt.lm.rewards import RewardFunctions
 from policyopt.lm.sampling import Sampler
 from policyopt.lm.sequences import Sequences, hidden_states
 from policyopt.lm.training import SamplingRun
-from policyopt.losses import (
-    ClippedSurrogate,
-    aggregate,
-    check_loss,
-    clipped_surrogate_loss,
-    value_loss,
-)
+from policyopt.losses import aggregate, check_loss
 from policyopt.runs import Bound, Count, NonNegative, Positive, Share
 
 __all__ = [
@@ -134,10 +129,8 @@ class PPOUpdate(LMUpdate):
 
     headline: ClassVar[tuple[str, ...]] = ("reward", "kl", "length")
     may_be_nan: ClassVar[tuple[str, ...]] = (
-        "explained_variance",
-        "clip_fraction",
-        "ratio_max",
-    )
+        "explained_variance", "clip_fraction", "ratio_max",
+    )  # fmt: skip
 
 
 class Judged(NamedTuple):
@@ -201,7 +194,7 @@ def token_advantages(
     return advantages, advantages + values
 
 
-def ppo_loss(batch: Completions, config: PPOConfig) -> ClippedSurrogate:
+def ppo_loss(batch: Completions, config: PPOConfig) -> losses.ClippedSurrogate:
     """PPO's clipped surrogate of each token, ``[B, T]``.
 
     The value loss is apart: the trainer adds ``value_coef`` times
@@ -212,12 +205,10 @@ def ppo_loss(batch: Completions, config: PPOConfig) -> ClippedSurrogate:
     batch : Completions
         With ``log_probs``, ``old_log_probs`` and ``advantages``, ``[B, T]`` each.
     """
-    return clipped_surrogate_loss(
-        batch.log_probs,
-        batch.old_log_probs,
-        batch.advantages,
+    return losses.clipped_surrogate_loss(
+        batch.log_probs, batch.old_log_probs, batch.advantages,
         clip_ratio=config.clip_ratio,
-    )
+    )  # fmt: skip
 
 
 def train_ppo(
@@ -305,12 +296,10 @@ def train_ppo(
                     now = run.network(piece.sequences, **run.scoring)
                     piece = replace(piece, log_probs=now.log_probs, values=now.values)
                     items = run.token_losses(objective, piece)
-                    errors = value_loss(
-                        now.values,
-                        piece.targets,
-                        piece.old_values,
+                    errors = losses.value_loss(
+                        now.values, piece.targets, piece.old_values,
                         clip=config.value_clip,
-                    )
+                    )  # fmt: skip
                     policy_term = aggregate(items.loss, piece.mask, denominator=tokens)
                     value_term = aggregate(errors.loss, piece.mask, denominator=tokens)
                     run.backward(policy_term + config.value_coef * value_term)
@@ -333,15 +322,11 @@ def train_ppo(
                 )
             run.log(
                 **run.summary(batch),
-                gradient_norm=norm,
-                kl=kl,
-                beta=beta,
-                policy_loss=policy / seen,
-                value_loss=value / seen,
-                explained_variance=explained,
-                clip_fraction=clipped / seen,
+                gradient_norm=norm, kl=kl, beta=beta,
+                policy_loss=policy / seen, value_loss=value / seen,
+                explained_variance=explained, clip_fraction=clipped / seen,
                 ratio_max=run.processes.max(statistics["ratio"].max()),
-            )
+            )  # fmt: skip
     result = run.result()
     result.actor_critic = network
     return result

@@ -37,6 +37,8 @@ class Processes:
 
     def __init__(self, device: torch.device, batch_size: int) -> None:
         self.device = device
+        # Number of processes, and of this one, from 0.
+        self.count, self.rank = 1, 0
         self._accelerator: Any = None
         self._wants_sharding = False
         self._sharded: ShardedNetwork | None = None
@@ -50,29 +52,19 @@ class Processes:
         # FSDP is set up here: to accelerate these are plain processes.
         plain = {"ACCELERATE_USE_FSDP": "false"} if self._wants_sharding else {}
         with patch_environment(**plain):
-            self._accelerator = Accelerator(cpu=device.type == "cpu")
-        kind = str(self._accelerator.distributed_type.value)
+            made = self._accelerator = Accelerator(cpu=device.type == "cpu")
+        self.count, self.rank = made.num_processes, made.process_index
+        kind = str(made.distributed_type.value)
         if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
             raise ValueError(
-                f"the processes were launched for {kind}; these trainers share the "
-                "work by data parallelism (DDP) or FSDP2: launch them with torchrun, "
-                "or with accelerate and no other plugin"
+                f"the processes were launched for {kind}, not for DDP or FSDP2: launch "
+                "them with torchrun, or with accelerate and no other plugin"
             )
         if batch_size % self.count:
             raise ValueError(
                 f"batch_size must be a multiple of the {self.count} processes, got "
                 f"{batch_size}"
             )
-
-    @property
-    def count(self) -> int:
-        """Number of processes."""
-        return 1 if self._accelerator is None else int(self._accelerator.num_processes)
-
-    @property
-    def rank(self) -> int:
-        """Number of this process, from 0."""
-        return 0 if self._accelerator is None else int(self._accelerator.process_index)
 
     @property
     def sharded(self) -> bool:

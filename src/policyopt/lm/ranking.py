@@ -6,9 +6,8 @@ Offline on ranked lists, or online: sample a group, rank it with a reward functi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from policyopt.estimators import kl_estimate, sequence_log_prob
 from policyopt.frame import Callback, Statistics
-from policyopt.lm.batches import Completions, RankedGroup
+from policyopt.lm.batches import Completions, RankedGroup, ordered_rightly
 from policyopt.lm.config import OfflineConfig, OnlineConfig
 from policyopt.lm.data import RankedList, Records, prompt_examples, ranked_lists
 from policyopt.lm.grpo import GroupSize
@@ -28,7 +27,7 @@ from policyopt.lm.rewards import RewardFunctions
 from policyopt.lm.sampling import Sampler
 from policyopt.lm.sequences import Sequences
 from policyopt.lm.training import Run, SamplingRun
-from policyopt.losses import Ranking, aggregate, check_loss, item_losses, ranking_loss
+from policyopt.losses import Loss, aggregate, check_loss, item_losses, ranking_loss
 from policyopt.runs import NonNegative, Positive
 
 __all__ = ["OnlineRankingConfig", "RankingConfig", "RankingUpdate", "train_ranking"]
@@ -99,9 +98,8 @@ class _ListRun(Run[Any, RankingUpdate]):
             [ranked.prompt_ids for ranked in lists],
             [ids for ranked in lists for ids in ranked.ranked_ids],
             [i for i, size in enumerate(sizes) for _ in range(size)],
-            pad_id=self.language_model.pad_id,
-            device=self.language_model.device,
-        )
+            pad_id=self.language_model.pad_id, device=self.language_model.device,
+        )  # fmt: skip
         ranks = [torch.arange(size, 0, -1.0, device=self.device) for size in sizes]
         mask = sequences.completion_mask
         return Completions(sequences, mask, rewards=torch.cat(ranks)), sizes
@@ -173,13 +171,11 @@ def train_ranking(
     ValueError
         If ``reward_functions`` and the kind of config do not belong together.
     """
-    if isinstance(config, RankingConfig) and (reward_functions, reference, sampler) != (
-        None, None, None,
-    ):  # fmt: skip
+    online_only = (reward_functions, reference, sampler)
+    if isinstance(config, RankingConfig) and online_only != (None, None, None):
         raise ValueError(
-            "reward_functions, reference and sampler must be None with a "
-            "RankingConfig, whose lists are ranked already; give an "
-            "OnlineRankingConfig to sample and rank"
+            "reward_functions, reference and sampler must be None with a RankingConfig "
+            "(its lists are ranked already); give an OnlineRankingConfig to sample"
         )
     run = _make_run(
         language_model, data, config, reward_functions, sampler, seed=seed,
@@ -188,7 +184,9 @@ def train_ranking(
     kl_coef = getattr(config, "kl_coef", 0.0)
     compared = kl_coef > 0 or reference is not None
     frozen = run.reference(reference) if compared else None
-    objective = check_loss(loss, partial(_ranking, beta=config.beta), "RankedGroup")
+    objective = check_loss(
+        loss, lambda one: ranking_loss(one.log_prob, beta=config.beta), "RankedGroup"
+    )
 
     with run:
         for _ in run.updates():
@@ -197,24 +195,23 @@ def train_ranking(
                 batch = run.score(batch, frozen, old=False)
             above = [_is_above(rewards) for rewards in batch.rewards.split(sizes)]
             pairs = run.sum(sum(int(one.sum()) for one in above))
+            above_by_list = iter(above)
             tokens, norm = run.sum(batch.mask.sum()), 0.0
             statistics = Statistics()
             for rows in run.micro_batches(len(batch), sizes):
                 piece = batch.select(rows)
                 now = run.network(piece.sequences, **run.scoring).log_probs
                 groups = _groups(piece, now, config)
-                losses, margins = _untied(groups, objective)
+                losses, margins = _untied(groups, above_by_list, objective)
                 total = aggregate(losses, denominator=pairs.clamp(min=1))
                 if kl_coef > 0:
                     kl = kl_estimate(now, piece.reference_log_probs, "k3")
-                    total = total + kl_coef * aggregate(
-                        kl, piece.mask, denominator=tokens
-                    )
+                    penalty = aggregate(kl, piece.mask, denominator=tokens)
+                    total = total + kl_coef * penalty
                 run.backward(total)
-                right = torch.where(margins.isnan(), margins, margins > 0)
                 statistics.add(
                     loss=losses.sum(),
-                    accuracy=right.sum(),
+                    accuracy=ordered_rightly(margins).sum(),
                     margin=margins.sum(),
                     best=torch.stack([group.log_prob[0] for group in groups]).sum(),
                 )
@@ -224,15 +221,13 @@ def train_ranking(
             loss_sum, right_sum, margin, best = run.sums(statistics, *names)
             count = max(float(pairs), 1.0)
             run.log(
-                tokens=int(tokens),
-                gradient_norm=norm,
-                loss=loss_sum / count,
+                tokens=int(tokens), gradient_norm=norm, loss=loss_sum / count,
                 accuracy=right_sum / count if pairs else math.nan,
                 margin=margin / count if pairs else math.nan,
                 best_log_prob=best / float(run.sum(len(sizes))),
                 reward=run.mean(batch.rewards) if batch.parts else math.nan,
                 kl=run.kl(batch, batch.sampler_log_probs),
-            )
+            )  # fmt: skip
     return run.result()
 
 
@@ -246,54 +241,42 @@ def _make_run(
 ) -> _ListRun | _GroupRun:
     limits, tokenizer = config.limits(language_model), language_model.tokenizer
     network = PolicyNetwork(language_model.model)
-    if isinstance(config, OnlineRankingConfig):
-        if reward_functions is None:
-            raise ValueError(
-                "reward_functions must be given with an OnlineRankingConfig"
-            )
-        room = config.sampling.max_new_tokens
-        examples = prompt_examples(data, tokenizer, limits, reserve=room)
-        return _GroupRun(
-            "ranking", language_model, network, config, RankingUpdate, examples,
-            reward_functions=reward_functions, sampler=sampler,
-            group_size=config.group_size, **options,
-        )  # fmt: skip
-    lists = ranked_lists(data, tokenizer, limits)
-    return _ListRun(
-        "ranking", language_model, network, config, RankingUpdate, lists, **options
-    )
+    shared = ("ranking", language_model, network, config, RankingUpdate)
+    if isinstance(config, RankingConfig):
+        return _ListRun(*shared, ranked_lists(data, tokenizer, limits), **options)
+    if reward_functions is None:
+        raise ValueError("reward_functions must be given with an OnlineRankingConfig")
+    room = config.sampling.max_new_tokens
+    examples = prompt_examples(data, tokenizer, limits, reserve=room)
+    return _GroupRun(
+        *shared, examples, reward_functions=reward_functions, sampler=sampler,
+        group_size=config.group_size, **options,
+    )  # fmt: skip
 
 
 def _is_above(rewards: Tensor) -> Tensor:
     """Whether the first of each ordered pair has the strictly higher reward."""
-    better, worse = torch.triu_indices(
-        len(rewards), len(rewards), 1, device=rewards.device
-    )
+    size = len(rewards)
+    better, worse = torch.triu_indices(size, size, 1, device=rewards.device)
     return rewards[better] > rewards[worse]
 
 
 def _groups(
     piece: Completions, log_probs: Tensor, config: AnyRankingConfig
 ) -> list[RankedGroup]:
-    mean = config.length_normalized
-    scores = sequence_log_prob(
-        log_probs, piece.mask, reduction="mean" if mean else "sum"
-    )
+    reduction: Any = "mean" if config.length_normalized else "sum"
+    scores = sequence_log_prob(log_probs, piece.mask, reduction=reduction)
     sizes = torch.bincount(piece.sequences.prompt_index).tolist()
     return list(map(RankedGroup, scores.split(sizes), piece.rewards.split(sizes)))
 
 
-def _ranking(group: RankedGroup, beta: float) -> Ranking:
-    return ranking_loss(group.log_prob, beta=beta)
-
-
 def _untied(
-    groups: Sequence[RankedGroup], objective: Callable[[RankedGroup], Any]
+    groups: Sequence[RankedGroup], above_by_list: Iterator[Tensor], objective: Loss
 ) -> tuple[Tensor, Tensor]:
     """Return the losses and the margins of all ordered pairs that are no ties."""
     losses, margins = [], []
     for group in groups:
-        above = _is_above(group.rewards)
+        above = next(above_by_list)
         items = item_losses(objective, group, above.shape, statistics=["margin"])
         losses.append(items.loss[above])
         margins.append(items.margin[above])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
@@ -16,7 +15,7 @@ from policyopt.frame import Row
 from policyopt.lm.config import LMConfig
 from policyopt.lm.data import Prompt
 from policyopt.lm.models import LanguageModel, RewardModel
-from policyopt.runs import History
+from policyopt.runs import History, _warn_renamed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +38,8 @@ class LMUpdate(Row):
     @property
     def step(self) -> int:
         """Deprecated name of :attr:`update`."""
-        _warn("step", "update")
+        _warn_renamed("LMUpdate", "step", "update")
         return self.update
-
-
-def _warn(old: str, new: str) -> None:
-    message = f"{old} is called {new} now; the old name goes in version 0.3"
-    warnings.warn(message, DeprecationWarning, stacklevel=3)
 
 
 RowT = TypeVar("RowT", bound=LMUpdate)
@@ -86,7 +80,7 @@ class LMResult(Generic[ConfigT, RowT]):
     @property
     def steps(self) -> int:
         """Deprecated name of :attr:`updates`."""
-        _warn("steps", "updates")
+        _warn_renamed("LMResult", "steps", "updates")
         return self.updates
 
     def cpu(self) -> None:
@@ -104,22 +98,18 @@ class LMResult(Generic[ConfigT, RowT]):
         Of several processes the first one writes, and the others return at once.
         """
         folder = Path(folder)
-        several = (
-            torch.distributed.is_available() and torch.distributed.is_initialized()
-        )
-        if several and torch.distributed.get_rank() != 0:
+        processes = torch.distributed
+        several = processes.is_available() and processes.is_initialized()
+        if several and processes.get_rank() != 0:
             return folder
-        (self.language_model if self.reward_model is None else self.reward_model).save(
-            folder
-        )
+        trained = self.reward_model or self.language_model
+        trained.save(folder)
         self.history.to_csv(folder / "history.csv")
         about = {
-            "algorithm": self.algorithm,
-            "seed": self.seed,
+            "algorithm": self.algorithm, "seed": self.seed,
             "config": dataclasses.asdict(self.config),
-            "stop_reason": self.stop_reason,
-            "seconds": self.seconds,
+            "stop_reason": self.stop_reason, "seconds": self.seconds,
             "updates": self.updates,
-        }
+        }  # fmt: skip
         (folder / "training.json").write_text(json.dumps(about, indent=1))
         return folder

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from policyopt import losses
 from policyopt.frame import Callback, Statistics
 from policyopt.lm.batches import ScoredPairs
 from policyopt.lm.config import OfflineConfig
@@ -20,13 +21,7 @@ from policyopt.lm.results import LMResult, LMUpdate
 from policyopt.lm.sequences import Sequences, evaluating
 from policyopt.lm.sharding import gathered
 from policyopt.lm.training import Run
-from policyopt.losses import (
-    BradleyTerry,
-    aggregate,
-    bradley_terry_loss,
-    check_loss,
-    item_losses,
-)
+from policyopt.losses import aggregate, check_loss, item_losses
 from policyopt.runs import Count, NonNegative
 
 __all__ = [
@@ -112,9 +107,9 @@ def train_reward_model(
     """
     limits, tokenizer = config.limits(language_model), language_model.tokenizer
     pairs = preference_pairs(data, tokenizer, limits)
-    held_out = (
-        [] if eval_data is None else preference_pairs(eval_data, tokenizer, limits)
-    )
+    held_out: list[Pair] = []
+    if eval_data is not None:
+        held_out = preference_pairs(eval_data, tokenizer, limits)
     start = language_model.copy()
     reward_model = RewardModel(start)
     run: Run[RewardConfig, RewardUpdate] = Run(
@@ -122,9 +117,9 @@ def train_reward_model(
         callback=callback, progress=progress, checkpoint_dir=checkpoint_dir,
     )  # fmt: skip
 
-    def bradley_terry(batch: ScoredPairs) -> BradleyTerry:
+    def bradley_terry(batch: ScoredPairs) -> losses.BradleyTerry:
         chosen, rejected = batch.chosen_scores, batch.rejected_scores
-        return bradley_terry_loss(chosen, rejected, centering=config.centering)
+        return losses.bradley_terry_loss(chosen, rejected, centering=config.centering)
 
     objective = check_loss(loss, bradley_terry, "ScoredPairs")
 
@@ -136,9 +131,7 @@ def train_reward_model(
             for rows in run.micro_batches(len(batch), 2):
                 scores: Tensor = run.network(batch.select(rows))
                 piece = ScoredPairs(scores[0::2], scores[1::2])
-                items = item_losses(
-                    objective, piece, scores[0::2].shape, statistics=["margin"]
-                )
+                items = item_losses(objective, piece, scores[0::2].shape, ["margin"])
                 run.backward(aggregate(items.loss, denominator=count))
                 statistics.add(
                     loss=items.loss.sum(),
@@ -166,16 +159,13 @@ class Scorer(Protocol):
     @property
     def language_model(self) -> LanguageModel:
         """Whose tokenizer writes the completions."""
-        ...
 
     @property
     def network(self) -> nn.Module:
         """What computes the scores."""
-        ...
 
     def scores(self, sequences: Sequences) -> Tensor:
         """Scores ``[B]``."""
-        ...
 
 
 def pair_accuracy(
@@ -212,9 +202,8 @@ def pad_pairs(pairs: Sequence[Pair], language_model: LanguageModel) -> Sequences
         [pair.prompt_ids for pair in pairs],
         [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)],
         [i // 2 for i in range(2 * len(pairs))],
-        pad_id=language_model.pad_id,
-        device=language_model.device,
-    )
+        pad_id=language_model.pad_id, device=language_model.device,
+    )  # fmt: skip
 
 
 def _accuracy(margin: Tensor) -> Tensor:
@@ -229,8 +218,7 @@ def _pairs_accuracy(
     right, size = 0.0, config.micro_batch_size or config.batch_size
     with gathered(network), evaluating(network):
         for start in range(0, len(pairs), size):
-            scores = reward_model.scores(
-                pad_pairs(pairs[start : start + size], reward_model.language_model)
-            )
+            batch = pad_pairs(pairs[start : start + size], reward_model.language_model)
+            scores = reward_model.scores(batch)
             right += float(_accuracy(scores[0::2] - scores[1::2]).sum())
     return right / len(pairs)

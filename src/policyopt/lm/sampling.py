@@ -26,7 +26,7 @@ from policyopt.lm.heads import backbone_and_head
 from policyopt.lm.log_probs import filter_logits
 from policyopt.lm.models import LanguageModel, is_adapted
 from policyopt.lm.sequences import Sequences, evaluating, read_prompts, refuse_empty
-from policyopt.lm.sharding import gathered
+from policyopt.lm.sharding import gathered, whole
 from policyopt.runs import Bound, Count, Settings, derive_seed
 
 __all__ = [
@@ -106,7 +106,6 @@ class Sampler(Protocol):
         Samples
             ``B = P · samples_per_prompt`` rows, those of the first prompt first.
         """
-        ...
 
 
 @runtime_checkable
@@ -124,7 +123,6 @@ class UpdatedSampler(Sampler, Protocol):
         model : nn.Module
             The policy, with its adapters if it has any.
         """
-        ...
 
 
 class TransformersSampler:
@@ -189,13 +187,12 @@ class TransformersSampler:
         size = self.batch_size or count
         completions: list[list[int]] = []
         log_probs: list[list[float]] = []
-        whole = gathered(lm.model, layers=not self.synchronize)
-        with whole, evaluating(lm.model):
+        joint = gathered(lm.model, layers=not self.synchronize)
+        with joint, evaluating(lm.model):
             for start in range(0, count, size):
                 rows = range(start, min(start + size, count))
-                uniforms = _uniforms(
-                    seed, first_row + start, len(rows), config.max_new_tokens
-                )
+                first, steps = first_row + start, config.max_new_tokens
+                uniforms = _uniforms(seed, first, len(rows), steps)
                 # The prompts of this batch, and which of them each row continues.
                 index = [row // samples_per_prompt for row in rows]
                 batch = prompts[index[0] : index[-1] + 1]
@@ -259,12 +256,10 @@ class TransformersSampler:
                     mask = None if mask is None else mask[keep]
                     cache.batch_select_indices(keep)
             hidden = backbone(
-                input_ids=token[:, None],
+                input_ids=token[:, None], position_ids=positions,
                 attention_mask=None if mask is None else mask[..., : length + t + 1],
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )[0]
+                past_key_values=cache, use_cache=True,
+            )[0]  # fmt: skip
             logits = parts.logits(hidden[:, -1])
             positions = positions + 1
         return ids[: t + 1].T, log_probs[: t + 1].T
@@ -368,9 +363,8 @@ def _draw(
     cumulative = probabilities.cumsum(-1, dtype=uniforms.dtype)
     # The first token whose cumulative probability exceeds u · total; its own is then
     # not 0. NaN finds none.
-    token = torch.searchsorted(
-        cumulative, uniforms[:, None] * cumulative[:, -1:], right=True
-    )
+    wanted = uniforms[:, None] * cumulative[:, -1:]
+    token = torch.searchsorted(cumulative, wanted, right=True)
     token = token.clamp_(max=logits.shape[-1] - 1)
     return token[:, 0], probabilities.gather(-1, token)[:, 0].log().float()
 
@@ -436,9 +430,8 @@ def _samples(
     if not bool(scores.isfinite().all()):
         row = int((~scores.isfinite()).any(1).nonzero()[0])
         raise FloatingPointError(
-            f"{language_model.name} has NaN or infinite logits (completion {row}): its "
-            "weights have diverged; go back to the last good checkpoint and lower the "
-            "learning rate"
+            f"{language_model.name} has NaN or infinite logits (completion {row}): go "
+            "back to the last good checkpoint and lower the learning rate"
         )
     finished = [not ends.isdisjoint(row[-1:]) for row in completions]
     return Samples(sequences, scores, torch.tensor(finished, device=device))
@@ -481,14 +474,11 @@ class VLLMSampler:
                 "VLLMSampler needs vLLM, on Linux with a GPU: pip install vllm. "
                 "TransformersSampler runs everywhere"
             ) from error
-        self.language_model = language_model
-        length = options.get("max_model_len", language_model.context_length)
-        self.context_length = length
+        lm = self.language_model = language_model
+        self.context_length = options.get("max_model_len", lm.context_length)
         self._sampling_params = vllm.SamplingParams
-        if engine is None:
-            engine = _build_engine(vllm.LLM, language_model, options)
-        self.engine = engine
-        model_config = getattr(engine, "model_config", None)
+        self.engine = engine or _build_engine(vllm.LLM, lm, options)
+        model_config = getattr(self.engine, "model_config", None)
         mode = getattr(model_config, "logprobs_mode", "processed_logprobs")
         if mode != "processed_logprobs":
             raise ValueError(
@@ -502,9 +492,8 @@ class VLLMSampler:
         # In one process the function is called as it is: nothing is copied to another
         # process or pickled.
         with gathered(model):
-            self.engine.apply_model(
-                lambda inner: inner.load_weights(_merged_weights(model))
-            )
+            weights = _merged_weights(model)
+            self.engine.apply_model(lambda inner: inner.load_weights(weights))
         self.engine.reset_prefix_cache()  # those keys and values are the old weights'
 
     def sample(
@@ -525,15 +514,12 @@ class VLLMSampler:
         lm = self.language_model
         _check_request(prompts, samples_per_prompt, config, self.context_length)
         self._hand_over()
-        options = {
-            "n": samples_per_prompt,
-            "max_tokens": config.max_new_tokens,
-            "temperature": config.temperature,
-            "top_p": config.top_p,
-            "stop_token_ids": list(lm.eos_ids),
+        options: dict[str, Any] = {
+            "n": samples_per_prompt, "max_tokens": config.max_new_tokens,
+            "temperature": config.temperature, "top_p": config.top_p,
+            "stop_token_ids": list(lm.eos_ids), "detokenize": False,
             "logprobs": 0,  # of the sampled token only
-            "detokenize": False,
-        }
+        }  # fmt: skip
         if config.top_k is not None:
             options["top_k"] = config.top_k
         # Halved, because vLLM adds the number of the sample to the seed.
@@ -566,18 +552,15 @@ def _build_engine(
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         options = {"distributed_executor_backend": "external_launcher", **options}
+    dtype = str(model.dtype).removeprefix("torch.")
+    # The model's own sampling defaults must not mix with ours.
     defaults = {
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "gpu_memory_utilization": 0.3,
-        # the model's own sampling defaults must not mix with ours
-        "generation_config": "vllm",
-    }
+        "dtype": dtype, "gpu_memory_utilization": 0.3, "generation_config": "vllm",
+    }  # fmt: skip
     required = {
-        "load_format": "dummy",
-        "skip_tokenizer_init": True,
-        "logprobs_mode": "processed_logprobs",
-        "trust_remote_code": False,
-    }
+        "load_format": "dummy", "skip_tokenizer_init": True,
+        "logprobs_mode": "processed_logprobs", "trust_remote_code": False,
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         return engine(model=folder, **(defaults | options | required))
@@ -595,9 +578,7 @@ def _merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in base.named_parameters():
         if ".lora_" in name:
             continue
-        weight = parameter.detach()
-        if hasattr(weight, "full_tensor"):  # sharded over processes
-            weight = weight.full_tensor()
+        weight = whole(parameter.detach())
         path, _, kind = name.partition(".base_layer.")
         if kind == "weight":
             layer = base.get_submodule(path)
@@ -605,6 +586,12 @@ def _merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
                 if adapter in layer.lora_A:
                     weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
         yield name.replace(".base_layer", ""), weight
+
+
+def decode_all(language_model: LanguageModel, sequences: Sequences) -> list[str]:
+    """Return the texts of all completions."""
+    rows = _cut(sequences.completion_ids, sequences.lengths.tolist())
+    return [language_model.decode(row) for row in rows]
 
 
 def generate(
@@ -634,7 +621,6 @@ def generate(
     sampler = TransformersSampler(language_model)
     config = config or SamplingConfig()
     sequences = sampler.sample(ids, samples_per_prompt, config, seed=seed).sequences
-    rows = _cut(sequences.completion_ids, sequences.lengths.tolist())
-    texts = [language_model.decode(row) for row in rows]
+    texts = decode_all(language_model, sequences)
     starts = range(0, len(texts), samples_per_prompt)
     return [texts[start : start + samples_per_prompt] for start in starts]

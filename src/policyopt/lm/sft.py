@@ -137,9 +137,8 @@ def _pad(examples: Sequence[Example], language_model: LanguageModel) -> Sequence
     return Sequences.pad(
         [example.prompt_ids for example in examples],
         [example.completion_ids for example in examples],
-        pad_id=language_model.pad_id,
-        device=language_model.device,
-    )
+        pad_id=language_model.pad_id, device=language_model.device,
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 __all__ = ["ShardedNetwork", "gathered", "sharding_requested", "whole"]
 
@@ -57,8 +58,7 @@ def sharding_requested() -> bool:
     if version != "2":
         raise ValueError(
             f"the processes were launched for FSDP of version {version}; only version "
-            "2 is supported: launch with --fsdp_version 2 (or FSDP_VERSION=2), or "
-            "without FSDP for data parallelism (DDP)"
+            "2 is supported: launch with --fsdp_version 2 (FSDP_VERSION=2), or with DDP"
         )
     if environment.get("FSDP_OFFLOAD_PARAMS", "").lower() in _ON:
         raise ValueError(
@@ -100,9 +100,8 @@ class ShardedNetwork(nn.Module):
         _check_equal(network)
         # The network without its weights, to put them back into; in a list, so that it
         # is not one of the parts.
-        self._skeleton = [
-            _copied(network, lambda _, p: torch.empty_like(p, device="meta"))
-        ]
+        empty = _copied(network, lambda _, p: torch.empty_like(p, device="meta"))
+        self._skeleton = [empty]
         self.network = network
         mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
         for layer in _layers(network):
@@ -119,7 +118,7 @@ class ShardedNetwork(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the network's."""
         # FSDP hooks into the tensors that come out, which views would not survive.
-        return _cloned(self.network(*args, **kwargs))
+        return tree_map_only(Tensor, torch.clone, self.network(*args, **kwargs))
 
     def _begin(self) -> None:
         pass
@@ -158,13 +157,6 @@ def _copied(network: nn.Module, weight: Callable[[str, Tensor], Tensor]) -> nn.M
         for name, p in network.named_parameters()
     }
     return copy.deepcopy(network, weights)
-
-
-def _cloned(output: Any) -> Any:
-    if isinstance(output, tuple):
-        values = [_cloned(value) for value in output]
-        return type(output)(*values) if hasattr(output, "_fields") else tuple(values)
-    return output.clone() if isinstance(output, Tensor) else output
 
 
 def _layers(network: nn.Module) -> list[nn.Module]:

@@ -9,14 +9,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from policyopt.checkpoint import optimizer_slots, optimizer_tensors, strip
-from policyopt.frame import Callback, Frame, Statistics
+from policyopt.frame import Frame, Statistics
+from policyopt.lm import sampling
 from policyopt.lm.batches import Completions
 from policyopt.lm.data import batch_indices, encode_prompt, fingerprint
 from policyopt.lm.models import LanguageModel
@@ -24,13 +24,7 @@ from policyopt.lm.policies import Reference
 from policyopt.lm.processes import Processes
 from policyopt.lm.results import ConfigT, LMResult, LoggedSample, RowT
 from policyopt.lm.rewards import RewardFunctions, compute_rewards
-from policyopt.lm.sampling import (
-    Sampler,
-    SamplingConfig,
-    TransformersSampler,
-    UpdatedSampler,
-)
-from policyopt.lm.sequences import Sequences, widen
+from policyopt.lm.sequences import widen
 from policyopt.losses import Loss, item_losses
 from policyopt.runs import derive_seed
 
@@ -54,16 +48,15 @@ class Run(Frame[ConfigT, RowT]):
         The data, one entry per item; those with a ``prompt`` may be logged.
     state : dict, optional
         Numbers of the trainer's own that a checkpoint must carry.
+    **options
+        Of :class:`~policyopt.frame.Frame`: ``seed``, ``callback``, ``progress`` and
+        ``checkpoint_dir``.
     """
 
     remedy = "a lower learning rate or max_gradient_norm"
     may_change = (
-        "updates",
-        "epochs",
-        "checkpoint_every",
-        "micro_batch_size",
-        "logged_samples",
-    )
+        "updates", "epochs", "checkpoint_every", "micro_batch_size", "logged_samples",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -74,17 +67,13 @@ class Run(Frame[ConfigT, RowT]):
         row_type: type[RowT],
         items: Sequence[Any],
         *,
-        seed: int,
-        callback: Callback | None,
-        progress: bool,
-        checkpoint_dir: str | Path | None,
         state: dict[str, float] | None = None,
+        **options: Any,
     ) -> None:
+        every, name = config.checkpoint_every, language_model.name
         super().__init__(
-            algorithm, language_model.name, config, row_type, seed=seed,
-            callback=callback, progress=progress, checkpoint_dir=checkpoint_dir,
-            checkpoint_every=config.checkpoint_every,
-        )  # fmt: skip
+            algorithm, name, config, row_type, checkpoint_every=every, **options
+        )
         self.language_model, self.items = language_model, items
         self.total = config.total_updates(len(items))
         self.state: dict[str, float] = dict(state or {})
@@ -94,13 +83,14 @@ class Run(Frame[ConfigT, RowT]):
         self._bare = network
         self._references: list[Reference] | None = []
         self._random_state = torch.get_rng_state()
-        _check_trainable(self.parameters())
+        _check_trainable(list(self._trained().values()))
         self.optimizer = self._new_optimizer()
         self._slots: dict[int, dict[str, Tensor]] = {}
         self._logged = [item.prompt for item in items[: config.logged_samples]]
         self._before = self._complete()
         self.processes = Processes(language_model.device, config.batch_size)
-        self._shows_bar = progress and self.rank == 0
+        self.world, self.rank = self.processes.count, self.processes.rank
+        self._shows_bar = self._shows_bar and self.rank == 0
 
     def reference(
         self, reference: LanguageModel | None, *, copy: bool = True
@@ -121,10 +111,6 @@ class Run(Frame[ConfigT, RowT]):
 
     # --- the loop's interface ---
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that are trained."""
-        return [p for p in self._bare.parameters() if p.requires_grad]
-
     @property
     def position(self) -> tuple[int, int]:
         """Updates made, and updates to make."""
@@ -134,16 +120,6 @@ class Run(Frame[ConfigT, RowT]):
     def device(self) -> torch.device:
         """Where the network is."""
         return self.processes.device
-
-    @property
-    def world(self) -> int:
-        """Number of processes."""
-        return self.processes.count
-
-    @property
-    def rank(self) -> int:
-        """Number of this process, from 0."""
-        return self.processes.rank
 
     def sum(self, value: Tensor | float) -> Tensor:
         """Add up a number (or tensor of numbers) over all processes; no gradient."""
@@ -231,16 +207,11 @@ class Run(Frame[ConfigT, RowT]):
         """Return what was learned so far."""
         texts = zip(self._logged, self._before, self._complete(), strict=True)
         return LMResult(
-            algorithm=self.algorithm,
-            seed=self.seed,
-            config=self.config,
-            language_model=self.language_model,
-            history=self.history,
-            stop_reason=self.stop_reason,
-            seconds=self.seconds,
-            updates=self.update,
+            algorithm=self.algorithm, seed=self.seed, config=self.config,
+            language_model=self.language_model, history=self.history,
+            stop_reason=self.stop_reason, seconds=self.seconds, updates=self.update,
             samples=[LoggedSample(*sample) for sample in texts],
-        )
+        )  # fmt: skip
 
     def kl(self, batch: Completions, log_probs: Tensor) -> float:
         """Return the mean over completions of log π − log π_ref (k1), in nats.
@@ -262,12 +233,9 @@ class Run(Frame[ConfigT, RowT]):
         if self.config.gradient_checkpointing:
             _recompute(self.language_model.model, True)
         self.network, self.optimizer = self.processes.share(
-            self._bare,
-            self.language_model,
-            self.optimizer,
-            self._new_optimizer,
+            self._bare, self.language_model, self.optimizer, self._new_optimizer,
             self._slots,
-        )
+        )  # fmt: skip
         self._slots = {}
         if self.config.autocast is not None:
             # The forward pass alone: a backward pass takes its types from it.
@@ -315,8 +283,7 @@ class Run(Frame[ConfigT, RowT]):
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         self.processes.prepare_checkpoint()
-        trained = {n: p.detach() for n, p in self._trained().items()}
-        tensors = {f"network.{name}": p for name, p in trained.items()}
+        tensors = {f"network.{n}": p.detach() for n, p in self._trained().items()}
         tensors |= optimizer_tensors(self.optimizer)
         return self.processes.whole(tensors), {"numbers": self.state}
 
@@ -338,28 +305,24 @@ class Run(Frame[ConfigT, RowT]):
         return {n: p for n, p in self._bare.named_parameters() if p.requires_grad}
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
+        config, betas = self.config, self.config.adam_betas
         return torch.optim.AdamW(
-            self.parameters(),
-            lr=self.config.learning_rate,
-            betas=(self.config.adam_betas[0], self.config.adam_betas[1]),
-            weight_decay=self.config.weight_decay,
+            self._trained().values(), lr=config.learning_rate,
+            betas=(betas[0], betas[1]), weight_decay=config.weight_decay,
             fused=self.language_model.device.type != "mps",
-        )
+        )  # fmt: skip
 
     def _complete(self) -> list[str]:
         """Return greedy completions of the logged prompts."""
         if not self._logged:
             return []
         model = self.language_model
-        prompts = [encode_prompt(model.tokenizer, prompt) for prompt in self._logged]
-        sampling = getattr(self.config, "sampling", SamplingConfig())
-        room = (model.context_length or math.inf) - max(len(ids) for ids in prompts)
-        most = int(min(sampling.max_new_tokens, room))
-        greedy = SamplingConfig(temperature=0.0, max_new_tokens=most)
-        sequences = (
-            TransformersSampler(model).sample(prompts, 1, greedy, seed=0).sequences
-        )
-        return decode_all(model, sequences)
+        longest = max(len(encode_prompt(model.tokenizer, p)) for p in self._logged)
+        room = (model.context_length or math.inf) - longest
+        usual = getattr(self.config, "sampling", sampling.SamplingConfig())
+        most = int(min(usual.max_new_tokens, room))
+        greedy = sampling.SamplingConfig(temperature=0.0, max_new_tokens=most)
+        return [text for (text,) in sampling.generate(model, self._logged, greedy)]
 
 
 class SamplingRun(Run[ConfigT, RowT]):
@@ -373,21 +336,17 @@ class SamplingRun(Run[ConfigT, RowT]):
         self,
         *args: Any,
         reward_functions: RewardFunctions,
-        sampler: Sampler | None,
+        sampler: sampling.Sampler | None,
         group_size: int,
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
         self._reward_functions, self._group = reward_functions, group_size
-        self._sampler = sampler or TransformersSampler(self.language_model)
-        sampling: SamplingConfig = self.config.sampling
-        self._sampling = sampling
+        self._sampler = sampler or sampling.TransformersSampler(self.language_model)
+        self._sampling: sampling.SamplingConfig = self.config.sampling
         # Scores are those of the distribution that is sampled from.
-        self.scoring = {
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-        }
+        names = ("temperature", "top_k", "top_p")
+        self.scoring = {name: getattr(self._sampling, name) for name in names}
 
     def sample(self) -> Completions:
         """Sample completions of this update's prompts, and score them.
@@ -398,31 +357,25 @@ class SamplingRun(Run[ConfigT, RowT]):
         """
         examples, model, size = self.batch(), self.language_model, self._group
         samples = self._sampler.sample(
-            [example.prompt_ids for example in examples],
-            size,
-            self._sampling,
+            [example.prompt_ids for example in examples], size, self._sampling,
             seed=derive_seed(self.seed, self.update, 1 << 20, 0),  # in all processes
             first_row=self.rank * len(examples) * size,
-        )
+        )  # fmt: skip
         rows = [example for example in examples for _ in range(size)]
         columns = {name: [r.columns[name] for r in rows] for name in rows[0].columns}
         columns["finished"] = samples.finished.tolist()
         rewards = compute_rewards(
-            self._reward_functions,
-            decode_all(model, samples.sequences),
-            [row.prompt for row in rows],
-            columns,
-            weights=self.config.reward_weights,
-        )
+            self._reward_functions, sampling.decode_all(model, samples.sequences),
+            [row.prompt for row in rows], columns, weights=self.config.reward_weights,
+        )  # fmt: skip
         sequences = samples.sequences.to(self.device)
         return Completions(
-            sequences,
-            mask=sequences.completion_mask,
+            sequences, sequences.completion_mask,
             rewards=rewards.total.to(self.device),
             parts={name: part.to(self.device) for name, part in rewards.parts.items()},
             finished=samples.finished.to(self.device),
             sampler_log_probs=samples.log_probs.to(self.device),
-        )
+        )  # fmt: skip
 
     @torch.no_grad()
     def score(
@@ -431,6 +384,8 @@ class SamplingRun(Run[ConfigT, RowT]):
         """Fill in what π_ref and (with ``old``) the policy say before the first
         step.
         """
+        if reference is None and not old:
+            return batch
         sequences = batch.sequences
         changes: dict[str, Any] = {}
         cuts = list(self.micro_batches(len(batch), self._group))
@@ -439,13 +394,10 @@ class SamplingRun(Run[ConfigT, RowT]):
             changes["reference_log_probs"] = scores
         if old:
             said = [self.network(sequences.select(r), **self.scoring) for r in cuts]
-            for name, change in (
-                ("log_probs", "old_log_probs"),
-                ("values", "old_values"),
-            ):
+            for name in ("log_probs", "values"):
                 if hasattr(said[0], name):
                     wide = [widen(getattr(s, name), batch.mask) for s in said]
-                    changes[change] = torch.cat(wide)
+                    changes[f"old_{name}"] = torch.cat(wide)
         return replace(batch, **changes)
 
     def minibatches(self, batch: Completions) -> Iterator[Completions]:
@@ -470,15 +422,13 @@ class SamplingRun(Run[ConfigT, RowT]):
 
     def summary(self, batch: Completions) -> dict[str, Any]:
         """Return what a row of the history says of the completions themselves."""
-        count = float(self.sum(len(batch)))
         tokens = float(self.sum(batch.sequences.completion_mask.sum()))
-        parts = batch.parts.items()
         return {
             "tokens": int(tokens),
-            "reward": float(self.sum(batch.rewards.sum())) / count,
-            "rewards": {name: float(self.sum(p.sum())) / count for name, p in parts},
-            "length": tokens / count,
-            "finished": float(self.sum(batch.finished.sum())) / count,
+            "reward": self.mean(batch.rewards),
+            "rewards": {name: self.mean(part) for name, part in batch.parts.items()},
+            "length": self.mean(batch.sequences.lengths),
+            "finished": self.mean(batch.finished),
             "entropy": -float(self.sum(batch.sampler_log_probs.sum())) / max(tokens, 1),
         }
 
@@ -491,16 +441,8 @@ class SamplingRun(Run[ConfigT, RowT]):
 
     def tell_sampler(self) -> None:
         """Tell a sampler with weights of its own that they have changed."""
-        if isinstance(self._sampler, UpdatedSampler):
+        if isinstance(self._sampler, sampling.UpdatedSampler):
             self._sampler.update_weights(self.language_model.model)
-
-
-def decode_all(language_model: LanguageModel, sequences: Sequences) -> list[str]:
-    """Return the texts of all completions."""
-    rows = zip(
-        sequences.completion_ids.tolist(), sequences.lengths.tolist(), strict=True
-    )
-    return [language_model.decode(row[:length]) for row, length in rows]
 
 
 def _check_trainable(parameters: Sequence[nn.Parameter]) -> None:
