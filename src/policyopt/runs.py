@@ -241,7 +241,7 @@ class History(list[RowT]):
         """Write the table with a header line."""
         table = self.table()
         rows = zip(*(column.tolist() for column in table.values()), strict=True)
-        with Path(path).open("w", newline="") as file:
+        with Path(path).open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([table, *rows])
 
 

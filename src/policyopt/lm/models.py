@@ -489,7 +489,8 @@ class RewardModel:
             self.language_model._write(scratch)
             head = self.network.score.state_dict()
             save_file(head, scratch / "reward_head.safetensors")
-            (scratch / "reward_model.json").write_text(json.dumps({"format": 1}))
+            about = json.dumps({"format": 1})
+            (scratch / "reward_model.json").write_text(about, encoding="utf-8")
         return Path(folder)
 
     @staticmethod

@@ -111,5 +111,7 @@ class LMResult(Generic[ConfigT, RowT]):
             "stop_reason": self.stop_reason, "seconds": self.seconds,
             "updates": self.updates,
         }  # fmt: skip
-        (folder / "training.json").write_text(json.dumps(about, indent=1))
+        (folder / "training.json").write_text(
+            json.dumps(about, indent=1), encoding="utf-8"
+        )
         return folder
