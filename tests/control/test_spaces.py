@@ -140,7 +140,7 @@ def test_any_box_or_discrete_is_acted_in_saved_loaded_and_resumed(**drawn: Any) 
 
 
 @pytest.mark.sweep
-@settings(max_examples=500, phases=[Phase.generate], derandomize=False, print_blob=True)
+@settings(max_examples=200, phases=[Phase.generate], derandomize=False, print_blob=True)
 @DRAWN
 def test_sweep_of_boxes_and_discretes(**drawn: Any) -> None:
     check_spaces(**drawn)
