@@ -121,7 +121,7 @@ def assert_same_space(one: gym.Space[Any], other: gym.Space[Any]) -> None:
 DRAWN = given(observations=OBSERVATIONS, actions=ACTIONS, normalize=st.booleans(), same_step=st.booleans())
 
 
-@settings(max_examples=12, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=8, phases=[Phase.explicit, Phase.generate])
 @DRAWN
 @example(
     observations=spaces.Box(1.7e9, np.inf, (1,), np.float64),
@@ -277,7 +277,7 @@ STRANGE: dict[str, tuple[gym.Space[Any], Any, Any]] = {
     ),
     "Box of integers": (spaces.Box(0, 2, (2,), np.int16), lambda c: c.astype(np.int16), lambda a: a),
 }
-LEARN: dict[str, Any] = {"total_steps": 6000, "num_envs": 8}
+LEARN: dict[str, Any] = {"total_steps": 5000, "num_envs": 8}
 TRAINERS = [
     (train_ppo, dataclasses.replace(PPO, minibatch_size=128, epochs_per_batch=4, **LEARN)),
     (train_trpo, dataclasses.replace(TRPO, kl_limit=0.05, **LEARN)),
