@@ -200,7 +200,7 @@ def derive_seed(*path: int) -> int:
     >>> derive_seed(0, 1) == derive_seed(0, 1), derive_seed(0, 1) == derive_seed(1, 0)
     (True, False)
     """
-    return int(np.random.SeedSequence(list(path)).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(list(path)).generate_state(1, np.uint64)[0]) >> 1
 
 
 class History(list[RowT]):
