@@ -31,10 +31,10 @@ from torch import Tensor
 from policyopt._checks import require, require_shape_of
 
 __all__ = [
-    "adaptive_kl_coefficient", "discounted_returns", "explained_variance", "gae",
-    "group_relative_advantages", "importance_weights", "kl_estimate",
-    "kl_shaped_rewards", "leave_one_out_advantages", "normalize", "sequence_log_prob",
-    "td_errors",
+    "adaptive_kl_coefficient", "bounded_ratio", "discounted_returns",
+    "explained_variance", "gae", "group_relative_advantages", "importance_weights",
+    "kl_estimate", "kl_shaped_rewards", "leave_one_out_advantages", "normalize",
+    "sequence_log_prob", "td_errors",
 ]  # fmt: skip
 
 
@@ -307,6 +307,31 @@ def _check_group(rewards: Tensor) -> None:
     require(grouped, rule, tuple(rewards.shape))
 
 
+def bounded_ratio(log_ratio: Tensor) -> Tensor:
+    """Return exp(log_ratio), but at most about e^80 in float32 and bfloat16.
+
+    Where the exponential would overflow to infinity, its gradient times 0 would be NaN:
+    one such token would spoil a sum that masks it, or a loss whose clip has switched it
+    off. The bound is e^(0.9 log max), with the largest number of the dtype; below it
+    nothing changes, above it value and gradient are those at the bound.
+
+    Examples
+    --------
+    >>> import torch
+    >>> bounded_ratio(torch.tensor([0.0, 1.0, 100.0]))
+    tensor([1.0000e+00, 2.7183e+00, 4.7715e+34])
+    """
+    return torch.exp(_bounded(log_ratio))
+
+
+def _bounded(log_ratio: Tensor) -> Tensor:
+    """Return the log-ratio, or its bound where it is above it, with gradient 1."""
+    bound = 0.9 * math.log(torch.finfo(log_ratio.dtype).max)
+    # 0 with gradient 1; an infinite log-ratio has none.
+    zero = (log_ratio - log_ratio.detach()).nan_to_num()
+    return torch.where(log_ratio > bound, bound + zero, log_ratio)
+
+
 def kl_estimate(
     log_prob: Tensor, reference_log_prob: Tensor, kind: Literal["k1", "k2", "k3"] = "k3"
 ) -> Tensor:
@@ -324,6 +349,8 @@ def kl_estimate(
     k3    r − 1 − log r   KL(π ‖ π_ref), low          ∇ KL(π_ref ‖ π): the *other*
                           variance                    direction
     ====  ==============  ==========================  =================================
+
+    k3 grows like r, which overflows: r is bounded as :func:`bounded_ratio` says.
 
     Parameters
     ----------
@@ -359,7 +386,7 @@ def kl_estimate(
     if kind == "k2":
         return 0.5 * log_ratio.square()
     if kind == "k3":
-        return torch.expm1(log_ratio) - log_ratio
+        return torch.expm1(_bounded(log_ratio)) - log_ratio
     raise ValueError(f"kind must be 'k1', 'k2' or 'k3', got {kind!r}")
 
 
