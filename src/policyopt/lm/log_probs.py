@@ -9,7 +9,6 @@ again.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -333,8 +332,9 @@ def completion_log_probs(
     share_prompts : bool
         See :func:`policyopt.lm.sequences.hidden_states`.
     hidden : Tensor, optional
-        ``[B, T + 1, H]`` from :func:`policyopt.lm.sequences.hidden_states`, if it is at
-        hand; else it is computed.
+        ``[B, T, H]`` or more columns from
+        :func:`policyopt.lm.sequences.hidden_states`, if it is at hand; else it is
+        computed.
 
     Raises
     ------
@@ -345,11 +345,8 @@ def completion_log_probs(
     parts = backbone_and_head(model)
     ids, mask = sequences.completion_ids, sequences.completion_mask
     if hidden is None:
-        # The state after the last token chooses no action.
-        shorter = replace(
-            sequences, completion_ids=ids[:, :-1], completion_mask=mask[:, :-1]
-        )
-        hidden = hidden_states(model, shorter, share_prompts=share_prompts)
+        states = sequences.states()
+        hidden = hidden_states(model, states, share_prompts=share_prompts)
     places = mask.flatten().nonzero()[:, 0]
     states = hidden[:, : ids.shape[1]].reshape(-1, hidden.shape[-1])
     scores, entropies = chunked_log_probs(

@@ -212,6 +212,8 @@ class LoRA:
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
+    """On the adapters' input, where a trainer has dropout on (see
+    :class:`~policyopt.lm.config.LMConfig`)."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """Names of the linear layers to adapt; "all-linear" takes all but the output
     head.

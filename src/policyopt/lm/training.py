@@ -7,12 +7,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from policyopt.checkpoint import optimizer_slots, optimizer_tensors, strip
 from policyopt.frame import Frame, Statistics
@@ -24,7 +26,7 @@ from policyopt.lm.policies import Reference
 from policyopt.lm.processes import Processes
 from policyopt.lm.results import ConfigT, LMResult, LoggedSample, RowT
 from policyopt.lm.rewards import RewardFunctions, compute_rewards
-from policyopt.lm.sequences import widen
+from policyopt.lm.sequences import evaluating, widen
 from policyopt.losses import Loss, item_losses
 from policyopt.runs import derive_seed
 
@@ -48,6 +50,10 @@ class Run(Frame[ConfigT, RowT]):
         The data, one entry per item; those with a ``prompt`` may be logged.
     state : dict, optional
         Numbers of the trainer's own that a checkpoint must carry.
+    dropout : bool
+        Train with the dropout that the model has. A loss with a ratio, a reference or a
+        margin compares log-probabilities, which must then be those of one policy: with
+        dropout each forward pass is another one.
     **options
         Of :class:`~policyopt.frame.Frame`: ``seed``, ``callback``, ``progress`` and
         ``checkpoint_dir``.
@@ -68,6 +74,7 @@ class Run(Frame[ConfigT, RowT]):
         items: Sequence[Any],
         *,
         state: dict[str, float] | None = None,
+        dropout: bool = False,
         **options: Any,
     ) -> None:
         every, name = config.checkpoint_every, language_model.name
@@ -77,6 +84,7 @@ class Run(Frame[ConfigT, RowT]):
         self.language_model, self.items = language_model, items
         self.total = config.total_updates(len(items))
         self.state: dict[str, float] = dict(state or {})
+        self._dropout, self._recomputed = dropout, list[nn.Module]()
         self.scoring: dict[str, Any] = {}
         """Options under which the network scores completions."""
         self.network: Any = network
@@ -231,7 +239,7 @@ class Run(Frame[ConfigT, RowT]):
         self._references = None
         self._random_state = torch.get_rng_state()
         if self.config.gradient_checkpointing:
-            _recompute(self.language_model.model, True)
+            self._recomputed = _recompute(self.language_model.model, self._dropout)
         self.network, self.optimizer = self.processes.share(
             self._bare, self.language_model, self.optimizer, self._new_optimizer,
             self._slots,
@@ -245,9 +253,11 @@ class Run(Frame[ConfigT, RowT]):
     def _prepare_update(self) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate_at(self.update, self.total)
-        # Dropout, if the model has any, draws from the global stream.
+        # Dropout, where it is on, draws from the global stream.
         torch.manual_seed(derive_seed(self.seed, self.update, self.rank))
-        self.network.train()
+        self.network.train(self._dropout)
+        for layer in self._recomputed:
+            layer.training = True
 
     def _common(self, **fields: Any) -> dict[str, Any]:
         before = self.history[-1].tokens if self.history else 0
@@ -264,7 +274,7 @@ class Run(Frame[ConfigT, RowT]):
             self.network = self._bare
         self._bare.eval()
         if self.config.gradient_checkpointing:
-            _recompute(self.language_model.model, False)
+            _checkpointing_switch(self.language_model.model, "disable")()
         torch.set_rng_state(self._random_state)
 
     def _revert(self, error: BaseException) -> bool:
@@ -393,7 +403,9 @@ class SamplingRun(Run[ConfigT, RowT]):
             scores = reference.log_probs(sequences, cuts, **self.scoring)
             changes["reference_log_probs"] = scores
         if old:
-            said = [self.network(sequences.select(r), **self.scoring) for r in cuts]
+            parts = [sequences.select(rows) for rows in cuts]
+            with evaluating(self.network):
+                said = [self.network(part, **self.scoring) for part in parts]
             for name in ("log_probs", "values"):
                 if hasattr(said[0], name):
                     wide = [widen(getattr(s, name), batch.mask) for s in said]
@@ -459,8 +471,34 @@ def _check_trainable(parameters: Sequence[nn.Parameter]) -> None:
         )
 
 
-def _recompute(model: Any, on: bool) -> None:
-    """Switch gradient checkpointing, by its name in transformers 5 or the older one."""
-    switch = "enable" if on else "disable"
+def _checkpointing_switch(model: Any, switch: Literal["enable", "disable"]) -> Any:
+    """Return the method by its name in transformers 5.23, or by the older one."""
     new = getattr(model, f"activation_checkpointing_{switch}", None)
-    (new or getattr(model, f"gradient_checkpointing_{switch}"))()
+    return new or getattr(model, f"gradient_checkpointing_{switch}")
+
+
+def _recompute(model: Any, dropout: bool) -> list[nn.Module]:
+    """Switch gradient checkpointing on, and return the layers that it is about.
+
+    A layer is recomputed in training mode only. Without dropout it is in this mode for
+    the question whether to recompute it, and in evaluation mode while it is computed.
+    """
+    layers: list[nn.Module] = []
+    options: dict[str, Any] = {"use_reentrant": False}
+    if not dropout:
+        options["context_fn"] = lambda: (_computed(layers), _computed(layers))
+    _checkpointing_switch(model, "enable")(options)
+    kind = GradientCheckpointingLayer
+    layers += [module for module in model.modules() if isinstance(module, kind)]
+    return layers
+
+
+@contextmanager
+def _computed(layers: Sequence[nn.Module]) -> Iterator[None]:
+    for layer in layers:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = True
