@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import GradientCheckpointingLayer as Layer
 
 from policyopt.checkpoint import optimizer_slots, optimizer_tensors, strip
 from policyopt.frame import Frame, Statistics
@@ -239,7 +239,9 @@ class Run(Frame[ConfigT, RowT]):
         self._references = None
         self._random_state = torch.get_rng_state()
         if self.config.gradient_checkpointing:
-            self._recomputed = _recompute(self.language_model.model, self._dropout)
+            model, mode = self.language_model.model, self._layer_mode
+            self._recomputed = [m for m in model.modules() if isinstance(m, Layer)]
+            _recompute(model, use_reentrant=False, context_fn=lambda: (mode(), mode()))
         self.network, self.optimizer = self.processes.share(
             self._bare, self.language_model, self.optimizer, self._new_optimizer,
             self._slots,
@@ -259,6 +261,20 @@ class Run(Frame[ConfigT, RowT]):
         for layer in self._recomputed:
             layer.training = True
 
+    @contextmanager
+    def _layer_mode(self) -> Iterator[None]:
+        """Give layers that are recomputed the mode of all others while they compute.
+
+        In between they are in training mode, in which alone they are recomputed.
+        """
+        for layer in self._recomputed:
+            layer.training = self._dropout
+        try:
+            yield
+        finally:
+            for layer in self._recomputed:
+                layer.training = True
+
     def _common(self, **fields: Any) -> dict[str, Any]:
         before = self.history[-1].tokens if self.history else 0
         return fields | {
@@ -274,7 +290,7 @@ class Run(Frame[ConfigT, RowT]):
             self.network = self._bare
         self._bare.eval()
         if self.config.gradient_checkpointing:
-            _checkpointing_switch(self.language_model.model, "disable")()
+            _recompute(self.language_model.model)
         torch.set_rng_state(self._random_state)
 
     def _revert(self, error: BaseException) -> bool:
@@ -403,9 +419,8 @@ class SamplingRun(Run[ConfigT, RowT]):
             scores = reference.log_probs(sequences, cuts, **self.scoring)
             changes["reference_log_probs"] = scores
         if old:
-            parts = [sequences.select(rows) for rows in cuts]
             with evaluating(self.network):
-                said = [self.network(part, **self.scoring) for part in parts]
+                said = [self.network(sequences.select(r), **self.scoring) for r in cuts]
             for name in ("log_probs", "values"):
                 if hasattr(said[0], name):
                     wide = [widen(getattr(s, name), batch.mask) for s in said]
@@ -471,34 +486,11 @@ def _check_trainable(parameters: Sequence[nn.Parameter]) -> None:
         )
 
 
-def _checkpointing_switch(model: Any, switch: Literal["enable", "disable"]) -> Any:
-    """Return the method by its name in transformers 5.23, or by the older one."""
-    new = getattr(model, f"activation_checkpointing_{switch}", None)
-    return new or getattr(model, f"gradient_checkpointing_{switch}")
-
-
-def _recompute(model: Any, dropout: bool) -> list[nn.Module]:
-    """Switch gradient checkpointing on, and return the layers that it is about.
-
-    A layer is recomputed in training mode only. Without dropout it is in this mode for
-    the question whether to recompute it, and in evaluation mode while it is computed.
+def _recompute(model: Any, **options: Any) -> None:
+    """Switch gradient checkpointing on, or off where there are no options, by its name
+    in transformers 5.23 or the older one.
     """
-    layers: list[nn.Module] = []
-    options: dict[str, Any] = {"use_reentrant": False}
-    if not dropout:
-        options["context_fn"] = lambda: (_computed(layers), _computed(layers))
-    _checkpointing_switch(model, "enable")(options)
-    kind = GradientCheckpointingLayer
-    layers += [module for module in model.modules() if isinstance(module, kind)]
-    return layers
-
-
-@contextmanager
-def _computed(layers: Sequence[nn.Module]) -> Iterator[None]:
-    for layer in layers:
-        layer.training = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.training = True
+    switch = "enable" if options else "disable"
+    new = getattr(model, f"activation_checkpointing_{switch}", None)
+    arguments = [options] if options else []
+    (new or getattr(model, f"gradient_checkpointing_{switch}"))(*arguments)
