@@ -206,7 +206,9 @@ class LoRA:
     """Low-rank adapters: train W + (α/r) B A with B, A of rank r, and leave W alone (Hu
     et al. 2021, arXiv:2106.09685).
 
-    The unadapted model stays available, so that the reference policy costs no memory.
+    The unadapted model stays available. It is the reference policy of a training that
+    starts from fresh adapters, which then costs no memory; of trained adapters a copy
+    is kept.
     """
 
     rank: int = 16
@@ -236,7 +238,7 @@ def add_lora(
             lora_dropout=lora.dropout,
         )  # fmt: skip
         model = peft.get_peft_model(language_model.model, config)
-    return LanguageModel(model, language_model.tokenizer, language_model.name)
+    return LanguageModel(model.eval(), language_model.tokenizer, language_model.name)
 
 
 @contextmanager

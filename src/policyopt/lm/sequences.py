@@ -215,8 +215,8 @@ def hidden_states(
 
 
 def _can_share(backbone: nn.Module) -> bool:
-    # With it transformers switches the cache off in training mode; in the other mode the
-    # passes are those of training too, so that they round alike.
+    # With it transformers switches the cache off in training mode. In evaluation mode
+    # the passes are the same, so that they round alike.
     if any(getattr(m, "gradient_checkpointing", False) for m in backbone.modules()):
         return False
     accepted = inspect.signature(backbone.forward).parameters
