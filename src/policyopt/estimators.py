@@ -31,10 +31,10 @@ from torch import Tensor
 from policyopt._checks import require, require_shape_of
 
 __all__ = [
-    "adaptive_kl_coefficient", "discounted_returns", "explained_variance", "gae",
-    "group_relative_advantages", "importance_weights", "kl_estimate",
-    "kl_shaped_rewards", "leave_one_out_advantages", "normalize", "sequence_log_prob",
-    "td_errors",
+    "adaptive_kl_coefficient", "bounded_log_ratio", "discounted_returns",
+    "explained_variance", "gae", "group_relative_advantages", "importance_weights",
+    "kl_estimate", "kl_shaped_rewards", "leave_one_out_advantages", "normalize",
+    "sequence_log_prob", "td_errors",
 ]  # fmt: skip
 
 
@@ -307,6 +307,28 @@ def _check_group(rewards: Tensor) -> None:
     require(grouped, rule, tuple(rewards.shape))
 
 
+def bounded_log_ratio(log_ratio: Tensor) -> Tensor:
+    """Return the log-ratio, but no more than exp can take: 79.8 in float32 and
+    bfloat16.
+
+    Where exp overflows to infinity, its gradient times 0 is NaN: one such token would
+    spoil a sum that masks it, or a loss whose clip has switched it off. The bound is
+    0.9 log of the largest number of the dtype. At and above it the gradient of the
+    result is 1, so that exp has value and gradient of the bound; below it nothing
+    changes.
+
+    Examples
+    --------
+    >>> import torch
+    >>> bounded_log_ratio(torch.tensor([0.0, 1.0, 100.0]))
+    tensor([ 0.0000,  1.0000, 79.8506])
+    """
+    bound = 0.9 * math.log(torch.finfo(log_ratio.dtype).max)
+    # 0 with gradient 1; an infinite log-ratio has none.
+    zero = (log_ratio - log_ratio.detach()).nan_to_num()
+    return torch.where(log_ratio > bound, bound + zero, log_ratio)
+
+
 def kl_estimate(
     log_prob: Tensor, reference_log_prob: Tensor, kind: Literal["k1", "k2", "k3"] = "k3"
 ) -> Tensor:
@@ -324,6 +346,9 @@ def kl_estimate(
     k3    r − 1 − log r   KL(π ‖ π_ref), low          ∇ KL(π_ref ‖ π): the *other*
                           variance                    direction
     ====  ==============  ==========================  =================================
+
+    k3 grows like r, which overflows: log r is bounded by
+    :func:`bounded_log_ratio`.
 
     Parameters
     ----------
@@ -359,7 +384,7 @@ def kl_estimate(
     if kind == "k2":
         return 0.5 * log_ratio.square()
     if kind == "k3":
-        return torch.expm1(log_ratio) - log_ratio
+        return torch.expm1(bounded_log_ratio(log_ratio)) - log_ratio
     raise ValueError(f"kind must be 'k1', 'k2' or 'k3', got {kind!r}")
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from policyopt.distributions import Categorical
+from policyopt.estimators import kl_estimate
 from policyopt.losses import (
     aggregate,
     clipped_surrogate_loss,
@@ -113,6 +114,57 @@ def test_the_clip_keeps_the_way_back_open() -> None:
     out.loss.sum().backward()
     torch.testing.assert_close(log_prob.grad, torch.tensor([-0.1, 10.0]))
     assert out.clipped.tolist() == [0.0, 0.0]
+
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@given(
+    st.sampled_from(FLOATS),
+    st.one_of(st.integers(-800, 800), st.sampled_from([-math.inf, math.inf])),
+    st.sampled_from([-2.0, -0.5, 0.0, 0.5, 3.0]),
+)
+def test_the_surrogate_at_any_log_ratio(dtype: torch.dtype, log_ratio: float, advantage: float) -> None:
+    """Where the clip decides the gradient is 0, not 0 · inf, and a masked token adds nothing at all."""
+    bound = 0.9 * math.log(torch.finfo(dtype).max)
+    old = torch.tensor([-log_ratio, -1.0], dtype=dtype)
+    advantages = torch.tensor([advantage, 1.0], dtype=dtype)
+    log_prob = torch.tensor([0.0, -1.0], dtype=dtype, requires_grad=True)
+    out = clipped_surrogate_loss(log_prob, old, advantages)
+    out.loss[0].backward(retain_graph=True)
+    assert log_prob.grad is not None
+    off = (log_ratio > 0 and advantage > 0) or (log_ratio < 0 and advantage < 0) or advantage == 0
+    if log_ratio == 0:
+        off = advantage == 0
+    pull = 0.0 if off else -advantage * math.exp(min(log_ratio, bound))
+    if abs(log_ratio) < math.inf:  # at infinity the direction is not defined
+        assert log_prob.grad[0].item() == pytest.approx(pull, rel=0.2 if dtype.itemsize == 2 else 1e-4)
+    assert math.isfinite(log_prob.grad[0].item())
+    edges = objective(math.exp(min(log_ratio, bound)), advantage, 0.2, 0.2)
+    assert out.loss[0].item() == pytest.approx(-edges, rel=0.2 if dtype.itemsize == 2 else 1e-4)
+
+    for loss in (clipped_surrogate_loss, surrogate_loss):
+        log_prob.grad = None
+        items = loss(log_prob, old, advantages).loss
+        aggregate(items, torch.tensor([False, True])).backward()
+        assert log_prob.grad.tolist() == [0.0, -1.0]
+
+
+@given(st.sampled_from(FLOATS), st.one_of(st.floats(-800, 800), st.just(math.inf)))
+def test_k3_does_not_overflow_into_a_masked_sum(dtype: torch.dtype, log_ratio: float) -> None:
+    bound = 0.9 * math.log(torch.finfo(dtype).max)
+    log_prob = torch.tensor([-log_ratio, -1.0], dtype=dtype, requires_grad=True)
+    kl = kl_estimate(log_prob, torch.tensor([0.0, -2.0], dtype=dtype), "k3")
+    aggregate(kl, torch.tensor([False, True])).backward()
+    assert log_prob.grad is not None
+    assert log_prob.grad.tolist() == pytest.approx([0.0, 1 - math.exp(-1)], rel=0.01)
+    x = -log_prob[0].item()
+    if x < bound:
+        expected = math.expm1(x) - x
+        loose = 0.3 if dtype.itemsize == 2 else 1e-3
+        assert kl[0].item() == pytest.approx(expected, rel=loose, abs=1e-2 if dtype.itemsize == 2 else 1e-6)
+    elif x < math.inf:
+        assert math.isfinite(kl[0].item())
 
 
 def test_all_policy_losses_agree_at_the_old_policy() -> None:

@@ -21,9 +21,11 @@ def _later() -> Tensor:
     return torch.empty(0)
 
 
-def ordered_rightly(margins: Tensor) -> Tensor:
-    """Return 1 where a margin is positive, 0 where it is not, NaN where it is NaN."""
-    return torch.where(margins.isnan(), margins, margins > 0)
+def ordered_rightly(margins: Tensor, *, tie: float = 0.0) -> Tensor:
+    """Return 1 where a margin is positive, ``tie`` where it is 0, 0 where it is
+    negative, NaN where it is NaN.
+    """
+    return torch.where(margins.isnan(), margins, (margins > 0) + tie * (margins == 0))
 
 
 @dataclass(frozen=True)
@@ -117,4 +119,4 @@ class RankedGroup:
     log_prob: Tensor
     """log π_θ(completion | prompt), ``[K]``, with gradient."""
     rewards: Tensor
-    """``[K]``, falling; where there are only ranks, K − 1, …, 0."""
+    """``[K]``, falling; where there are only ranks, K, …, 1."""

@@ -249,12 +249,16 @@ class LoRA:
     """Low-rank adapters: train W + (α/r) B A with B, A of rank r, and leave W alone (Hu
     et al. 2021, arXiv:2106.09685).
 
-    The unadapted model stays available, so that the reference policy costs no memory.
+    The unadapted model stays available. It is the reference policy of a training that
+    starts from fresh adapters, which then costs no memory; of trained adapters a copy
+    is kept.
     """
 
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
+    """On the adapters' input, where a trainer has dropout on (see
+    :class:`~policyopt.lm.config.LMConfig`)."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """Names of the linear layers to adapt; "all-linear" takes all but the output
     head.
@@ -277,7 +281,7 @@ def add_lora(
             lora_dropout=lora.dropout,
         )  # fmt: skip
         model = peft.get_peft_model(language_model.model, config)
-    return replace(language_model, model=model)
+    return replace(language_model, model=model.eval())
 
 
 @contextmanager

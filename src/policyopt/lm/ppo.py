@@ -156,12 +156,12 @@ class ActorCritic(nn.Module):
 
     def forward(self, sequences: Sequences, **options: Any) -> Judged:
         """Score the tokens of completions, and the states before them."""
-        hidden = hidden_states(self.model, sequences)
+        acted = sequences.states()
+        hidden = hidden_states(self.model, acted)
         said = completion_log_probs(self.model, sequences, hidden=hidden, **options)
         if self.value_model is not None:
-            hidden = hidden_states(self.value_model, sequences)
-        states = hidden[:, : sequences.completion_ids.shape[1]]
-        values = self.value_head(states.to(self.value_head.weight.dtype))
+            hidden = hidden_states(self.value_model, acted)
+        values = self.value_head(hidden.to(self.value_head.weight.dtype))
         return Judged(said.log_probs, values.squeeze(-1).float())
 
 
@@ -240,7 +240,7 @@ def train_ppo(
         :func:`~policyopt.lm.rewards.compute_rewards`.
     config : PPOConfig
     reference : LanguageModel, optional
-        π_ref; by default the policy as it is given (for LoRA: with the adapters off).
+        π_ref; by default the policy as it is given.
     loss : callable, optional
         A function of the :class:`~policyopt.lm.batches.Completions` of a micro-batch
         that returns the policy's loss of each token, ``[B, T]``: a named tuple with the
@@ -304,7 +304,7 @@ def train_ppo(
                     value_term = aggregate(errors.loss, piece.mask, denominator=tokens)
                     run.backward(policy_term + config.value_coef * value_term)
                     statistics.add(
-                        policy=(items.loss * piece.mask).sum(),
+                        policy=torch.where(piece.mask, items.loss, 0.0).sum(),
                         value=(errors.loss * piece.mask).sum(),
                         clipped=(items.clipped * piece.mask).sum(),
                         tokens=piece.mask.sum(),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from policyopt import losses
 from policyopt.frame import Callback, Statistics
-from policyopt.lm.batches import ScoredPairs
+from policyopt.lm.batches import ScoredPairs, ordered_rightly
 from policyopt.lm.config import OfflineConfig
 from policyopt.lm.data import Pair, Records, preference_pairs
 from policyopt.lm.models import LanguageModel, RewardModel
@@ -54,7 +54,8 @@ class RewardUpdate(LMUpdate):
     loss: float
     """Mean −log σ(chosen − rejected), plus the centring term."""
     accuracy: float
-    """Share of pairs whose chosen completion scores higher, before the step."""
+    """Share of pairs whose chosen completion scores higher, before the step; a tie
+    counts half. NaN if a loss of one's own gives no margin."""
     margin: float
     """Mean score of the chosen minus that of the rejected completion."""
     eval_accuracy: float
@@ -78,6 +79,9 @@ def train_reward_model(
 ) -> LMResult[RewardConfig, RewardUpdate]:
     """Fit r_φ to comparisons under the Bradley–Terry model, P(chosen over rejected) =
     σ(r_φ(chosen) − r_φ(rejected)).
+
+    Dropout is on, if the model or its adapters have any: no score is compared with one
+    of another forward pass.
 
     Parameters
     ----------
@@ -115,6 +119,7 @@ def train_reward_model(
     run: Run[RewardConfig, RewardUpdate] = Run(
         "reward", start, reward_model.network, config, RewardUpdate, pairs, seed=seed,
         callback=callback, progress=progress, checkpoint_dir=checkpoint_dir,
+        dropout=True,
     )  # fmt: skip
 
     def bradley_terry(batch: ScoredPairs) -> losses.BradleyTerry:
@@ -135,7 +140,7 @@ def train_reward_model(
                 run.backward(aggregate(items.loss, denominator=count))
                 statistics.add(
                     loss=items.loss.sum(),
-                    accuracy=_accuracy(items.margin).sum(),
+                    accuracy=ordered_rightly(items.margin, tie=0.5).sum(),
                     margin=items.margin.sum(),
                 )
             norm = run.descend()
@@ -206,10 +211,6 @@ def pad_pairs(pairs: Sequence[Pair], language_model: LanguageModel) -> Sequences
     )  # fmt: skip
 
 
-def _accuracy(margin: Tensor) -> Tensor:
-    return (margin > 0).float() + 0.5 * (margin == 0).float()
-
-
 @torch.no_grad()
 def _pairs_accuracy(
     reward_model: Scorer, pairs: Sequence[Pair], config: RewardConfig
@@ -220,5 +221,6 @@ def _pairs_accuracy(
         for start in range(0, len(pairs), size):
             batch = pad_pairs(pairs[start : start + size], reward_model.language_model)
             scores = reward_model.scores(batch)
-            right += float(_accuracy(scores[0::2] - scores[1::2]).sum())
+            margins = scores[0::2] - scores[1::2]
+            right += float(ordered_rightly(margins, tie=0.5).sum())
     return right / len(pairs)

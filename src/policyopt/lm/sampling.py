@@ -43,6 +43,9 @@ _Probability = Annotated[float, Bound("in (0, 1]", lambda x: 0 < x <= 1)]
 class SamplingConfig(Settings):
     """How completions are drawn. The scorer must be given the same temperature, top-k
     and top-p.
+
+    The filters, top-k and top-p, are the policy's: π_ref is restricted to the tokens
+    that they leave to the policy (:class:`~policyopt.lm.policies.Reference`).
     """
 
     max_new_tokens: Count = 64

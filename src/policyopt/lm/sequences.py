@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -121,6 +121,13 @@ class Sequences:
         """Move all tensors to ``device``."""
         return Sequences(*(tensor.to(device) for tensor in vars(self).values()))
 
+    def states(self) -> Sequences:
+        """Leave out the last column: the state after the last token chooses no
+        action.
+        """
+        ids, mask = self.completion_ids[:, :-1], self.completion_mask[:, :-1]
+        return replace(self, completion_ids=ids, completion_mask=mask)
+
     def select(self, rows: Tensor) -> Sequences:
         """Keep the completions ``rows`` (numbers or a Boolean mask), in that order.
 
@@ -208,9 +215,10 @@ def hidden_states(
 
 
 def _can_share(backbone: nn.Module) -> bool:
-    flags = (getattr(m, "gradient_checkpointing", False) for m in backbone.modules())
-    if backbone.training and any(flags):
-        return False  # transformers switches the cache off then
+    # With it transformers switches the cache off in training mode. In evaluation mode
+    # the passes are the same, so that they round alike.
+    if any(getattr(m, "gradient_checkpointing", False) for m in backbone.modules()):
+        return False
     accepted = inspect.signature(backbone.forward).parameters
     if not {"attention_mask", "position_ids", "past_key_values"} <= accepted.keys():
         return False

@@ -69,7 +69,7 @@ def train_sft(
     checkpoint_dir: str | Path | None = None,
 ) -> LMResult[SFTConfig, SFTUpdate]:
     """Maximise the likelihood of completions given their prompts. Prompt tokens are
-    read, not learned.
+    read, not learned. Dropout is on, if the model or its adapters have any.
 
     Parameters
     ----------
@@ -109,7 +109,7 @@ def train_sft(
     run: Run[SFTConfig, SFTUpdate] = Run(
         "sft", language_model, PolicyNetwork(language_model.model), config, SFTUpdate,
         examples, seed=seed, callback=callback, progress=progress,
-        checkpoint_dir=checkpoint_dir,
+        checkpoint_dir=checkpoint_dir, dropout=True,
     )  # fmt: skip
     objective = check_loss(loss, sft_loss, "Tokens")
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer as Layer
 
 from policyopt.checkpoint import optimizer_slots, optimizer_tensors, strip
 from policyopt.frame import Frame, Statistics
@@ -24,7 +26,7 @@ from policyopt.lm.policies import Reference
 from policyopt.lm.processes import Processes
 from policyopt.lm.results import ConfigT, LMResult, LoggedSample, RowT
 from policyopt.lm.rewards import RewardFunctions, compute_rewards
-from policyopt.lm.sequences import widen
+from policyopt.lm.sequences import evaluating, widen
 from policyopt.losses import Loss, item_losses
 from policyopt.runs import derive_seed
 
@@ -48,6 +50,10 @@ class Run(Frame[ConfigT, RowT]):
         The data, one entry per item; those with a ``prompt`` may be logged.
     state : dict, optional
         Numbers of the trainer's own that a checkpoint must carry.
+    dropout : bool
+        Train with the dropout that the model has. A loss with a ratio, a reference or a
+        margin compares log-probabilities, which must then be those of one policy: with
+        dropout each forward pass is another one.
     **options
         Of :class:`~policyopt.frame.Frame`: ``seed``, ``callback``, ``progress`` and
         ``checkpoint_dir``.
@@ -68,6 +74,7 @@ class Run(Frame[ConfigT, RowT]):
         items: Sequence[Any],
         *,
         state: dict[str, float] | None = None,
+        dropout: bool = False,
         **options: Any,
     ) -> None:
         every, name = config.checkpoint_every, language_model.name
@@ -79,6 +86,7 @@ class Run(Frame[ConfigT, RowT]):
             language_model.model.config.chat_template_kwargs = given
         self.total = config.total_updates(len(items))
         self.state: dict[str, float] = dict(state or {})
+        self._dropout, self._recomputed = dropout, list[nn.Module]()
         self.scoring: dict[str, Any] = {}
         """Options under which the network scores completions."""
         self.network: Any = network
@@ -233,7 +241,9 @@ class Run(Frame[ConfigT, RowT]):
         self._references = None
         self._random_state = torch.get_rng_state()
         if self.config.gradient_checkpointing:
-            _recompute(self.language_model.model, True)
+            model, mode = self.language_model.model, self._layer_mode
+            self._recomputed = [m for m in model.modules() if isinstance(m, Layer)]
+            _recompute(model, use_reentrant=False, context_fn=lambda: (mode(), mode()))
         self.network, self.optimizer = self.processes.share(
             self._bare, self.language_model, self.optimizer, self._new_optimizer,
             self._slots,
@@ -247,9 +257,25 @@ class Run(Frame[ConfigT, RowT]):
     def _prepare_update(self) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate_at(self.update, self.total)
-        # Dropout, if the model has any, draws from the global stream.
+        # Dropout, where it is on, draws from the global stream.
         torch.manual_seed(derive_seed(self.seed, self.update, self.rank))
-        self.network.train()
+        self.network.train(self._dropout)
+        for layer in self._recomputed:
+            layer.training = True
+
+    @contextmanager
+    def _layer_mode(self) -> Iterator[None]:
+        """Give layers that are recomputed the mode of all others while they compute.
+
+        In between they are in training mode, in which alone they are recomputed.
+        """
+        for layer in self._recomputed:
+            layer.training = self._dropout
+        try:
+            yield
+        finally:
+            for layer in self._recomputed:
+                layer.training = True
 
     def _common(self, **fields: Any) -> dict[str, Any]:
         before = self.history[-1].tokens if self.history else 0
@@ -266,7 +292,7 @@ class Run(Frame[ConfigT, RowT]):
             self.network = self._bare
         self._bare.eval()
         if self.config.gradient_checkpointing:
-            _recompute(self.language_model.model, False)
+            _recompute(self.language_model.model)
         torch.set_rng_state(self._random_state)
 
     def _revert(self, error: BaseException) -> bool:
@@ -396,7 +422,8 @@ class SamplingRun(Run[ConfigT, RowT]):
             scores = reference.log_probs(sequences, cuts, **self.scoring)
             changes["reference_log_probs"] = scores
         if old:
-            said = [self.network(sequences.select(r), **self.scoring) for r in cuts]
+            with evaluating(self.network):
+                said = [self.network(sequences.select(r), **self.scoring) for r in cuts]
             for name in ("log_probs", "values"):
                 if hasattr(said[0], name):
                     wide = [widen(getattr(s, name), batch.mask) for s in said]
@@ -462,8 +489,11 @@ def _check_trainable(parameters: Sequence[nn.Parameter]) -> None:
         )
 
 
-def _recompute(model: Any, on: bool) -> None:
-    """Switch gradient checkpointing, by its name in transformers 5 or the older one."""
-    switch = "enable" if on else "disable"
+def _recompute(model: Any, **options: Any) -> None:
+    """Switch gradient checkpointing on, or off where there are no options, by its name
+    in transformers 5.23 or the older one.
+    """
+    switch = "enable" if options else "disable"
     new = getattr(model, f"activation_checkpointing_{switch}", None)
-    (new or getattr(model, f"gradient_checkpointing_{switch}"))()
+    arguments = [options] if options else []
+    (new or getattr(model, f"gradient_checkpointing_{switch}"))(*arguments)
