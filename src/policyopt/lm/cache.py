@@ -12,10 +12,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.cache_utils import DynamicSlidingWindowLayer as SlidingLayer
+from transformers import DynamicCache, cache_utils
 
-from policyopt.lm.heads import Head, backbone_and_head, base_model, evaluating, rounding
+from policyopt.lm.heads import Head, backbone_and_head, base_model, evaluating, some_ids
 
 __all__ = ["CacheCheck", "CachedDecoder", "check_cache"]
 
@@ -47,23 +46,18 @@ class CachedDecoder:
         self._argument, self._positions = names[0], "position_ids" in accepted
         self.backbone, self.cache = backbone, DynamicCache(config=backbone.config)
         self.layers: list[Any] = self.cache.layers
-
-    @property
-    def attends(self) -> bool:
-        """Whether all layers keep keys and values alone, and positions can be given, so
-        that several tokens can go on from a padded prompt at once.
-        """
-        known = DynamicLayer, SlidingLayer
-        return self._positions and all(type(layer) in known for layer in self.layers)
+        known = cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer
+        plain = all(type(layer) in known for layer in self.layers)
+        self.attends = plain and self._positions
+        """Whether all layers keep keys and values alone, and positions can be given,
+        so that several tokens can go on from a padded prompt at once."""
 
     def __call__(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
         """Read ``ids``, ``[b, t]``: their last hidden states ``[b, t, H]``."""
-        options: dict[str, Any] = {self._argument: self.cache}
+        options: dict[str, Any] = {self._argument: self.cache, "attention_mask": mask}
         if self._positions:
             options["position_ids"] = positions
-        hidden: Tensor = self.backbone(
-            input_ids=ids, attention_mask=mask, use_cache=True, **options
-        )[0]
+        hidden: Tensor = self.backbone(input_ids=ids, use_cache=True, **options)[0]
         return hidden
 
     def read(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
@@ -85,7 +79,7 @@ class CachedDecoder:
         """
         for i, layer in enumerate(self.layers):
             # Layers of other kinds (sliding windows, recurrent states) keep their way.
-            if type(layer) is DynamicLayer and layer.is_initialized:
+            if type(layer) is cache_utils.DynamicLayer and layer.is_initialized:
                 self.layers[i] = _RoomyLayer(layer, rows, room)
             else:
                 layer.reorder_cache(rows)
@@ -99,7 +93,7 @@ class CachedDecoder:
         None if nothing is padded, so that all tokens may see all before them.
         """
         # A recurrent state has left padding out already.
-        recurrent = not any(isinstance(layer, DynamicLayer) for layer in self.layers)
+        recurrent = not any(hasattr(layer, "keys") for layer in self.layers)
         if bool(prompts.all()) or recurrent:
             return None
         mask = torch.cat([prompts, prompts.new_ones(len(prompts), room)], 1)
@@ -119,7 +113,7 @@ def _rows(tensor: Tensor, index: Tensor) -> Tensor:
     return tensor.flatten(1).index_select(0, index).view(len(index), *tensor.shape[1:])
 
 
-class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class _RoomyLayer(cache_utils.DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values of one layer in buffers with room at the end, so that a step
     copies one column, not all.
     """
@@ -172,10 +166,10 @@ _checked: weakref.WeakKeyDictionary[nn.Module, CacheCheck] = weakref.WeakKeyDict
 def check_cache(model: nn.Module) -> CacheCheck:
     """Compare cached steps with the whole model, on the first call with a model.
 
-    Two prompts of unequal length, padded on the left, and two tokens more of each, read
-    as the sampler and :func:`policyopt.lm.sequences.hidden_states` read them; beside
-    the whole model, row by row, without padding or cache. Right means: equal up to
-    rounding.
+    Two prompts of unequal length, padded on the left, and some tokens more of each, are
+    read as the sampler and :func:`policyopt.lm.sequences.hidden_states` read them, and
+    by the whole model, row by row, without padding or cache. Right means: equal up to
+    rounding, and a gradient that is finite.
 
     Raises
     ------
@@ -184,47 +178,56 @@ def check_cache(model: nn.Module) -> CacheCheck:
     """
     parts, causal = backbone_and_head(model), base_model(model)
     if causal not in _checked:
-        kind = causal.get_input_embeddings().weight.device.type
-        with evaluating(causal), torch.autocast(kind, enabled=False):
+        with evaluating(causal), torch.autocast(causal.device.type, enabled=False):
             _checked[causal] = _check(causal, parts)
     return _checked[causal]
 
 
 @torch.no_grad()
 def _check(causal: Any, parts: Head) -> CacheCheck:
-    shares, most = True, rounding(causal)
+    shares, most = False, _rounding(causal)
     try:
-        # Errors of recurrent states add up.
-        T = 2 if CachedDecoder(parts.backbone).attends else 8
-        embedding = causal.get_input_embeddings().weight
-        ids = torch.arange(1, 9 + 2 * T, device=embedding.device) % len(embedding)
+        attends = CachedDecoder(parts.backbone).attends
+        T = 2 if attends else 8  # errors of recurrent states add up
+        ids = some_ids(causal, 8 + 2 * T)
         texts = ids[: 3 + T], ids[3 + T :]  # prompts of 3 and 5 tokens, and T more
         whole = [causal(input_ids=text[None], use_cache=False) for text in texts]
         wanted = torch.stack([w.logits[0, -1 - T :] for w in whole]).float()
         tokens = torch.stack([text[-T:] for text in texts])
-        prompts = torch.stack([pad(texts[0][:3], (2, 0)), texts[1][:5]])
-        mask = torch.ones_like(prompts, dtype=torch.bool)
-        mask[0, :2] = False
-        for rows, what in ((slice(1, 2), "one prompt"), (slice(2), "padded prompts")):
-            batch = parts, prompts[rows], mask[rows], tokens[rows]
-            errors = _errors(_steps(*batch), wanted[rows])
-            if not max(errors) <= most:
-                off = ", ".join(f"{error:.1g}" for error in errors)
-                raise ValueError(f"{off} of its logits' spread off: {what}, then steps")
-            shares = shares and CachedDecoder(parts.backbone).attends
-            if shares:
-                shares = max(_errors(_together(*batch), wanted[rows, 1:])) <= most
+        filler = max(0, int(ids[0]) - 1)  # padding, whose embedding may be 0
+        prompts = torch.stack([pad(texts[0][:3], (2, 0), value=filler), texts[1][:5]])
+        mask = torch.arange(5, device=ids.device) >= ids.new_tensor([[2], [0]])
+        errors = _errors(_steps(parts, prompts, mask, tokens), wanted)
+        if max(errors) > most:
+            raise ValueError(f"logits off by {errors}: padded prompts, then {T} steps")
+        if attends:
+            with torch.enable_grad():
+                logits = _together(parts, prompts, mask, tokens)
+                # Where padding attends to nothing a gradient may be 0/0 (Gemma 3n).
+                trained = [p for p in parts.backbone.parameters() if p.requires_grad]
+                if trained and logits.requires_grad:
+                    (grad,) = torch.autograd.grad(logits.sum(), trained[:1])
+                    logits = logits + 0 * grad.sum()  # NaN is never close
+            shares = max(_errors(logits.detach(), wanted)) <= most
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a model of someone else's may raise
-        return CacheCheck(
-            f"{type(causal).__name__} cannot be sampled: with a cache it is not the "
-            f"model it is without ({error!r}; transformers {transformers.__version__})."
-            " Choose another model, try a newer transformers, or sample with an engine "
-            "of your own. SFT, DPO and reward models need no cache",
-            shares=False,
+        fault = (
+            f"{type(causal).__name__} cannot be sampled: with a cache it is another "
+            f"model ({error!r}). Choose one of another kind, or try a newer "
+            f"transformers than {transformers.__version__}; SFT and DPO need no cache"
         )
+        return CacheCheck(fault, shares=False)
     return CacheCheck(None, shares)
+
+
+def _rounding(model: nn.Module) -> float:
+    """Return the most that rounding may do to logits, as a share of their spread."""
+    weight = next(model.parameters())
+    # Products of float32 matrices may be in TensorFloat-32, or less.
+    exact = torch.get_float32_matmul_precision() == "highest"
+    least = 1e-4 if exact and weight.device.type == "cpu" else 0.05
+    return max(least, {torch.bfloat16: 0.2, torch.float16: 0.05}.get(weight.dtype, 0.0))
 
 
 def _steps(parts: Head, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
@@ -244,17 +247,17 @@ def _steps(parts: Head, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _together(parts: Head, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
-    """Logits ``[P, T, V]`` after each token, read in one pass."""
+    """Logits ``[P, T + 1, V]``, with the tokens read in one pass."""
     decoder = CachedDecoder(parts.backbone)
-    decoder.read(ids, mask)
+    first = decoder.read(ids, mask)[:, -1:]
     decoder.share(torch.arange(len(ids), device=ids.device))
     positions = mask.sum(1)[:, None] + torch.arange(tokens.shape[1], device=ids.device)
     seen = torch.cat([mask, mask.new_ones(tokens.shape)], 1)
-    return parts.logits(decoder(tokens, seen, positions))
+    return parts.logits(torch.cat([first, decoder(tokens, seen, positions)], 1))
 
 
 def _errors(logits: Tensor, wanted: Tensor) -> list[float]:
-    """How far the logits of each pass are off, as a share of their own spread."""
+    """How far the logits of each pass are off, as a share of their spread."""
     spread = (wanted - wanted.mean(-1, keepdim=True)).norm(dim=(0, 2))
     off = (logits.float() - wanted).norm(dim=(0, 2)) / spread.clamp(min=1e-6)
-    return list(off.nan_to_num(torch.inf).tolist())
+    return [float(f"{error:.1g}") for error in off.nan_to_num(torch.inf).tolist()]
