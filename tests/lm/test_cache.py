@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import EOS, PROMPTS, V, tokenizer, whole
+from families import EOS, PROMPTS, V, build, tokenizer, whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -142,6 +142,14 @@ def test_positions_that_ignore_padding_are_noticed() -> None:
     ).eval()  # fmt: skip
     with pytest.raises(ValueError, match=r"BartForCausalLM cannot be sampled.*logits off by"):
         TransformersSampler(wrap(model)).sample([[5, 6], [7]], 1, SamplingConfig(max_new_tokens=4), seed=0)
+
+
+@has_recurrent_layers
+def test_states_outside_the_cache_are_noticed() -> None:
+    """RecurrentGemma keeps them in its modules, where nobody gives each completion its prompt's."""
+    model = build("recurrent_gemma")
+    with pytest.raises(ValueError, match=r"RecurrentGemmaForCausalLM cannot be sampled.*logits off by"):
+        TransformersSampler(wrap(model)).sample(PROMPTS, 1, SamplingConfig(max_new_tokens=4), seed=0)
 
 
 def test_a_model_that_looks_ahead_is_refused() -> None:

@@ -16,8 +16,8 @@ RECURRENT = [
     "mamba", "mamba2", "falcon_mamba", "qwen3_5_text", "qwen3_next", "lfm2", "lfm2_moe", "granitemoehybrid", "jamba",
     "bamba", "falcon_h1", "olmo_hybrid", "nemotron_h", "zamba2",
 ]  # fmt: skip
-# No cache, positions that ignore padding, caches of their own, steps that clamp otherwise than the scan.
-SCORES = ["rwkv", "openai-gpt", "bart", "moshi", "nemotron_h (time_step_min=0.001)"]
+# No cache, positions that ignore padding, states kept outside the cache, steps that clamp otherwise than the scan.
+SCORES = ["rwkv", "openai-gpt", "bart", "moshi", "recurrent_gemma", "nemotron_h (time_step_min=0.001)"]
 # Heads of several layers, and models that look ahead.
 REFUSED = ["modernbert-decoder", "bert", "xlm", "bert-generation (is_decoder=False)"]
 OUTCOMES = {

@@ -232,18 +232,18 @@ def _rounding(model: nn.Module) -> float:
 
 def _steps(parts: Head, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
     """Logits ``[P, T + 1, V]`` after the prompts and each token, as in the sampler."""
-    (P, T), width = tokens.shape, ids.shape[1]
-    decoder, rows = CachedDecoder(parts.backbone), torch.arange(P, device=ids.device)
-    hidden = [decoder.read(ids, mask)[:, -1]]
-    # One completion more than prompts, which then leaves the batch.
-    decoder.repeat(torch.cat([rows[:1], rows]), room=T)
-    decoder.select(rows + 1)
+    decoder, T = CachedDecoder(parts.backbone), tokens.shape[1]
+    hidden = [decoder.read(ids, mask)[:, -1].flip(0)]
+    # A row more, then one fewer: the prompts change places.
+    decoder.repeat(torch.tensor([0, 1, 0], device=ids.device), room=T)
+    decoder.select(torch.tensor([1, 2], device=ids.device))
+    tokens, mask = tokens.flip(0), mask.flip(0)
     steps = decoder.step_mask(mask, T)
     for t in range(T):
-        seen = None if steps is None else steps[..., : width + t + 1]
+        seen = None if steps is None else steps[..., : ids.shape[1] + t + 1]
         states = decoder(tokens[:, t, None], seen, mask.sum(1)[:, None] + t)
         hidden.append(states[:, -1])
-    return parts.logits(torch.stack(hidden, 1))
+    return parts.logits(torch.stack(hidden, 1)).flip(0)
 
 
 def _together(parts: Head, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
