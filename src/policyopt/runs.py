@@ -142,6 +142,8 @@ def _fits(value: Any, hint: Any) -> bool:
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return value in options
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(key, options[0]) for key in value)
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(x, options[0]) for x in value)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -200,7 +202,7 @@ def derive_seed(*path: int) -> int:
     >>> derive_seed(0, 1) == derive_seed(0, 1), derive_seed(0, 1) == derive_seed(1, 0)
     (True, False)
     """
-    return int(np.random.SeedSequence(list(path)).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(list(path)).generate_state(1, np.uint64)[0]) >> 1
 
 
 class History(list[RowT]):
@@ -241,7 +243,7 @@ class History(list[RowT]):
         """Write the table with a header line."""
         table = self.table()
         rows = zip(*(column.tolist() for column in table.values()), strict=True)
-        with Path(path).open("w", newline="") as file:
+        with Path(path).open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([table, *rows])
 
 

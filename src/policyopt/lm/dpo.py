@@ -163,8 +163,7 @@ class ImplicitReward:
         **columns: Any,
     ) -> list[float]:
         """Score texts, one prompt to each: the interface of a reward function."""
-        size = self.batch_size
-        batches = text_batches(self.policy, completions, prompts, finished, size)
+        batches = text_batches(self, completions, prompts, finished, columns)
         return [score for batch in batches for score in self.scores(batch).tolist()]
 
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from policyopt.lm.cache import CachedDecoder, check_cache
-from policyopt.lm.data import Prompt, encode_prompt
+from policyopt.lm.data import Prompt
 from policyopt.lm.heads import backbone_and_head, base_model
 from policyopt.lm.log_probs import filter_logits
-from policyopt.lm.models import LanguageModel
+from policyopt.lm.models import LanguageModel, refuse_tied_adapters
 from policyopt.lm.sequences import Sequences, evaluating, refuse_empty
 from policyopt.lm.sharding import gathered, whole
 from policyopt.runs import Bound, Count, Settings, derive_seed
@@ -501,6 +501,7 @@ def _merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Names and weights of the plain model, one at a time; LoRA is added to copies, not
     to the weights.
     """
+    refuse_tied_adapters(model)
     base = base_model(model)
     for name, parameter in base.named_parameters():
         if ".lora_" in name:
@@ -522,13 +523,10 @@ def decode_all(language_model: LanguageModel, sequences: Sequences) -> list[str]
 
 
 def generate(
-    language_model: LanguageModel,
-    prompts: Sequence[Prompt],
-    config: SamplingConfig | None = None,
-    *,
-    samples_per_prompt: int = 1,
-    seed: int = 0,
-) -> list[list[str]]:
+    language_model: LanguageModel, prompts: Sequence[Prompt],
+    config: SamplingConfig | None = None, *, samples_per_prompt: int = 1, seed: int = 0,
+    tools: Sequence[Any] | None = None,
+) -> list[list[str]]:  # fmt: skip
     """Complete texts or chat messages.
 
     Parameters
@@ -538,13 +536,17 @@ def generate(
     config : SamplingConfig, optional
     samples_per_prompt : int
     seed : int
+    tools : sequence, optional
+        What the chat template shows each prompt as tools.
 
     Returns
     -------
     list[list[str]]
         For each prompt its completions, special tokens left out.
     """
-    ids = [encode_prompt(language_model.tokenizer, prompt) for prompt in prompts]
+    batch = language_model.encode(prompts, [], prompt_index=[], tools=tools)
+    pairs = zip(batch.prompt_ids, batch.prompt_mask, strict=True)
+    ids = [row[mask].tolist() for row, mask in pairs]
     sampler = TransformersSampler(language_model)
     config = config or SamplingConfig()
     sequences = sampler.sample(ids, samples_per_prompt, config, seed=seed).sequences

@@ -18,7 +18,7 @@ from policyopt.checkpoint import optimizer_slots, optimizer_tensors, strip
 from policyopt.frame import Frame, Statistics
 from policyopt.lm import sampling
 from policyopt.lm.batches import Completions
-from policyopt.lm.data import batch_indices, encode_prompt, fingerprint
+from policyopt.lm.data import batch_indices, fingerprint
 from policyopt.lm.models import LanguageModel
 from policyopt.lm.policies import Reference
 from policyopt.lm.processes import Processes
@@ -75,6 +75,8 @@ class Run(Frame[ConfigT, RowT]):
             algorithm, name, config, row_type, checkpoint_every=every, **options
         )
         self.language_model, self.items = language_model, items
+        if given := config.chat_template_kwargs:
+            language_model.model.config.chat_template_kwargs = given
         self.total = config.total_updates(len(items))
         self.state: dict[str, float] = dict(state or {})
         self.scoring: dict[str, Any] = {}
@@ -317,12 +319,13 @@ class Run(Frame[ConfigT, RowT]):
         if not self._logged:
             return []
         model = self.language_model
-        longest = max(len(encode_prompt(model.tokenizer, p)) for p in self._logged)
-        room = (model.context_length or math.inf) - longest
+        prompts = [item.prompt_ids for item in self.items[: len(self._logged)]]
+        room = (model.context_length or math.inf) - max(map(len, prompts))
         usual = getattr(self.config, "sampling", sampling.SamplingConfig())
         most = int(min(usual.max_new_tokens, room))
         greedy = sampling.SamplingConfig(temperature=0.0, max_new_tokens=most)
-        return [text for (text,) in sampling.generate(model, self._logged, greedy)]
+        samples = sampling.TransformersSampler(model).sample(prompts, 1, greedy, seed=0)
+        return sampling.decode_all(model, samples.sequences)
 
 
 class SamplingRun(Run[ConfigT, RowT]):
