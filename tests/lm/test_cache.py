@@ -119,7 +119,7 @@ def test_the_cache_goes_under_the_name_in_the_signature(decoder: type) -> None:
 
 @pytest.mark.parametrize(
     ("decoder", "why"),
-    [(Swallowing, "Swallowing takes no cache"), (Forgetful, r"logits off by \[.*\]: padded")],
+    [(Swallowing, "Swallowing takes no cache"), (Forgetful, r"logits off by \[.*\] × spread: padding")],
 )
 def test_a_cache_that_is_not_used_is_refused(decoder: type, why: str) -> None:
     """The scorer, which needs none, is right; nothing is sampled."""

@@ -199,7 +199,7 @@ def _check(causal: Any, parts: Head) -> CacheCheck:
         mask = torch.arange(5, device=ids.device) >= ids.new_tensor([[2], [0]])
         errors = _errors(_steps(parts, prompts, mask, tokens), wanted)
         if max(errors) > most:
-            raise ValueError(f"logits off by {errors}: padded prompts, then {T} steps")
+            raise ValueError(f"logits off by {errors} × spread: padding, {T} steps")
         if attends:
             with torch.enable_grad():
                 logits = _together(parts, prompts, mask, tokens)
