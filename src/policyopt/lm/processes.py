@@ -131,8 +131,9 @@ class Processes:
         ``slots`` is what the optimiser remembers from a checkpoint.
         """
         if self._wants_sharding and self._accelerator is not None:
-            # It looks at the model on its first call: while that is whole.
-            check_cache(language_model.model)
+            for part in network.children():  # while they are whole
+                if hasattr(part, "get_output_embeddings"):
+                    check_cache(part)
             shared = ShardedNetwork(network, language_model.model, self.device)
             self._sharded, optimizer = shared, new_optimizer()
             parameters = [p for p in network.parameters() if p.requires_grad]
