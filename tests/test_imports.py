@@ -19,7 +19,7 @@ MODULES = {
     ".".join(file.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__"): file
     for file in LIBRARY.rglob("*.py")
 }
-MATHS = ("mdp", "distributions", "estimators", "losses", "trust_region")
+MATHS = ("_checks", "mdp", "distributions", "estimators", "losses", "trust_region")
 FRAME = ("runs", "checkpoint", "frame")
 HALVES = ("policyopt.control", "policyopt.lm")
 

@@ -26,8 +26,8 @@ METHODS = {
 
 def model_card(run: Path, *, name: str, base: str, dataset: str, license: str, adapters: bool) -> str:
     """Write the card from what the run left behind: its settings, and the last row of its history."""
-    about = json.loads((run / "training.json").read_text())
-    with (run / "history.csv").open(newline="") as file:
+    about = json.loads((run / "training.json").read_text(encoding="utf-8"))
+    with (run / "history.csv").open(newline="", encoding="utf-8") as file:
         last = list(csv.DictReader(file))[-1]
     data = ModelCardData(
         base_model=base,

@@ -200,15 +200,16 @@ def main(argv: Sequence[str] | None = None) -> LMResult[Any, Any]:
     before_file = options["output"] / "before.json"
     if not before_file.exists():
         before_file.parent.mkdir(parents=True, exist_ok=True)
-        before_file.write_text(json.dumps({"accuracy": solved()}))
-    before = json.loads(before_file.read_text())["accuracy"]
+        before_file.write_text(json.dumps({"accuracy": solved()}), encoding="utf-8")
+    before = json.loads(before_file.read_text(encoding="utf-8"))["accuracy"]
     result = train_grpo(
         language_model, train, REWARDS, config, sampler=sampler, seed=options["seed"],
         checkpoint_dir=options["output"] / "checkpoints",
     )  # fmt: skip
     result.save(options["output"] / "model")
     after = solved()
-    (options["output"] / "accuracy.json").write_text(json.dumps({"before": before, "after": after}))
+    measured = json.dumps({"before": before, "after": after})
+    (options["output"] / "accuracy.json").write_text(measured, encoding="utf-8")
     print(f"solved of {len(test)} test problems: {before:.1%} before, {after:.1%} after")
     return result
 

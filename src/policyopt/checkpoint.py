@@ -65,7 +65,11 @@ def save_checkpoint(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / _STATE
-    previous = json.loads(state.read_text())["tensors"] if state.exists() else None
+    previous = (
+        json.loads(state.read_text(encoding="utf-8"))["tensors"]
+        if state.exists()
+        else None
+    )
     name = f"tensors-{uuid.uuid4().hex[:12]}.safetensors"
     content = {"tensors": name, "metadata": dict(metadata)}
     text = json.dumps(content, indent=1, allow_nan=False)
@@ -76,7 +80,7 @@ def save_checkpoint(
         copies = {k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}
         save_file(copies, folder / name)
         _fsync(folder / name)
-        scratch.write_text(text)
+        scratch.write_text(text, encoding="utf-8")
         _fsync(scratch)
         scratch.replace(state)
     except BaseException as error:
@@ -106,7 +110,7 @@ def load_checkpoint(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, An
     state = folder / _STATE
     if not state.exists():
         raise FileNotFoundError(f"{folder} holds no checkpoint: {_STATE} is missing")
-    content = json.loads(state.read_text())
+    content = json.loads(state.read_text(encoding="utf-8"))
     # The name only: a checkpoint from elsewhere must not point out of its folder.
     return load_file(folder / Path(content["tensors"]).name), content["metadata"]
 

@@ -200,7 +200,7 @@ def derive_seed(*path: int) -> int:
     >>> derive_seed(0, 1) == derive_seed(0, 1), derive_seed(0, 1) == derive_seed(1, 0)
     (True, False)
     """
-    return int(np.random.SeedSequence(list(path)).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(list(path)).generate_state(1, np.uint64)[0]) >> 1
 
 
 class History(list[RowT]):
@@ -241,7 +241,7 @@ class History(list[RowT]):
         """Write the table with a header line."""
         table = self.table()
         rows = zip(*(column.tolist() for column in table.values()), strict=True)
-        with Path(path).open("w", newline="") as file:
+        with Path(path).open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([table, *rows])
 
 

@@ -395,7 +395,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     for name in arguments.names:
         folder = make(name, arguments.out, progress=True)
-        print(f"{folder}: {json.loads((folder / 'made.json').read_text())['measured']}")
+        about = json.loads((folder / "made.json").read_text(encoding="utf-8"))
+        print(f"{folder}: {about['measured']}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -671,6 +672,10 @@ class SourceListing:
         return f"<source of {self.name}>"
 
 
+_PRAGMA = re.compile(r" +# (fmt: skip|noqa\b.*|type: ignore\b.*)$", re.MULTILINE)
+"""A note to a formatter, linter or type checker, which no reader needs."""
+
+
 def show_source(
     obj: Any, *, docstring: Literal["summary", "full", "none"] = "summary"
 ) -> SourceListing:
@@ -678,7 +683,7 @@ def show_source(
     repository.
 
     Nothing is copied by hand, so the listing on a page cannot drift from the code that
-    the page runs.
+    the page runs. Notes to formatters, linters and type checkers are left out.
 
     Parameters
     ----------
@@ -709,6 +714,7 @@ def show_source(
     code = dedent("".join(lines)).rstrip()
     if docstring != "full":
         code = _shorten_docstrings(code, keep_summary=docstring == "summary")
+    code = _PRAGMA.sub("", code)
     package, *_ = str(target.__module__).split(".")
     path = _path_in_repository(target, package)
     url = _repository(package)

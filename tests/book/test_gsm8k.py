@@ -51,7 +51,7 @@ def write_problems(path: Path, count: int) -> Path:
         json.dumps({"question": QUESTIONS[i % len(QUESTIONS)], "answer": "It is 3 + 4.\n#### 7"})
         for i in range(count)
     ]
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 

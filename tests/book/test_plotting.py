@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from matplotlib.axes import Axes
 
 from policyopt import mdp
+from policyopt.control import train_ppo
 from policyopt_book import plotting
 from policyopt_book.tasks.grids import grid_world
 
@@ -222,6 +223,8 @@ def test_show_source_keeps_shortens_or_drops_docstrings() -> None:
     assert '"""A finite MDP (S, A, P, R, γ) with its initial distribution μ."""\n\n    P: Tensor' in summary
     assert '"""Number of states S, terminal ones included."""' in summary
     assert "Raises\n" not in summary
+    assert "# noqa" not in plotting.show_source(train_ppo).code
+    assert "# fmt" not in plotting.show_source(train_ppo).code
     two_lines = plotting.show_source(mdp.value_iteration).code
     assert 'from V = 0 until V is\n    provably close to V*.\n    """\n    require' in two_lines
     assert '"""' not in none

@@ -105,8 +105,8 @@ def test_a_run_broken_off_again_and_again_ends_as_if_nothing_had_happened(
     result = CHECKPOINTED[name](checkpoint_dir=tmp_path, callback=breaking)
     assert_same_run(result, expected)
     assert_ended_alike(tmp_path, folder)
-    # A row that comes twice is the same twice.
-    assert {row.update: row for row in seen} == {row.update: row for row in expected.history}
+    # A row that comes twice is the same twice. As texts: from Python 3.13 on a row with a NaN differs from itself.
+    assert {row.update: str(row) for row in seen} == {row.update: str(row) for row in expected.history}
     assert len(seen) > len(expected.history)
 
 

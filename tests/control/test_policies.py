@@ -91,7 +91,7 @@ def test_actions_are_scaled_and_clipped_to_the_bounds() -> None:
     )
     policy = make_policy(BOX, space, generator=generator())
     actions = torch.tensor([[0.0, 0.5, 3.0, 0.0], [1.0, -1.0, -40.0, 5.0], [9.0, -9.0, 0.0, -9.0]])
-    expected = [[5.0, 1.0, 3.0, 1.0], [10.0, -2.0, -40.0, 5.0], [10.0, -2.0, 0.0, 1.0]]
+    expected = [[5.0, 1.0, 3.0, 1.0], [10.0, -2.0, -40.0, 6.0], [10.0, -2.0, 0.0, 1.0]]
     assert policy.to_env(actions).tolist() == expected
     assert policy.to_env(actions).dtype == np.float32
 

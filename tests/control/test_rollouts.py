@@ -331,8 +331,77 @@ def test_sample_episodes_and_evaluate() -> None:
         sample_episodes(policy, "CartPole-v1", episodes=0)
     with pytest.raises(ValueError, match=r"not over after 3 steps"):
         evaluate(policy, "CartPole-v1", max_steps=3)
-    with pytest.raises(ValueError, match=r"policy was made for other observations than those of Pendulum-v1"):
+    with pytest.raises(
+        ValueError, match=r"policy was made for other observations .*than those of Pendulum-v1"
+    ):
         evaluate(policy, "Pendulum-v1")
+
+
+# --- The final observation, given in the same step ---
+
+
+class Reusing(gym.vector.VectorEnv[Any, Any, Any]):
+    """Two copies, observing (episode, step); every episode is cut after 3 steps. One array for all final ones."""
+
+    metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
+    single_observation_space = spaces.Box(0, 1e6, (2,), np.float32)
+    single_action_space = spaces.Discrete(5)
+    num_envs = 2
+
+    def __init__(self, final: str = "one array") -> None:
+        self.final, self.array = final, np.zeros((2, 2), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        self.state = np.array([[1, 0], [1, 0]], np.float32)
+        return self.state, {}
+
+    def step(self, actions: Any) -> Any:
+        self.state[:, 1] += 1
+        self.array[:] = self.state  # also in steps in which no episode ends
+        done = self.state[:, 1] >= 3
+        self.state[done] = self.state[done] * [1, 0] + [1, 0]
+        info = {
+            "one array": {"final_obs": self.array},
+            "none": {"episode": {}},
+            "None": {"final_obs": [None] * 2},
+        }
+        return self.state, np.ones(2), np.zeros(2, bool), done, info[self.final]
+
+
+def rule() -> Rule:
+    policy = Rule()
+    policy.act = lambda x, *_, **__: torch.zeros(len(x), dtype=torch.long)  # type: ignore[method-assign]
+    return policy
+
+
+def test_final_observations_survive_an_environment_that_reuses_its_arrays() -> None:
+    rollout = Collector(Reusing(), rule(), generator(), seed=0).collect(8)
+    assert rollout.final_index[0].tolist() == [2, 2, 5, 5]
+    assert rollout.final_index[1].tolist() == [0, 1, 0, 1]
+    assert rollout.final_observations.tolist() == [[1, 3], [1, 3], [2, 3], [2, 3]]
+    assert rollout.observations[:, 0].tolist() == [[e, t] for e in (1, 2, 3) for t in range(3)][:8]
+
+
+@pytest.mark.parametrize("final", ["none", "None"])
+def test_an_environment_without_final_observations_is_told_what_is_missing(final: str) -> None:
+    collector = Collector(Reusing(final), rule(), generator(), seed=0, name="Reusing")
+    with pytest.raises(
+        ValueError,
+        match=r'info of Reusing, which resets in the same step, must hold "final_obs", got .*; put the '
+        "observations before the reset there, or use AutoresetMode.NEXT_STEP",
+    ):
+        collector.collect(8)
+
+
+def test_observations_that_become_fractions_are_not_cut() -> None:
+    """Reset returned integers; later observations of another kind used to lose what follows the point."""
+
+    class Careless(Reusing):
+        def reset(self, **arguments: Any) -> Any:
+            return super().reset(**arguments)[0].astype(np.int64), {}
+
+    with pytest.raises(TypeError, match=r"float32.*int64.*same_kind"):
+        Collector(Careless(), rule(), generator(), seed=0).collect(8)
 
 
 # --- Spaces --------------------------------------------------------------------------------------------------
@@ -450,6 +519,21 @@ def test_nan_after_the_last_row_is_found_too(mode: AutoresetMode) -> None:
         broken(mode, what="observation", at=8, value=np.nan)()
     with pytest.raises(ValueError, match=r"Broken returned a NaN or infinite.*observation"):
         broken(mode, what="observation", at=5, value=np.nan, length=5)()
+
+
+def test_what_float32_cannot_hold_is_infinite_to_a_network() -> None:
+    class Huge(Counting):
+        observation_space = spaces.Box(0, np.inf, (3,), np.float64)  # type: ignore[assignment]
+
+        def _observe(self) -> Any:
+            return np.array([1e300, 0, 0])
+
+        def step(self, action: int) -> Any:
+            return self._observe(), 1.0, False, False, {}
+
+    env = SyncVectorEnv([partial(Huge, 0)])
+    with pytest.raises(ValueError, match=r"Huge returned a NaN or infinite observation \(\[1\.e\+300"):
+        Collector(env, rule(), generator(), seed=0, name="Huge").collect(3)
 
 
 def test_large_but_finite_rewards_pass() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 import torch
 from lm_runs import run_dpo, run_reward, tiny_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from policyopt.lm import (
+    History,
     LanguageModel,
     LoRA,
     RewardModel,
@@ -79,6 +81,33 @@ def test_saving_twice_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     assert same_weights(load(tmp_path / "mine").model, tiny_model(seed=1).model)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     assert not (tmp_path / "mine" / "old.txt").exists()
+
+
+def test_a_save_that_breaks_off_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run_dpo(tiny_model(), changes={"updates": 1})
+    folder = result.save(tmp_path / "mine")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {"model.safetensors", "history.csv", "training.json"} <= before.keys()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    replace = Path.replace
+
+    def once(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            full()
+        return replace(path, target)
+
+    for owner, name, breaks in ((History, "to_csv", full), (Path, "replace", once)):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, breaks)
+            with pytest.raises(OSError, match="No space left"):
+                run_dpo(tiny_model(seed=1), changes={"updates": 1}).save(folder)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize("name", model_paths())
@@ -175,6 +204,28 @@ def test_merged_adapters_are_a_plain_model(tmp_path: Path) -> None:
     assert not is_adapted(again.model)
     assert torch.allclose(scores(again), expected, atol=1e-5)
     assert merged.merged() is merged
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_adapters_are_merged_into_weights_of_their_own_only(target: str, tmp_path: Path) -> None:
+    """Tied, the embedding and the head are one tensor: what is added for one would be added to both."""
+    for tied in (False, True):
+        with warnings.catch_warnings():  # peft's
+            warnings.simplefilter("ignore", UserWarning)
+            model = add_lora(
+                tiny_model(tie_word_embeddings=tied), LoRA(rank=2, target_modules=("q_proj", target))
+            )
+        for name, parameter in model.model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        expected = scores(model)
+        if tied:
+            with pytest.raises(ValueError, match="cannot be merged: the other one would change too"):
+                model.merged()
+            assert torch.equal(scores(model), expected)
+        else:
+            again = load(model.merged().save(tmp_path), device="cpu")
+            assert torch.allclose(scores(again), expected, atol=1e-5)
 
 
 def test_the_seed_draws_the_adapters(tmp_path: Path) -> None:
@@ -327,6 +378,17 @@ def test_what_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for place in (tmp_path / "nowhere", tmp_path / "nowhere.gguf", tmp_path):
         with pytest.raises(ValueError, match=r"must be a local folder, .*hub.*got .*" + place.name):
             load(place)
+
+
+def test_weights_that_the_file_lacks_are_named(tmp_path: Path) -> None:
+    """transformers would draw them at random."""
+    model = tiny_model()
+    LlamaModel(model.model.config).save_pretrained(tmp_path)
+    model.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"no weights for \['lm_head.weight'\]; load a causal language model"
+    ):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("option", [{"dtype": "int8"}, {"device": "abacus"}])

@@ -20,6 +20,11 @@ EnvLike: TypeAlias = (
 vector environment.
 """
 
+_CARTPOLE = "gymnasium.envs.classic_control.cartpole:CartPole"
+_SAME_TASK = (f"{_CARTPOLE}Env", f"{_CARTPOLE}VectorEnv")
+"""Entry points, single and vector, that are one task: the same spaces, dynamics,
+rewards and time limit."""
+
 
 def environment_name(env: EnvLike) -> str:
     """Return a short name for messages and tables."""
@@ -52,10 +57,13 @@ def make_vector_env(
     """Return a vector environment and whether it was made here (and should be closed
     here).
 
-    An id whose environment has its own vector implementation (Gymnasium's
-    ``vector_entry_point``, as CartPole has) uses that: all copies then step in a few
-    NumPy calls. Other ids and factories run ``num_envs`` copies one after another in
-    this process.
+    The environment is the one that ``gym.make`` makes. CartPole has a vector
+    implementation of the same task, which is used: all copies then step in a few NumPy
+    calls. Other ids and factories run ``num_envs`` copies one after another in this
+    process, also where a ``vector_entry_point`` is registered: nothing promises that it
+    has the same spaces and rewards (Atari's stacks and shrinks images and clips
+    rewards), and equal spaces would not show that the rewards are. To train in such an
+    environment make it yourself: ``gym.make_vec(id, num_envs)``.
 
     Parameters
     ----------
@@ -75,15 +83,20 @@ def make_vector_env(
         return env, False
     wanted = "env must be an id, a factory or a vector environment"
     if isinstance(env, gym.Env):
+        by_spec = "its `.spec`, or " if env.spec is not None else ""
         raise ValueError(
-            f"{wanted}, got one {type(env).__name__} instance; to get copies, pass a "
-            f"function that makes one, e.g. `lambda: {type(env.unwrapped).__name__}()`"
+            f"{wanted}, got one {type(env).__name__} instance; to get copies, pass "
+            f"{by_spec}a function that makes one with the same arguments, time limit "
+            "and wrappers, e.g. `lambda: gym.make(...)`"
         )
     if num_envs < 1:
         raise ValueError(f"num_envs must be >= 1, got {num_envs!r}")
     if isinstance(env, (str, EnvSpec)):
         spec = gym.spec(env) if isinstance(env, str) else env
-        if spec.vector_entry_point is not None and not spec.additional_wrappers:
+        same = (spec.entry_point, spec.vector_entry_point) == _SAME_TASK
+        # Without a limit in the spec the vector implementation would take its own.
+        same = same and spec.max_episode_steps is not None
+        if spec.entry_point is None or (same and not spec.additional_wrappers):
             made = gym.make_vec(spec, num_envs, vectorization_mode="vector_entry_point")
             _check_autoreset(made)
             return made, True

@@ -22,6 +22,38 @@ __all__ = [
 ]  # fmt: skip
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
+LARGEST = torch.finfo(torch.float32).max
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether the device computes in float64: Apple's GPUs do not."""
+    return device.type != "mps"
+
+
+def double(x: Tensor) -> Tensor:
+    """Return ``x`` in float64: on the CPU, if its device does not have it."""
+    return (x if has_float64(x.device) else x.cpu()).double()
+
+
+def to_tensor(array: NDArray[Any], device: torch.device) -> Tensor:
+    """Move an array to a device, as it is; only float64 becomes float32 where the
+    device does not have it.
+    """
+    if array.dtype == np.float64 and not has_float64(device):
+        array = array.astype(np.float32)
+    return torch.from_numpy(array).to(device)
+
+
+def first_action(actions: Any) -> Any:
+    """Return the first of a batch of actions, as the environment's ``step`` takes it;
+    actions of a ``Dict`` or ``Tuple`` space come as one batch for each part.
+    """
+    if isinstance(actions, dict):
+        return {name: first_action(part) for name, part in actions.items()}
+    if isinstance(actions, tuple):
+        return tuple(map(first_action, actions))
+    # One action of a Discrete is a number, one of a Box an array, if need be of ().
+    return actions[0] if actions.dtype.kind in "iu" else actions[0, ...]
 
 
 class ObservationEncoder(nn.Module):
@@ -33,6 +65,11 @@ class ObservationEncoder(nn.Module):
     buffers: they are saved with the policy, and they move only between updates, so the
     policy that collected a batch and the one that starts learning from it are the same
     function.
+
+    Where the space has numbers that float32 would round (float64, integers of 32 bits
+    and more), the mean is subtracted in float64: time stamps of 1.7e9 seconds keep
+    their differences. Without normalisation, or on Apple's GPUs, which have no float64,
+    rollouts refuse observations whose differences float32 would lose.
 
     Parameters
     ----------
@@ -54,13 +91,19 @@ class ObservationEncoder(nn.Module):
         else:
             raise ValueError(
                 f"observation space must be Discrete or Box, got {space}; wrap the "
-                "environment, for instance with gymnasium.wrappers.FlattenObservation"
+                "environment, for instance with gymnasium.wrappers.FlattenObservation, "
+                "after FilterObservation where a part of it is not made of numbers"
             )
+        self.wide = self.kind == "flat" and not np.can_cast(space.dtype, np.float32)
         self.normalize = normalize and self.kind == "flat"
         if self.normalize:
             self.mean = nn.Buffer(torch.zeros(self.features))
             self.variance = nn.Buffer(torch.ones(self.features))
-            self.count = nn.Buffer(torch.zeros((), dtype=torch.float64))
+            self.count = nn.Buffer(torch.zeros((), dtype=torch.long))
+            # What float32 cuts off the mean of a wide space; 0 otherwise. A buffer of
+            # float64 could not move to Apple's GPUs.
+            rest = torch.zeros(self.features)
+            self.mean_rest = nn.Buffer(rest, persistent=self.wide)
 
     def fits(self, space: gym.Space[Any]) -> bool:
         """Whether observations of this space can be encoded."""
@@ -76,12 +119,14 @@ class ObservationEncoder(nn.Module):
         if self.kind == "one-hot":
             index = observations.long() - self.start
             return nn.functional.one_hot(index, self.features).float()
-        x = observations.float()
+        x = observations
         if len(self.shape) != 1:
             x = x.reshape(*x.shape[: x.ndim - len(self.shape)], self.features)
         if not self.normalize:
-            return x
-        return ((x - self.mean) * torch.rsqrt(self.variance + 1e-8)).clamp(-10.0, 10.0)
+            return x.float()
+        x = x.double() if self.wide and has_float64(x.device) else x.float()
+        x = (x - self.mean).float() - self.mean_rest
+        return (x * torch.rsqrt(self.variance + 1e-8)).clamp(-10.0, 10.0)
 
     @torch.no_grad()
     def update(self, observations: Tensor) -> None:
@@ -90,15 +135,19 @@ class ObservationEncoder(nn.Module):
         """
         if not self.normalize or observations.numel() == 0:
             return
-        x = observations.reshape(-1, self.features).double()
-        count, mean, variance = len(x), x.mean(0), x.var(0, correction=0)
-        total = self.count + count
-        delta = mean - self.mean
-        spread = self.variance * self.count + variance * count
-        spread += delta.square() * self.count * count / total
-        self.mean.add_(delta * (count / total))
-        self.variance.copy_(spread / total)
-        self.count.copy_(total)
+        x = double(observations.reshape(-1, self.features))
+        mean = double(self.mean) + double(self.mean_rest)
+        count, seen = len(x), int(self.count)
+        total = seen + count
+        delta = x.mean(0) - mean
+        spread = double(self.variance * seen) + x.var(0, correction=0) * count
+        spread += delta.square() * seen * count / total
+        mean += delta * (count / total)
+        self.mean.copy_(mean.float())
+        self.mean_rest.copy_((mean - mean.float()).float() * self.wide)
+        # A square may be beyond float32; infinity would make NaN of the features.
+        self.variance.copy_((spread / total).clamp(max=LARGEST).float())
+        self.count.fill_(total)
 
 
 def _mlp(
@@ -143,9 +192,10 @@ class Policy(nn.Module):
         """Return π_θ(·|s) for raw observations ``[..., *observation shape]``."""
         raise NotImplementedError
 
-    def to_env(self, actions: Tensor) -> NDArray[Any]:
+    def to_env(self, actions: Tensor) -> Any:
         """Translate actions ``[N, ...]`` of the distribution to what the environment's
-        ``step`` takes.
+        ``step`` takes: an array ``[N, ...]``, or for a ``Dict`` or ``Tuple`` space a
+        dictionary or tuple of them.
         """
         raise NotImplementedError
 
@@ -207,13 +257,10 @@ class Policy(nn.Module):
                 f"observation must have the shape {shape}, or [N, *{shape}], got {got}"
             )
         one = array.ndim == len(shape)
-        device = next((p.device for p in self.parameters()), None)
-        batch = torch.from_numpy(array[None] if one else array).to(device)
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        batch = to_tensor(array[None] if one else array, device)
         actions = self.to_env(self.act(batch, generator, deterministic=deterministic))
-        if not one:
-            return actions
-        # One action of a Discrete is a number, one of a Box an array, if need be of ().
-        return actions[0] if actions.dtype.kind == "i" else actions[0, ...]
+        return first_action(actions) if one else actions
 
 
 class CategoricalPolicy(Policy):
@@ -227,16 +274,16 @@ class CategoricalPolicy(Policy):
         super().__init__()
         self.encoder = encoder
         self.network = network
-        self.start = int(space.start)
+        self.action_space = space
 
     def forward(self, observations: Tensor) -> Categorical:
         """Return π_θ(·|s) over the ``n`` actions."""
         return Categorical.from_logits(self.network(self.encoder(observations)))
 
-    def to_env(self, actions: Tensor) -> NDArray[np.int64]:
+    def to_env(self, actions: Tensor) -> NDArray[Any]:
         """Return the actions as integers of the space (which may not start at 0)."""
-        array: NDArray[np.int64] = actions.cpu().numpy()
-        return array + self.start if self.start else array
+        array = actions.cpu().numpy().astype(self.action_space.dtype, copy=False)
+        return array + int(self.action_space.start)
 
 
 class GaussianPolicy(Policy):
@@ -244,7 +291,8 @@ class GaussianPolicy(Policy):
     σ is a free parameter.
 
     The distribution lives on a standard scale. :meth:`to_env` maps −1…1 to the bounds
-    of each bounded dimension and clips there; unbounded dimensions pass through. The
+    of each bounded dimension and clips there; unbounded dimensions pass through, and
+    with one bound 0 stands for the number nearest to 0 that the bound allows. The
     log-probability is that of the unclipped action.
     """
 
@@ -258,17 +306,15 @@ class GaussianPolicy(Policy):
         super().__init__()
         self.encoder = encoder
         self.network = network
-        self.action_shape, self.action_dtype = space.shape, space.dtype
-        bounds = (space.low, space.high)
-        low, high = (torch.as_tensor(b.astype(np.float32)).flatten() for b in bounds)
-        bounded = torch.isfinite(low) & torch.isfinite(high)
-        self.log_std = nn.Parameter(torch.full((low.numel(),), float(log_std)))
-        self.low = nn.Buffer(low, persistent=False)
-        self.high = nn.Buffer(high, persistent=False)
-        centre = torch.where(bounded, (high + low) / 2, 0.0)
-        self.centre = nn.Buffer(centre, persistent=False)
-        half_range = torch.where(bounded, (high - low) / 2, 1.0)
-        self.half_range = nn.Buffer(half_range, persistent=False)
+        self.action_space = space
+        # In NumPy: float64 holds every bound, and Apple's GPUs do not have it.
+        finite, bounds = np.finfo(str(space.dtype)), (space.low, space.high)
+        bounded = np.isfinite(space.low) & np.isfinite(space.high)
+        low, high = (np.float64(b.clip(finite.min, finite.max)) for b in bounds)
+        self.low, self.high = low, high
+        self.centre = np.where(bounded, low / 2 + high / 2, np.clip(0, low, high))
+        self.half_range = np.where(bounded, high / 2 - low / 2, 1.0)
+        self.log_std = nn.Parameter(torch.full((low.size,), float(log_std)))
 
     def forward(self, observations: Tensor) -> DiagonalGaussian:
         """Return π_θ(·|s) over ``[D]`` numbers."""
@@ -279,10 +325,10 @@ class GaussianPolicy(Policy):
         """Return the actions in the environment's units, clipped to its bounds, ``[N,
         *space.shape]``.
         """
-        scaled = self.centre + self.half_range * actions
-        scaled = torch.clamp(scaled, self.low, self.high)
-        array: NDArray[Any] = scaled.cpu().numpy().astype(self.action_dtype, copy=False)
-        return array.reshape(-1, *self.action_shape)
+        array = actions.cpu().numpy().astype(np.float64)
+        array = array.reshape(len(array), *self.action_space.shape)
+        scaled = np.clip(self.centre + self.half_range * array, self.low, self.high)
+        return scaled.astype(self.action_space.dtype)
 
 
 class Critic(nn.Module):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import gymnasium as gym
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -218,13 +219,18 @@ def _algorithm_types(algorithm: str) -> tuple[type[ControlConfig], type[Update]]
 
 def _space_tensors(space: gym.Space[Any]) -> dict[str, Tensor]:
     if isinstance(space, gym.spaces.Discrete):
-        return {"n": torch.tensor(space.n), "start": torch.tensor(space.start)}
+        # Both have the space's own type, which is read from them.
+        numbers = {"n": np.array(space.n), "start": np.array(space.start)}
+        return {name: torch.from_numpy(array) for name, array in numbers.items()}
     assert isinstance(space, gym.spaces.Box)
     return {"low": torch.from_numpy(space.low), "high": torch.from_numpy(space.high)}
 
 
 def _space_of(tensors: Mapping[str, Tensor]) -> gym.Space[Any]:
     if "n" in tensors:
-        return gym.spaces.Discrete(int(tensors["n"]), start=int(tensors["start"]))
+        n, start = tensors["n"].numpy(), tensors["start"].numpy()
+        # Older versions of Gymnasium know no other type, and no argument for it.
+        options: Any = {} if n.dtype == np.int64 else {"dtype": n.dtype}
+        return gym.spaces.Discrete(int(n), start=int(start), **options)
     low, high = tensors["low"].numpy(), tensors["high"].numpy()
     return gym.spaces.Box(low, high, dtype=low.dtype.type)

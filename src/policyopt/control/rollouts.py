@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 from torch import Tensor
 
-from policyopt.control import environments
+from policyopt._checks import require
+from policyopt.control import environments, policies
 from policyopt.control.environments import EnvLike, environment_seed
-from policyopt.control.policies import ObservationEncoder, Policy
+from policyopt.control.policies import LARGEST, ObservationEncoder, Policy
 
 __all__ = ["Collector", "Episodes", "Rollout", "sample_episodes"]
 
@@ -149,10 +151,15 @@ class Collector:
         name: str = "environment",
     ) -> None:
         encoder, space = policy.encoder, env.single_observation_space
-        if type(encoder) is ObservationEncoder and not encoder.fits(space):
+        numbers = space.shape is not None and np.dtype(space.dtype).kind in "biuf"
+        rule = f"observations of {name} must be arrays of numbers"
+        require(numbers, rule, space, "flatten them in a wrapper")
+        fits = type(encoder) is not ObservationEncoder or encoder.fits(space)
+        actions = env.single_action_space
+        if not fits or getattr(policy, "action_space", actions) != actions:
             raise ValueError(
-                f"policy was made for other observations than those of {name}, "
-                f"{space}: make one for its spaces"
+                "policy was made for other observations or actions than those of "
+                f"{name}, {space} and {actions}: make one for its spaces"
             )
         self.env, self.policy, self.generator = env, policy, generator
         self.name, self.steps = name, 0
@@ -206,8 +213,8 @@ class Collector:
         finals: list[tuple[int, int, NDArray[Any]]] = []
         for t in range(steps):
             # A copy: some environments return the same array in every step.
-            seen = np.array(self._observation, dtype)
-            batch = torch.from_numpy(seen).to(device)
+            seen = np.asarray(self._observation).astype(dtype, casting="same_kind")
+            batch = policies.to_tensor(seen, device)
             action = act(batch, self.generator, deterministic=deterministic)
             self._observation, reward, *ends, info = env.step(to_env(action))
             ended, cut = (np.array(end, bool) for end in ends)
@@ -218,7 +225,7 @@ class Collector:
             if not self._same_step:
                 self._pending_reset = done
             elif done.any():
-                last = info["final_obs"]
+                last = self._final_observations(info, done)
                 finals += [(t, int(i), np.array(last[i])) for i in np.where(done)[0]]
             running = running & ~done
             if one_episode and not running.any():
@@ -238,25 +245,50 @@ class Collector:
         # Neither is a row of the rollout, but both are bootstrapped from.
         self._check_finite("observation", after[None], "after the last step")
         self._check_finite("observation", final[None], "at the end of an episode")
-
-        def tensor(array: Any, dtype: torch.dtype | None = None) -> Tensor:
-            return torch.as_tensor(array, dtype=dtype, device=device)
-
-        at, copies = (tensor([f[k] for f in finals], torch.long) for k in (0, 1))
+        self._check_float32(observations)
+        tensor = partial(policies.to_tensor, device=device)
+        index = np.array([f[:2] for f in finals], np.int64).reshape(-1, 2)
         return Rollout(
             observations=tensor(observations), actions=torch.stack(actions),
             rewards=tensor(rewards), terminated=tensor(terminated),
             truncated=tensor(truncated), valid=tensor(valid),
-            last_observations=tensor(after), final_index=(at, copies),
+            last_observations=tensor(after),
+            final_index=(tensor(index[:, 0]), tensor(index[:, 1])),
             final_observations=tensor(final),
             episodes=self._close_episodes(rewards, terminated | truncated, valid),
         )  # fmt: skip
 
-    def _check_finite(self, what: str, array: NDArray[Any], where: str = "") -> None:
-        # One sum is cheaper than a mask; look closer only when it fails.
-        if array.dtype.kind != "f" or np.isfinite(array.sum(dtype=np.float64)):
+    def _final_observations(self, info: dict[str, Any], done: NDArray[Any]) -> Any:
+        last = info.get("final_obs", [None] * len(done))
+        rule = (
+            f'info of {self.name}, which resets in the same step, must hold "final_obs"'
+        )
+        found = all(last[i] is not None for i in np.where(done)[0])
+        require(
+            found, rule, sorted(info), "put the observations before the reset there, "
+            "or use AutoresetMode.NEXT_STEP"
+        )  # fmt: skip
+        return last
+
+    def _check_float32(self, observations: NDArray[Any]) -> None:
+        """Refuse observations whose differences are lost on the way to the network."""
+        encoder, here = self.policy.encoder, policies.has_float64(self.generator.device)
+        if not getattr(encoder, "wide", False) or (here and encoder.normalize):
             return
-        for t, i in np.argwhere(~np.isfinite(array))[:1, :2]:
+        exact = observations.astype(np.float64)
+        error, spread = exact - exact.astype(np.float32), exact.std(axis=(0, 1))
+        # Differences of 1e-4 are too small to learn from anyway.
+        lost = error.std(axis=(0, 1)) > np.maximum(0.1 * spread, 1e-4)
+        rule = f"observations of {self.name} must differ by more than float32 resolves"
+        require(
+            not lost.any(), rule, exact[0, 0], "subtract a constant in a wrapper, or "
+            "set normalize_observations=True (and device='cpu' if it is 'mps')"
+        )  # fmt: skip
+
+    def _check_finite(self, what: str, array: NDArray[Any], where: str = "") -> None:
+        # Networks compute in float32. Written so that NaN fails the comparison.
+        bad = array.dtype.kind == "f" and ~(np.abs(array, dtype=np.float64) <= LARGEST)
+        for t, i in np.argwhere(bad)[:1, :2]:
             where = where or f"at step {t} of the rollout in copy {i}"
             raise ValueError(
                 f"{self.name} returned a NaN or infinite {what} ({array[t, i]}) {where}"

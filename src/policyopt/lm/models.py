@@ -32,7 +32,8 @@ from policyopt.runs import resolve_device
 
 __all__ = [
     "LanguageModel", "LoRA", "RewardModel", "ScoreNetwork", "add_lora",
-    "freeze_output_head_", "is_adapted", "load", "scalar_head", "text_batches",
+    "freeze_output_head_", "is_adapted", "load", "new_folder", "refuse_tied_adapters",
+    "scalar_head", "text_batches",
 ]  # fmt: skip
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -160,6 +161,7 @@ class LanguageModel:
         """
         if not is_adapted(self.model):
             return self
+        refuse_tied_adapters(self.model)
         return LanguageModel(self.model.merge_and_unload(), self.tokenizer, self.name)
 
     def save(self, folder: str | Path) -> Path:
@@ -169,11 +171,12 @@ class LanguageModel:
         The folder appears in one step: a crash or a full disk on the way leaves what
         was there before.
         """
-        with _new_folder(Path(folder)) as scratch:
-            self._write(scratch)
+        with new_folder(Path(folder)) as scratch:
+            self.write(scratch)
         return Path(folder)
 
-    def _write(self, folder: Path) -> None:
+    def write(self, folder: Path) -> None:
+        """Write the files of :meth:`save` into a folder that exists."""
         # Without this peft asks the hub whether the vocabulary has grown.
         options = {"save_embedding_layers": False} if is_adapted(self.model) else {}
         self.model.save_pretrained(folder, **options)
@@ -181,24 +184,43 @@ class LanguageModel:
 
 
 @contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a scratch folder that takes the place of ``folder`` if all goes well."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True
     ) as beside:
-        scratch = Path(beside, "new")
+        scratch, old = Path(beside, "new"), Path(beside, "old")
         scratch.mkdir()
         with _quiet(True):
             yield scratch
         if folder.exists():
-            folder.replace(Path(beside, "old"))
-        scratch.replace(folder)
+            folder.replace(old)
+        try:
+            scratch.replace(folder)
+        except OSError:
+            if old.exists():
+                old.replace(folder)
+            raise
 
 
 def is_adapted(model: nn.Module) -> bool:
     """Whether the model carries ``peft`` adapters that can be switched off."""
     return hasattr(model, "disable_adapter")
+
+
+def refuse_tied_adapters(model: Any) -> None:
+    """Raise a ValueError if adapters cannot be merged: input embedding and output head
+    are one weight, and one of the two is adapted.
+    """
+    head, inputs = model.get_output_embeddings(), model.get_input_embeddings()
+    adapted = any(hasattr(layer, "base_layer") for layer in (head, inputs))
+    if adapted and head.weight is inputs.weight:
+        raise ValueError(
+            "adapters of a tied embedding or output head cannot be merged: the other "
+            "one would change too; leave both out of target_modules, or untie them "
+            "(tie_word_embeddings=False) before adding adapters"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,12 +344,18 @@ def load(
         with _quiet(local):
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             options |= weights
-            model: Any = AutoModelForCausalLM.from_pretrained(source, **options)
+            found: Any = AutoModelForCausalLM.from_pretrained(
+                source, output_loading_info=True, **options
+            )
     except (OSError, ImportError, ValueError) as error:
         raise ValueError(_why_not(str(name_or_path), error)) from error
+    model, report = found
     if getattr(model, "_hf_peft_config_loaded", False):
         remedy = "get it with huggingface_hub.snapshot_download and load the folder"
         raise ValueError(f"{name_or_path} holds adapters; {remedy}")
+    if missing := sorted(report["missing_keys"]):
+        remedy = "load a causal language model, saved with its head"
+        raise ValueError(f"{name_or_path} has no weights for {missing[:3]}; {remedy}")
     name = model.name_or_path = str(name_or_path)  # what adapters will look for
     if local:
         file = folder.resolve()
@@ -487,12 +515,16 @@ class RewardModel:
         """Write the backbone, the tokenizer and the head, all as safetensors, in one
         step.
         """
-        with _new_folder(Path(folder)) as scratch:
-            self.language_model._write(scratch)
-            head = self.network.score.state_dict()
-            save_file(head, scratch / "reward_head.safetensors")
-            (scratch / "reward_model.json").write_text(json.dumps({"format": 1}))
+        with new_folder(Path(folder)) as scratch:
+            self.write(scratch)
         return Path(folder)
+
+    def write(self, folder: Path) -> None:
+        """Write the files of :meth:`save` into a folder that exists."""
+        self.language_model.write(folder)
+        save_file(self.network.score.state_dict(), folder / "reward_head.safetensors")
+        about = json.dumps({"format": 1})
+        (folder / "reward_model.json").write_text(about, encoding="utf-8")
 
     @staticmethod
     def load(folder: str | Path, *, device: str = "auto") -> RewardModel:

@@ -14,7 +14,7 @@ from torch import nn
 from policyopt.frame import Row
 from policyopt.lm.config import LMConfig
 from policyopt.lm.data import Prompt
-from policyopt.lm.models import LanguageModel, RewardModel
+from policyopt.lm.models import LanguageModel, RewardModel, new_folder
 from policyopt.runs import History, _warn_renamed
 
 
@@ -93,7 +93,7 @@ class LMResult(Generic[ConfigT, RowT]):
 
     def save(self, folder: str | Path) -> Path:
         """Write the model (or the reward model) for :func:`~policyopt.lm.models.load`,
-        and the history beside it.
+        and the history beside it, in one step.
 
         Of several processes the first one writes, and the others return at once.
         """
@@ -102,14 +102,15 @@ class LMResult(Generic[ConfigT, RowT]):
         several = processes.is_available() and processes.is_initialized()
         if several and processes.get_rank() != 0:
             return folder
-        trained = self.reward_model or self.language_model
-        trained.save(folder)
-        self.history.to_csv(folder / "history.csv")
         about = {
             "algorithm": self.algorithm, "seed": self.seed,
             "config": dataclasses.asdict(self.config),
             "stop_reason": self.stop_reason, "seconds": self.seconds,
             "updates": self.updates,
         }  # fmt: skip
-        (folder / "training.json").write_text(json.dumps(about, indent=1))
+        text = json.dumps(about, indent=1)
+        with new_folder(folder) as scratch:
+            (self.reward_model or self.language_model).write(scratch)
+            self.history.to_csv(scratch / "history.csv")
+            (scratch / "training.json").write_text(text, encoding="utf-8")
         return folder

@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from policyopt.lm.data import Prompt, encode_prompt
 from policyopt.lm.heads import backbone_and_head
 from policyopt.lm.log_probs import filter_logits
-from policyopt.lm.models import LanguageModel, is_adapted
+from policyopt.lm.models import LanguageModel, is_adapted, refuse_tied_adapters
 from policyopt.lm.sequences import Sequences, evaluating, read_prompts, refuse_empty
 from policyopt.lm.sharding import gathered, whole
 from policyopt.runs import Bound, Count, Settings, derive_seed
@@ -574,6 +574,7 @@ def _merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Names and weights of the plain model, one at a time; LoRA is added to copies, not
     to the weights.
     """
+    refuse_tied_adapters(model)
     base = _base_model(model)
     for name, parameter in base.named_parameters():
         if ".lora_" in name:
