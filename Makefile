@@ -16,10 +16,10 @@ QUICK := not notebook and not web and not colab and not sweep
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 NOTEBOOKS := $(BIN)/python book/_tools/notebooks.py
 # web-test builds the book; it comes before test-quick, some of whose tests look at the built pages.
-CHECKS := lint web-test test-quick colab-test
+CHECKS := lint web-test test-quick sweep-quick colab-test
 
 .DEFAULT_GOAL := help
-.PHONY: help book pdf serve jupyter test test-quick web-test colab-test check linkcheck execute twins lint format bench gpu models lock wheel clean
+.PHONY: help book pdf serve jupyter test test-quick web-test colab-test check linkcheck execute twins lint format bench gpu sweep sweep-quick models lock wheel clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -86,6 +86,12 @@ bench: $(VENV)/.bench ## time the package against Stable-Baselines3 and TRL: boo
 gpu: $(VENV)/.bench ## on a machine with an NVIDIA GPU: the tests that need one, then book/benchmarks-gpu.md (8 minutes)
 	@$(PYTEST) --dist worksteal -m cuda tests
 	@$(BIN)/python benchmarks/gpu.py
+
+sweep: $(VENV)/.ready ## try every causal model of the installed transformers: book/sweep.md (minutes)
+	@$(BIN)/python benchmarks/sweep.py
+
+sweep-quick: $(VENV)/.ready ## the same for a fixed spread of them (a minute)
+	@$(PYTEST) -m sweep tests
 
 models: $(VENV)/.ready ## train the tiny language models again, minutes: src/policyopt_book/models
 	@$(BIN)/python -m policyopt_book.make_models

@@ -13,8 +13,13 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FOLDER = REPOSITORY / "benchmarks"
-PAGES = {"control": "benchmarks.md", "lm": "benchmarks-lm.md", "gpu": "benchmarks-gpu.md"}
-NAMES = ("control", "lm", "gpu", "gpu_jobs")
+PAGES = {
+    "control": "benchmarks.md",
+    "lm": "benchmarks-lm.md",
+    "gpu": "benchmarks-gpu.md",
+    "sweep": "sweep.md",
+}
+NAMES = ("control", "lm", "gpu", "gpu_jobs", "sweep")
 
 
 def script(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:

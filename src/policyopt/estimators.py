@@ -31,7 +31,7 @@ from torch import Tensor
 from policyopt._checks import require, require_shape_of
 
 __all__ = [
-    "adaptive_kl_coefficient", "bounded_ratio", "discounted_returns",
+    "adaptive_kl_coefficient", "bounded_log_ratio", "discounted_returns",
     "explained_variance", "gae", "group_relative_advantages", "importance_weights",
     "kl_estimate", "kl_shaped_rewards", "leave_one_out_advantages", "normalize",
     "sequence_log_prob", "td_errors",
@@ -307,25 +307,22 @@ def _check_group(rewards: Tensor) -> None:
     require(grouped, rule, tuple(rewards.shape))
 
 
-def bounded_ratio(log_ratio: Tensor) -> Tensor:
-    """Return exp(log_ratio), but at most about e^80 in float32 and bfloat16.
+def bounded_log_ratio(log_ratio: Tensor) -> Tensor:
+    """Return the log-ratio, but no more than exp can take: 79.8 in float32 and
+    bfloat16.
 
-    Where the exponential would overflow to infinity, its gradient times 0 would be NaN:
-    one such token would spoil a sum that masks it, or a loss whose clip has switched it
-    off. The bound is e^(0.9 log max), with the largest number of the dtype; below it
-    nothing changes, above it value and gradient are those at the bound.
+    Where exp overflows to infinity, its gradient times 0 is NaN: one such token would
+    spoil a sum that masks it, or a loss whose clip has switched it off. The bound is
+    0.9 log of the largest number of the dtype. At and above it the gradient of the
+    result is 1, so that exp has value and gradient of the bound; below it nothing
+    changes.
 
     Examples
     --------
     >>> import torch
-    >>> bounded_ratio(torch.tensor([0.0, 1.0, 100.0]))
-    tensor([1.0000e+00, 2.7183e+00, 4.7715e+34])
+    >>> bounded_log_ratio(torch.tensor([0.0, 1.0, 100.0]))
+    tensor([ 0.0000,  1.0000, 79.8506])
     """
-    return torch.exp(_bounded(log_ratio))
-
-
-def _bounded(log_ratio: Tensor) -> Tensor:
-    """Return the log-ratio, or its bound where it is above it, with gradient 1."""
     bound = 0.9 * math.log(torch.finfo(log_ratio.dtype).max)
     # 0 with gradient 1; an infinite log-ratio has none.
     zero = (log_ratio - log_ratio.detach()).nan_to_num()
@@ -350,7 +347,8 @@ def kl_estimate(
                           variance                    direction
     ====  ==============  ==========================  =================================
 
-    k3 grows like r, which overflows: r is bounded as :func:`bounded_ratio` says.
+    k3 grows like r, which overflows: log r is bounded by
+    :func:`bounded_log_ratio`.
 
     Parameters
     ----------
@@ -386,7 +384,7 @@ def kl_estimate(
     if kind == "k2":
         return 0.5 * log_ratio.square()
     if kind == "k3":
-        return torch.expm1(_bounded(log_ratio)) - log_ratio
+        return torch.expm1(bounded_log_ratio(log_ratio)) - log_ratio
     raise ValueError(f"kind must be 'k1', 'k2' or 'k3', got {kind!r}")
 
 

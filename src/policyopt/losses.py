@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from policyopt._checks import require, require_shape_of
-from policyopt.estimators import bounded_ratio, kl_estimate, sequence_log_prob
+from policyopt.estimators import bounded_log_ratio, kl_estimate, sequence_log_prob
 
 __all__ = [
     "DPO", "BradleyTerry", "ClippedSurrogate", "Loss", "Ranking", "Surrogate",
@@ -156,7 +156,7 @@ def surrogate_loss(
         "log_prob", log_prob, old_log_prob=old_log_prob, advantages=advantages
     )
     old = old_log_prob.detach()
-    ratio = bounded_ratio(log_prob - old)
+    ratio = torch.exp(bounded_log_ratio(log_prob - old))
     return Surrogate(
         loss=-ratio * advantages.detach(),
         ratio=ratio.detach(),
@@ -178,7 +178,7 @@ def clipped_surrogate_loss(
     direction the advantage asks for, and keeps the full gradient for coming back. The
     gradient is exactly 0 where A > 0 and ρ > 1 + ε, or A < 0 and ρ < 1 − ε, whatever
     the log-ratio is. Where A < 0, ρ is not clipped from above: it is bounded only where
-    it would overflow, see :func:`~policyopt.estimators.bounded_ratio`.
+    it would overflow, see :func:`~policyopt.estimators.bounded_log_ratio`.
 
     Parameters
     ----------
@@ -212,7 +212,7 @@ def clipped_surrogate_loss(
         "log_prob", log_prob, old_log_prob=old_log_prob, advantages=advantages
     )
     old, advantages = old_log_prob.detach(), advantages.detach()
-    ratio = bounded_ratio(log_prob - old)
+    ratio = torch.exp(bounded_log_ratio(log_prob - old))
     pessimistic = torch.minimum(
         ratio * advantages, ratio.clamp(1 - clip_ratio, 1 + high) * advantages
     )

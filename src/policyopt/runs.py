@@ -142,6 +142,8 @@ def _fits(value: Any, hint: Any) -> bool:
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return value in options
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(key, options[0]) for key in value)
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(x, options[0]) for x in value)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)

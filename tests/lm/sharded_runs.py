@@ -33,6 +33,7 @@ from policyopt.lm import (
     LMResult,
     LoRA,
     RankingConfig,
+    SamplingConfig,
     TransformersSampler,
     add_lora,
     generate,
@@ -52,6 +53,9 @@ def gpt2() -> LanguageModel:
     return LanguageModel(GPT2LMHeadModel(config).eval(), tiny_tokenizer(), "gpt2")
 
 
+FILTERED = SamplingConfig(max_new_tokens=6, top_p=0.8, top_k=8)
+
+
 def gemma2() -> LanguageModel:
     torch.manual_seed(0)
     config = Gemma2Config(
@@ -64,6 +68,16 @@ def gemma2() -> LanguageModel:
 
 def lora() -> LanguageModel:
     return add_lora(tiny_model(), LoRA(rank=4), seed=0)
+
+
+def trained_adapters() -> LanguageModel:
+    """LoRA that has been trained before, so that the reference is not the model without it."""
+    model, generator = lora(), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
+    return model
 
 
 def tied() -> LanguageModel:
@@ -133,6 +147,8 @@ SETTINGS: dict[str, Callable[[Path], Result]] = {
     "lora-dpo": lambda _: run_dpo(lora()),
     "lora-grpo": lambda _: run_grpo(lora()),
     "lora-ppo": lambda _: run_ppo(lora(), changes={"gradient_checkpointing": True}),
+    "trained-adapters": lambda _: run_grpo(trained_adapters()),
+    "filtered": lambda _: run_ppo(trained_adapters(), changes={"sampling": FILTERED}),
     "two-networks": lambda _: run_ppo(tied(), changes={"critic": "separate"}),
     "reward-eval": lambda _: run_reward(tiny_model(), eval_data=records(5), changes={"eval_every": 1}),
     "gpt2": lambda _: run_grpo(gpt2()),

@@ -10,6 +10,7 @@ import transformers
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
+from policyopt.lm.cache import check_cache
 from policyopt.lm.heads import backbone_and_head
 from policyopt.lm.log_probs import completion_log_probs
 from policyopt.lm.sequences import Sequences
@@ -116,6 +117,7 @@ def test_equals_the_models_own_logits(name: str) -> None:
 def test_shared_prompts_or_not(name: str) -> None:
     model = build(name)
     passes: list[tuple[int, ...]] = []
+    check_cache(model)  # at the first call
     backbone_and_head(model).backbone.register_forward_pre_hook(
         lambda module, args, kwargs: passes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )

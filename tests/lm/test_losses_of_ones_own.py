@@ -145,3 +145,18 @@ def test_rewards_are_shaped_as_one_likes() -> None:
 def test_a_temperature_of_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="sampling must be of a temperature > 0"):
         run_grpo(tiny_model(), changes={"sampling": SamplingConfig(temperature=0.0)})
+
+
+@pytest.mark.parametrize("name", ["reward", "dpo", "ranking"])
+def test_without_a_margin_there_is_no_accuracy(name: str) -> None:
+    seen: list[Any] = []
+
+    def bare(batch: Any) -> torch.Tensor:
+        seen.append(batch)
+        return DEFAULTS[name][1](batch).loss
+
+    rows = TRAINERS[name](tiny_model(), loss=bare).history
+    assert rows.column("accuracy").tolist() == pytest.approx([float("nan")] * 3, nan_ok=True)
+    if name == "ranking":
+        assert seen[0].rewards.tolist() == [3.0, 2.0, 1.0]
+    assert TRAINERS["reward"](tiny_model()).history[0].accuracy == 0.5  # the head starts at 0: ties

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from policyopt.lm.heads import backbone_and_head
+from policyopt.lm.cache import check_cache
 from policyopt.lm.log_probs import completion_log_probs
 from policyopt.lm.sequences import Sequences, hidden_states
 
@@ -151,7 +151,7 @@ def test_prompts_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    backbone_and_head(model)  # the check of the first call
+    check_cache(model)  # at the first call
     tokens.clear()
     hidden_states(model, batch())
     assert tokens == [3 * 6, 5 * 4]

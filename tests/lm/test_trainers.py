@@ -259,7 +259,7 @@ def test_the_implicit_reward_is_the_trained_log_ratio() -> None:
         new, old = (completion_log_probs(m.model, sequences).log_probs.sum(1) for m in (policy, start))
     assert reward(texts, prompts) == pytest.approx((0.3 * (new - old)).tolist(), abs=1e-5)
     assert ImplicitReward(start, start.copy())(texts, prompts) == pytest.approx([0, 0, 0], abs=1e-6)
-    with pytest.raises(ValueError, match="reference must be given for a policy without adapters"):
+    with pytest.raises(ValueError, match="reference must be the model that DPO started from"):
         ImplicitReward(policy)
 
 

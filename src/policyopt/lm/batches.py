@@ -25,8 +25,7 @@ def ordered_rightly(margins: Tensor, *, tie: float = 0.0) -> Tensor:
     """Return 1 where a margin is positive, ``tie`` where it is 0, 0 where it is
     negative, NaN where it is NaN.
     """
-    right = (margins > 0) + tie * (margins == 0)
-    return torch.where(margins.isnan(), margins, right)
+    return torch.where(margins.isnan(), margins, (margins > 0) + tie * (margins == 0))
 
 
 @dataclass(frozen=True)

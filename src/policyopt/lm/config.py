@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from policyopt.lm.data import Limits
 from policyopt.lm.models import LanguageModel
@@ -68,6 +68,10 @@ class LMConfig(Settings):
     max_prompt_tokens: Count | None = None
     """Cut longer prompts to their last tokens; None: a prompt too long for the model is
     an error."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What the chat template is given besides messages and tools, such as
+    ``{"enable_thinking": False}``, in data and in sampling. The model keeps it, and
+    where this is empty, what the model has kept is used."""
     checkpoint_every: Count = 50
     """Updates between checkpoints, where a ``checkpoint_dir`` is given. The last update
     always leaves one."""
@@ -81,9 +85,12 @@ class LMConfig(Settings):
         self._check("adam_betas", decays, "two numbers in [0, 1)")
 
     def limits(self, language_model: LanguageModel) -> Limits:
-        """Return what keeps the sequences of the data within the model."""
+        """Return how data become tokens that the model can take."""
         cut = getattr(self, "max_completion_tokens", None)
-        return Limits(language_model.context_length, self.max_prompt_tokens, cut)
+        lm = language_model
+        own = self.chat_template_kwargs or lm.chat_template_kwargs
+        sizes = lm.context_length, self.max_prompt_tokens, cut, lm.vocabulary
+        return Limits(*sizes, own)
 
     def total_updates(self, items: int) -> int:
         """Return the number of updates for a data set of this many items."""

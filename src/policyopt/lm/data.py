@@ -10,26 +10,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from itertools import chain, compress, product
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from policyopt._checks import require
 from policyopt.runs import derive_seed
 
 __all__ = [
     "Example", "Item", "Limits", "Pair", "Prompt", "PromptExample", "RankedList",
-    "Records", "batch_indices", "encode_completion", "encode_prompt", "epoch_order",
-    "fingerprint", "pad_id", "preference_pairs", "prompt_examples", "ranked_lists",
-    "read_records", "sft_examples",
+    "Records", "batch_indices", "decode_completion", "encode_completion",
+    "encode_prompt", "epoch_order", "fingerprint", "pad_id", "preference_pairs",
+    "prompt_examples", "ranked_lists", "read_records", "sft_examples",
 ]  # fmt: skip
 
-Message = dict[str, str]
+Message = dict[str, Any]
 Prompt = str | list[Message]
 """Plain text, or a conversation: a list of {"role": …, "content": …}."""
 _FORM = '{"role": "user", "content": "…"}'
@@ -45,7 +50,9 @@ GIVEN = frozenset({"completions", "prompts", "finished"})
 
 @dataclass(frozen=True)
 class Limits:
-    """How many tokens an item of the data may have. None sets no limit."""
+    """How items of the data become tokens, and how many they may have. None sets no
+    limit.
+    """
 
     context_length: int | None = None
     """Prompt and completion together: a longer item is an error."""
@@ -55,10 +62,14 @@ class Limits:
     """Of a longer completion, keep this many tokens at the beginning; it loses its
     EOS. Items without completions are not affected.
     """
+    vocabulary: float = math.inf
+    """Rows of the model's embedding: a token id must be less."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What the chat template is given besides messages and tools."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value is not None and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name} must be >= 1 or None, got {value!r}")
 
 
@@ -71,8 +82,8 @@ class Item:
 
     @property
     def completions(self) -> list[list[int]]:
-        """Token ids of the completions, whatever their names."""
-        return []
+        """Token ids of the completions, in the order of the fields that hold them."""
+        return [value for name, value in vars(self).items() if name in _COMPLETIONS]
 
 
 @dataclass(frozen=True)
@@ -80,11 +91,10 @@ class Example(Item):
     """A prompt and the completion to learn."""
 
     completion_ids: list[int]
-
-    @property
-    def completions(self) -> list[list[int]]:
-        """The one to learn."""
-        return [self.completion_ids]
+    learned: list[bool] | None = None
+    """Which tokens of the completion count in the loss; None: all. The others are read,
+    as what the user says between two messages of the assistant's.
+    """
 
 
 @dataclass(frozen=True)
@@ -93,11 +103,6 @@ class Pair(Item):
 
     chosen_ids: list[int]
     rejected_ids: list[int]
-
-    @property
-    def completions(self) -> list[list[int]]:
-        """The chosen one, then the rejected one."""
-        return [self.chosen_ids, self.rejected_ids]
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,7 @@ class PromptExample(Item):
 
 
 ItemT = TypeVar("ItemT", bound=Item)
+_COMPLETIONS = "completion_ids", "chosen_ids", "rejected_ids"
 
 
 # --- reading ---
@@ -179,9 +185,8 @@ def _lines(path: Path) -> Iterator[tuple[str, Record]]:
             raise ValueError(f"{name}: not UTF-8 ({error}); save as UTF-8") from error
         except json.JSONDecodeError as error:
             where = f"{error.msg}, column {error.colno}: {quote(error.doc)}"
-            raise ValueError(
-                f"{name}: not JSON ({where}); write one JSON object on each line"
-            ) from error
+            rule = "write one JSON object on each line"
+            raise ValueError(f"{name}: not JSON ({where}); {rule}") from error
         if not isinstance(record, dict):
             raise ValueError(f"{name}: must be a JSON object, got {quote(record)}")
         yield name, record
@@ -209,15 +214,31 @@ def quote(value: object) -> str:
 # --- texts to tokens ---
 
 
-def pad_id(tokenizer: Tokenizer) -> int:
-    """Return a token to fill batches with: the tokenizer's, or EOS, or 0. Masks never
-    come from it, so any will do.
+def pad_id(tokenizer: Tokenizer, vocabulary: float = math.inf) -> int:
+    """Return a token to fill batches with: the tokenizer's, or EOS, or 0, whichever is
+    first among the ``vocabulary`` rows of the model's embedding. Masks never come from
+    it, so any will do.
     """
     choices = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(int(token) for token in choices if token is not None)
+    return next(int(x) for x in choices if x is not None and x < vocabulary)
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+def check_ids(tokenizer: Tokenizer, ids: Iterable[int], vocabulary: float) -> None:
+    """Refuse token ids beyond the ``vocabulary`` rows of the model's embedding.
+
+    Raises
+    ------
+    ValueError
+        Where a token was added to the tokenizer alone; the message names it.
+    """
+    highest = max(ids, default=0)
+    token = tokenizer.convert_ids_to_tokens(highest)
+    rule = f"token ids must be below {vocabulary}, the rows of the model's embedding"
+    remedy = "add rows: language_model.model.resize_token_embeddings(len(tokenizer))"
+    require(highest < vocabulary, rule, (highest, token), remedy)
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, **options: Any) -> list[int]:
     """Turn a prompt into the token ids of the first state.
 
     Parameters
@@ -227,12 +248,15 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
         Plain text begins with BOS if the tokenizer adds it. Chat messages go through
         the tokenizer's own template, up to where the assistant begins to speak; BOS is
         there if the template writes it. No EOS follows either.
+    **options
+        For the chat template: ``tools``, ``enable_thinking``, … Plain text ignores
+        them.
 
     Raises
     ------
     ValueError
-        If the prompt comes out empty, is no prompt, or needs a chat template and the
-        tokenizer has none.
+        If the prompt comes out empty, is no prompt, needs a chat template and the
+        tokenizer has none, or holds something that the template does not show.
     """
     if isinstance(prompt, str):
         ids = _encode_plain(tokenizer, prompt)
@@ -240,7 +264,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
         remedy = "make it the completion, or add the user's next message"
         raise ValueError(f"prompt must not end with the assistant's message; {remedy}")
     else:
-        ids = _ids(tokenizer, _render(tokenizer, prompt, generate=True))
+        ids = _ids(tokenizer, _render(tokenizer, options, prompt, True))
     if not ids:
         remedy = "begin the prompt with some text"
         raise ValueError(f"the prompt is empty and the tokenizer adds no BOS; {remedy}")
@@ -248,12 +272,9 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
 
 
 def encode_completion(
-    tokenizer: Tokenizer,
-    completion: str | list[Message],
-    prompt: Prompt = "",
-    *,
-    eos: bool = True,
-) -> list[int]:
+    tokenizer: Tokenizer, completion: str | list[Message], prompt: Prompt = "", *,
+    eos: bool = True, **options: Any,
+) -> list[int]:  # fmt: skip
     """Turn a completion into the token ids of the actions that write it, the last of
     which is EOS.
 
@@ -263,24 +284,31 @@ def encode_completion(
     completion : str or list of one assistant message
         May be empty: EOS alone.
     prompt : str or list of messages
-        What it completes. In a chat the completion ends as the tokenizer's template
-        ends a message of the assistant, up to the token that stops generation; what the
-        template puts after that token is nobody's action.
+        What it completes. In a chat the completion begins and ends as the tokenizer's
+        template begins and ends a message of the assistant, up to the token that stops
+        generation; what the template puts after that token is nobody's action. The one
+        exception is an empty block of thoughts (``<think></think>``), with which some
+        templates begin the last message: it is left out, since the completion's own
+        text says what was thought. With ``enable_thinking=False`` such templates put it
+        in the prompt.
     eos : bool
         Whether the completion ends. One that was cut off does not.
+    **options
+        As for :func:`encode_prompt`.
 
     Raises
     ------
     ValueError
         If the tokenizer has no EOS, or the completion is no completion.
     """
-    text = _completion_text(completion)
-    opening, ending = ("", "") if isinstance(prompt, str) else _frame(tokenizer, prompt)
-    if text.startswith(opening):
-        opening = ""
+    text, ending = _text(completion), ""
+    if not isinstance(prompt, str):
+        chat = _Chat(tokenizer, options, prompt)
+        text = text if text.startswith(chat.opening) else chat.opening + text
+        ending = chat.ending
     if eos and ending and not text.endswith(tuple(_special_tokens(tokenizer))):
         text += ending
-    ids = _ids(tokenizer, opening + text)
+    ids = _ids(tokenizer, text)
     if not eos or ending:
         return ids
     if tokenizer.eos_token_id is None:
@@ -290,17 +318,52 @@ def encode_completion(
     return ids if ids[-1:] == end else ids + end
 
 
+def decode_completion(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Turn the tokens of a completion back into its text, special tokens left out.
+
+    It inverts :func:`encode_completion`: a completion that begins with a space keeps
+    it, also where the tokenizer takes every text for the beginning of one and drops its
+    first space.
+    """
+    mark, before = _anchor(tokenizer)
+    return _decode(tokenizer, before + list(ids)).removeprefix(mark)
+
+
+@lru_cache(maxsize=16)
+def _anchor(tokenizer: Tokenizer) -> tuple[str, list[int]]:
+    """Return a text, and its tokens, after which tokens are decoded to what they write
+    in the middle of a text.
+
+    It is empty where that is so at the beginning too (byte-level BPE), and where no
+    text is decoded exactly (WordPiece).
+    """
+    for mark, letter in product(("", ":", "\n", "a"), "aA1."):
+        before = _tokenize(tokenizer, mark)
+        after = _ids(tokenizer, f" {letter}") + _ids(tokenizer, letter)
+        if _decode(tokenizer, before + after) == f"{mark} {letter}{letter}":
+            return mark, before
+    return "", []
+
+
+def _decode(tokenizer: Tokenizer, ids: list[int]) -> str:
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return str(tokenizer.decode(ids, **options))
+
+
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Tokenise a text that continues another: no BOS, no EOS, no space put in front."""
-    if not text:
-        return []
-    ids = _tokenize(tokenizer, text)
-    if not str(tokenizer.convert_ids_to_tokens(ids[0])).startswith("▁"):
+    ids = _tokenize(tokenizer, text) if text else []
+    signs = "▁" if text.startswith(" ") else ("▁", "Ġ")
+    if not ids or not str(tokenizer.convert_ids_to_tokens(ids[0])).startswith(signs):
         return ids
-    # SentencePiece tokenizers may take every text for the beginning of one, and write a
-    # space before it. After a newline they do not.
-    before, whole = _tokenize(tokenizer, "\n"), _tokenize(tokenizer, "\n" + text)
-    return whole[len(before) :] if whole[: len(before)] == before else ids
+    # The tokenizer may take every text for the beginning of one, and write a space
+    # before it. After a newline or a colon it does not. (One of these may be no token,
+    # or make one with the text.)
+    for mark in ("\n", ":"):
+        before, whole = _tokenize(tokenizer, mark), _tokenize(tokenizer, mark + text)
+        if before and whole[: len(before)] == before:
+            return whole[len(before) :]
+    return ids
 
 
 def _tokenize(tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[int]:
@@ -322,35 +385,99 @@ def _encode_plain(tokenizer: Tokenizer, text: str) -> list[int]:
     return plain if plain[: len(opening)] == opening else opening + plain
 
 
-def _render(tokenizer: Tokenizer, messages: list[Message], *, generate: bool) -> str:
+# --- chats ---
+
+
+_PARTS = "tool_calls", "reasoning_content", "thinking"
+"""What else a message may say. A template that knows nothing of it leaves it out."""
+_NO_THOUGHTS = re.compile(r"\s*<(\w+)>\s*</\1>\s*")
+
+
+def _render(tokenizer: Tokenizer, options: Record, chat: Any, generate: bool) -> str:
+    """Write a conversation as the chat template does, and refuse what it would leave
+    out or write as Python.
+    """
     if not tokenizer.chat_template:
         remedy = "use a chat model's tokenizer, set chat_template, or give plain texts"
         raise ValueError(f"the tokenizer has no chat template; {remedy}")
-    render = tokenizer.apply_chat_template
+    given = [name for name, value in options.items() if value not in (None, [])]
+    given += [key for message in chat for key in _PARTS if message.get(key)]
+    source = str(tokenizer.chat_template)
+    if unread := [name for name in given if not re.search(rf"\b{name}\b", source)]:
+        raise ValueError(f"the chat template never reads {unread}; change one of them")
+    settings = {"tokenize": False, "add_generation_prompt": generate, **options}
     try:
-        return str(render(messages, tokenize=False, add_generation_prompt=generate))
+        text = str(tokenizer.apply_chat_template(chat, **settings))
     except Exception as error:  # templates raise what they like
         raise ValueError(f"the chat template refuses the messages: {error}") from error
+    for i, message in enumerate(chat):
+        content = message.get("content")
+        empty = not (content or message.get("tool_calls"))
+        if not isinstance(content, str) and (empty or repr(content) in text):
+            rule = f"the content of message {i} must be text for this chat template"
+            raise ValueError(f"{rule}, got {quote(content)}; write {_FORM}")
+    return text
 
 
-def _frame(tokenizer: Tokenizer, prompt: list[Message]) -> tuple[str, str]:
-    """Return what the chat template puts before and after the assistant's words, up to
-    the token that stops.
+class _Chat:
+    """How the chat template writes a prompt, and answers to it.
+
+    An answer comes after ``before`` and begins with ``opening``. After its words comes
+    ``after``, which is ``ending`` up to the token that stops. ``thoughts`` is an empty
+    block of thoughts in place of the opening.
     """
-    words = "Words"
-    answer = {"role": "assistant", "content": words}
-    before = _render(tokenizer, prompt, generate=True)
-    whole = _render(tokenizer, [*prompt, answer], generate=False)
-    start = whole.rfind(words)
-    # Space in front of the words is the model's to write. Anything longer, such as an
-    # empty block of thoughts, is the template's way to show finished messages, and the
-    # completion's own text says what is to be written.
-    opening = whole[len(before) : start] if whole.startswith(before) else ""
-    ending = whole[start + len(words) :] if start >= 0 else ""
-    eos = tokenizer.eos_token
-    stops = [eos] if eos and eos in ending else _special_tokens(tokenizer)
-    ends = [ending.index(token) + len(token) for token in stops if token in ending]
-    return opening if opening.isspace() else "", ending[: min(ends, default=0)]
+
+    def __init__(self, tokenizer: Tokenizer, options: Record, prompt: Any) -> None:
+        self.render, self.prompt = partial(_render, tokenizer, options), prompt
+        self.before, words = self.render(prompt, True), "Words"
+        whole = self.render([*prompt, {"role": "assistant", "content": words}], False)
+        start, _, self.after = whole.rpartition(words)
+        opening = start.partition(self.before)[2]
+        self.thoughts = opening if _NO_THOUGHTS.fullmatch(opening) else ""
+        self.opening = opening.removeprefix(self.thoughts)
+        eos, after = tokenizer.eos_token, self.after
+        stops = [eos] if eos and eos in after else _special_tokens(tokenizer)
+        ends = [after.index(token) + len(token) for token in stops if token in after]
+        self.ending = after[: min(ends, default=0)]
+
+    def answer(self, message: Message) -> str:
+        """Return what the assistant writes of the finished conversation.
+
+        Raises
+        ------
+        ValueError
+            If the template does not write that as the prompt, an answer and the end:
+            the model would be taught what it is never asked for.
+        """
+        content = message.get("content")
+        if isinstance(content, str):  # an end that it has already is not doubled
+            message = {**message, "content": content.removesuffix(self.ending)}
+        whole = self.render([*self.prompt, message], False)
+        _compare(self.before, whole)
+        text, after = whole[len(self.before) :].removeprefix(self.thoughts), self.after
+        rule = f"the chat template must end this answer with {after!r}"
+        require(text.endswith(after), rule, text[-40:], "give the answer as text")
+        return text.removesuffix(after) + self.ending
+
+
+def _compare(before: str, whole: str) -> None:
+    """Refuse a conversation that does not begin as its beginning was written."""
+    if not whole.startswith(before):
+        same = next(i for i in range(len(before)) if before[: i + 1] != whole[: i + 1])
+        change = f"{quote(before[same:])} becomes {quote(whole[same:])}"
+        rule = "the chat template rewrites the conversation as it goes on"
+        raise ValueError(f"{rule}: {change}; use another, its settings, or texts")
+
+
+def chat_end(tokenizer: Tokenizer) -> int | None:
+    """Return the token with which the chat template ends a message of the assistant's;
+    None if it has no template or none ends.
+    """
+    try:
+        chat = _Chat(tokenizer, {}, [{"role": "user", "content": "Hi"}])
+    except ValueError:  # it has no template, or one for other messages
+        return None
+    return next(reversed(_ids(tokenizer, chat.ending)), None)
 
 
 def _special_tokens(tokenizer: Tokenizer) -> list[str]:
@@ -367,20 +494,22 @@ def _roles(messages: Any, column: str) -> list[str]:
         raise ValueError(f"{column} must be {wanted}, got {got}")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(
-                f"message {i} of {column} must look like {_FORM}, got {quote(message)}"
-            )
+            rule = f"message {i} of {column} must look like {_FORM}"
+            raise ValueError(f"{rule}, got {quote(message)}")
     return [message["role"] for message in messages]
 
 
-def _completion_text(completion: Any, column: str = "completion") -> str:
+def _message(completion: Any, column: str) -> Message:
     if isinstance(completion, str):
-        return completion
+        return {"role": "assistant", "content": completion}
     roles = _roles(completion, column)
-    if roles != ["assistant"]:
-        wanted = "text or one message of the assistant"
-        raise ValueError(f"{column} must be {wanted}, got the roles {roles}")
-    content = completion[0].get("content")
+    rule = f"{column} must be text or one message of the assistant"
+    require(roles == ["assistant"], rule, roles)
+    return dict(completion[0])
+
+
+def _text(completion: Any, column: str = "completion") -> str:
+    content = _message(completion, column).get("content")
     if not isinstance(content, str):
         raise ValueError(f"the content of {column} must be text, got {quote(content)}")
     return content
@@ -390,8 +519,9 @@ def _completion_text(completion: Any, column: str = "completion") -> str:
 
 
 def sft_examples(
-    data: Records, tokenizer: Tokenizer, limits: Limits = Limits()
-) -> list[Example]:
+    data: Records, tokenizer: Tokenizer, limits: Limits = Limits(),
+    train_on: str = "last",
+) -> list[Example]:  # fmt: skip
     """Read examples to imitate.
 
     Parameters
@@ -399,24 +529,35 @@ def sft_examples(
     data : records
         Columns ``prompt`` (text or messages) and ``completion`` (text, or a list of one
         assistant message); or ``messages``, a conversation whose last message is the
-        assistant's: that message is the completion.
+        assistant's: that message is the completion. Of messages, prompt and completion
+        together are what the chat template writes, up to the token that ends the
+        completion; it is given a column ``tools``, a list of JSON schemas.
     tokenizer : PreTrainedTokenizerBase
     limits : Limits
         Where to cut, and what is too long.
+    train_on : {"last", "assistant"}
+        What of ``messages`` is learned: the last message, or all of the assistant's.
+        These are the tokens in the template's ``{% generation %}`` blocks, if it has
+        any; or else those of each message as "last" learns it, which needs a template
+        that leaves earlier messages as they were.
 
     Raises
     ------
     ValueError
-        If an item is unusable or does not fit; the message names it and the remedy.
+        If an item is unusable, does not fit or holds tokens beyond the model's
+        embedding, or the chat template writes it differently; the message names the
+        item and the remedy.
     """
 
     def make(record: Record) -> Example:
+        if train_on == "assistant":
+            return _all_turns(tokenizer, limits, record)
         if record.get("messages") is not None and record.get("completion") is None:
             prompt, text = _split_chat(record["messages"], "messages")
         else:
             prompt, text = _column(record, "prompt"), _column(record, "completion")
-        ids, encoded = _encode(tokenizer, limits, prompt, {"completion": text})
-        return Example(prompt, ids, *encoded)
+        ids, encoded = _encode(tokenizer, limits, record, prompt, {"completion": text})
+        return Example(prompt, ids, encoded[0])
 
     return _read(data, make, limits)
 
@@ -429,9 +570,10 @@ def preference_pairs(
     Parameters
     ----------
     data : records
-        Columns ``prompt``, ``chosen`` and ``rejected``, texts or messages as in
-        :func:`sft_examples`. Where ``chosen`` and ``rejected`` are whole conversations,
-        what they have in common up to their last message is the prompt.
+        Columns ``prompt``, ``chosen`` and ``rejected``, texts or messages (and
+        ``tools``) as in :func:`sft_examples`. Where ``chosen`` and ``rejected`` are
+        whole conversations, what they have in common up to their last message is the
+        prompt.
     tokenizer, limits
         As in :func:`sft_examples`.
 
@@ -454,7 +596,7 @@ def preference_pairs(
                 raise ValueError(f"chosen and rejected must be {wanted}; drop the item")
         else:
             prompt = _column(record, "prompt")
-        ids, encoded = _encode(tokenizer, limits, prompt, texts)
+        ids, encoded = _encode(tokenizer, limits, record, prompt, texts)
         return Pair(prompt, ids, *encoded)
 
     return _read(data, make, limits)
@@ -470,7 +612,7 @@ def ranked_lists(
     data : records
         Columns ``prompt`` and ``ranked``, a list of two or more completions, the best
         first; or ``completions`` in any order with ``ranks``, one number each, of which
-        the lowest is the best.
+        the lowest is the best. ``tools`` as in :func:`sft_examples`.
     tokenizer, limits
         As in :func:`sft_examples`.
 
@@ -485,7 +627,7 @@ def ranked_lists(
         prompt, ranked = _column(record, "prompt"), _best_first(record)
         names = (f"completion {i} (from 0, best first)" for i in range(len(ranked)))
         texts = dict(zip(names, ranked, strict=True))
-        return RankedList(prompt, *_encode(tokenizer, limits, prompt, texts))
+        return RankedList(prompt, *_encode(tokenizer, limits, record, prompt, texts))
 
     return _read(data, make, limits)
 
@@ -498,7 +640,8 @@ def prompt_examples(
     Parameters
     ----------
     data : records
-        Column ``prompt``, text or messages. All records have the same other columns.
+        Column ``prompt``, text or messages. All records have the same other columns;
+        one called ``tools`` goes to the chat template too.
     tokenizer, limits
         As in :func:`sft_examples`.
     reserve : int
@@ -516,21 +659,20 @@ def prompt_examples(
         prompt = _column(record, "prompt")
         columns = {name: value for name, value in record.items() if name != "prompt"}
         if taken := columns.keys() & GIVEN:
-            raise ValueError(
-                f"reward functions are given {min(taken)!r} already; rename the column"
-            )
+            rule = f"reward functions are given {min(taken)!r} already"
+            raise ValueError(f"{rule}; rename the column")
         expected = set(columns) if expected is None else expected
         if odd := columns.keys() ^ expected:
             remedy = "give it to all (None will do) or to none"
             raise ValueError(f"column {min(odd)!r} is in some records only; {remedy}")
-        ids, _ = _encode(tokenizer, limits, prompt, {})
+        ids, _ = _encode(tokenizer, limits, record, prompt, {})
         return PromptExample(prompt, ids, columns)
 
     return _read(data, make, limits, reserve)
 
 
 def _encode(
-    tokenizer: Tokenizer, limits: Limits, prompt: Prompt, completions: Mapping[str, Any]
+    tokenizer: Tokenizer, limits: Limits, record: Record, prompt: Prompt, texts: Record
 ) -> tuple[list[int], list[list[int]]]:
     """Token ids of a prompt and of its completions by name, cut to the limits.
 
@@ -539,21 +681,57 @@ def _encode(
     ValueError
         If one of them is unusable, or two completions are the same tokens.
     """
+    options = limits.chat_template_kwargs | {"tools": record.get("tools")}
+    prompt_ids = encode_prompt(tokenizer, prompt, **options)
+    chats = texts and isinstance(prompt, list)
+    chat = _Chat(tokenizer, options, prompt) if chats else None
     cut, encoded = limits.max_completion_tokens, dict[str, list[int]]()
-    for name, completion in completions.items():
-        text = _completion_text(completion, name)
-        ids = encode_completion(tokenizer, text, prompt)[:cut]
+    for name, text in texts.items():
+        words = chat.answer(_message(text, name)) if chat else _text(text, name)
+        ids = encode_completion(tokenizer, words, eos=not (chat and chat.ending))[:cut]
         same = next((other for other, seen in encoded.items() if seen == ids), None)
         if same is not None:
-            remedy = f", or raise max_completion_tokens above {cut}"
-            raise ValueError(
-                f"{same} and {name} are the same tokens, so there is nothing to "
-                f"prefer; drop the item{remedy if len(ids) == cut else ''}"
-            )
+            both = f"{same} and {name} are the same tokens, so"
+            more = f", or raise max_completion_tokens above {cut}" * (len(ids) == cut)
+            raise ValueError(f"{both} there is nothing to prefer; drop the item{more}")
         encoded[name] = ids
-    prompt_ids = encode_prompt(tokenizer, prompt)
-    longest = limits.max_prompt_tokens or len(prompt_ids)
+    check_ids(tokenizer, chain(prompt_ids, *encoded.values()), limits.vocabulary)
+    longest = limits.max_prompt_tokens or 0  # ids[-0:] are all
     return prompt_ids[-longest:], list(encoded.values())
+
+
+def _all_turns(tokenizer: Tokenizer, limits: Limits, record: Record) -> Example:
+    """Make an example of a conversation in which every message of the assistant's is
+    learned.
+    """
+    messages = _column(record, "messages")
+    _split_chat(messages, "messages")
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    prompt, template = messages[: turns[0]], str(tokenizer.chat_template)
+    _roles(prompt, "what comes before the assistant's first message")
+    options = limits.chat_template_kwargs | {"tools": record.get("tools")}
+    ids, learned, done = list[int](), list[bool](), ""
+    if "endgeneration" in template:
+        _render(tokenizer, options, messages, False)
+        settings: Any = {"return_dict": True, "return_assistant_tokens_mask": True}
+        encoded: Any = tokenizer.apply_chat_template(messages, **settings, **options)
+        ids, learned = encoded["input_ids"], list(map(bool, encoded["assistant_masks"]))
+        turns = []
+    for i in turns:
+        chat = _Chat(tokenizer, options, messages[:i])
+        _compare(done, chat.before)
+        text = chat.answer(messages[i])
+        for part, own in ((chat.before[len(done) :], False), (text, True)):
+            tokens = _ids(tokenizer, part)
+            ids, learned = ids + tokens, learned + [own] * len(tokens)
+        done = chat.before + text
+    ends = {tokenizer.eos_token_id, chat_end(tokenizer)}
+    rule = "what the chat template marks as the assistant's must hold the end of a turn"
+    require(not ends.isdisjoint(compress(ids, learned)), rule, template)
+    check_ids(tokenizer, ids, limits.vocabulary)
+    start, cut = learned.index(True), limits.max_completion_tokens
+    prompt_ids = ids[:start][-(limits.max_prompt_tokens or start) :]
+    return Example(prompt, prompt_ids, ids[start:][:cut], learned[start:][:cut])
 
 
 def _read(
@@ -582,9 +760,8 @@ def _check_lengths(
     long = [i for i in range(len(items)) if prompts[i] + rests[i] > context]
     if not long:
         return
-    has, setting = "has", "max_completion_tokens"
-    if not items[0].completions:
-        has, setting = "may have", "max_new_tokens"
+    kinds = ("has", "max_completion_tokens"), ("may have", "max_new_tokens")
+    has, setting = kinds[0] if items[0].completions else kinds[1]
     first, room = long[0], context - max(rests)
     remedy = f"set max_prompt_tokens to at most {room}"
     if room <= 0:
@@ -605,29 +782,29 @@ def _column(record: Mapping[str, Any], name: str) -> Any:
 
 def _split_chat(messages: Any, column: str) -> tuple[list[Message], list[Message]]:
     roles = _roles(messages, column)
-    if len(roles) < 2 or roles[-1] != "assistant":
-        wanted = "a conversation that ends with the assistant's message"
-        raise ValueError(f"{column} must be {wanted}, got the roles {roles}")
+    rule = f"{column} must be a conversation that ends with the assistant's message"
+    require(len(roles) > 1 and roles[-1] == "assistant", rule, roles)
     return messages[:-1], messages[-1:]
 
 
 def _best_first(record: Mapping[str, Any]) -> list[Any]:
     column = "ranked" if record.get("ranked") is not None else "completions"
-    completions: Any = record.get(column)
-    if completions is None or (column != "ranked" and record.get("ranks") is None):
+    completions, ranks = record.get(column), record.get("ranks")
+    if completions is None or (column != "ranked" and ranks is None):
         wanted = "'ranked' (completions, the best first), or 'completions' and 'ranks'"
         there = sorted(map(str, record))
         raise ValueError(f"a ranked list needs the column {wanted}; there are {there}")
     if not isinstance(completions, list) or len(completions) < 2:
-        got = quote(completions)
-        raise ValueError(f"{column} must list two or more completions, got {got}")
+        rule = f"{column} must list two or more completions"
+        raise ValueError(f"{rule}, got {quote(completions)}")
     if column == "ranked":
         return completions
-    ranks = list(record["ranks"])
-    if len(ranks) != len(completions) or len(set(ranks)) != len(ranks):
+    given = ranks if isinstance(ranks, list) else []
+    numbers = {rank for rank in given if isinstance(rank, Real) and rank == rank}
+    if not len(numbers) == len(given) == len(completions):
         wanted = f"{len(completions)} different numbers, one per completion"
-        raise ValueError(f"ranks must be {wanted}, got {ranks}; leave out ties")
-    return [completions[i] for i in sorted(range(len(ranks)), key=ranks.__getitem__)]
+        raise ValueError(f"ranks must be {wanted}, got {quote(ranks)}; leave out ties")
+    return [completions[i] for i in sorted(range(len(given)), key=given.__getitem__)]
 
 
 # --- identity ---

@@ -107,9 +107,10 @@ class ImplicitReward:
     ----------
     policy : LanguageModel
         π_θ; not copied.
-    reference : LanguageModel, optional
-        π_ref; by default the policy with its adapters off, so LoRA needs no second
-        model.
+    reference : LanguageModel or "base"
+        π_ref, the model that DPO started from. "base" is the policy with its adapters
+        off, so LoRA needs no second model: right where DPO started from fresh adapters,
+        and wrong where these had been trained before, say by SFT.
     beta : float
         The β of the training.
     batch_size : int
@@ -126,17 +127,18 @@ class ImplicitReward:
     def __init__(
         self,
         policy: LanguageModel,
-        reference: LanguageModel | None = None,
+        reference: LanguageModel | Literal["base"] | None = None,
         *,
         beta: float = 0.1,
         batch_size: int = 64,
     ) -> None:
         if not beta > 0:
             raise ValueError(f"beta must be > 0, got {beta!r}")
-        if reference is None and not is_adapted(policy.model):
+        off = reference == "base" and is_adapted(policy.model)
+        if not (off or isinstance(reference, LanguageModel)):
             raise ValueError(
-                "reference must be given for a policy without adapters: the model that "
-                "DPO started from"
+                "reference must be the model that DPO started from, or 'base', the "
+                f"policy with its adapters off, if they were fresh; got {reference!r}"
             )
         self.language_model = self.policy = policy
         self.beta, self.batch_size = beta, batch_size
@@ -163,8 +165,7 @@ class ImplicitReward:
         **columns: Any,
     ) -> list[float]:
         """Score texts, one prompt to each: the interface of a reward function."""
-        size = self.batch_size
-        batches = text_batches(self.policy, completions, prompts, finished, size)
+        batches = text_batches(self, completions, prompts, finished, columns)
         return [score for batch in batches for score in self.scores(batch).tolist()]
 
 
@@ -203,7 +204,7 @@ def train_dpo(
         Columns ``prompt``, ``chosen`` and ``rejected``.
     config : DPOConfig
     reference : LanguageModel, optional
-        π_ref; by default the policy as it is given (for LoRA: with the adapters off).
+        π_ref; by default the policy as it is given.
     loss : callable, optional
         A function of the :class:`~policyopt.lm.batches.Pairs` of a micro-batch that
         returns one loss per pair, ``[N]``: a :class:`~policyopt.losses.DPO`, another

@@ -234,9 +234,8 @@ def train_grpo(
         :func:`~policyopt.lm.rewards.compute_rewards`.
     config : GRPOConfig
     reference : LanguageModel, optional
-        π_ref. By default the policy as it is given (for LoRA: with the adapters off)
-        when ``config.beta`` > 0, and none otherwise. One that is given is reported on
-        even with β = 0.
+        π_ref. By default the policy as it is given when ``config.beta`` > 0, and none
+        otherwise. One that is given is reported on even with β = 0.
     loss : callable, optional
         A function of the :class:`~policyopt.lm.batches.Completions` of a micro-batch
         that returns one loss per token, ``[B, T]``: a named tuple with the field

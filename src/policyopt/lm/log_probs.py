@@ -8,14 +8,14 @@ again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from policyopt.lm.heads import backbone_and_head, scale_and_cap
+from policyopt.lm.heads import Head, backbone_and_head, scale_and_cap
 from policyopt.lm.sequences import Sequences, hidden_states
 
 __all__ = [
@@ -174,10 +174,7 @@ def chunked_log_probs(
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size!r}")
 
     def score(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logits = scale_and_cap(logits, scale, softcap)
-        if temperature != 1.0:
-            logits = logits / temperature
+        logits = _divided(logits, scale, softcap, temperature)
         if top_k is not None or top_p < 1.0:
             logits = filter_logits(logits, top_k=top_k, top_p=top_p, keep=targets)
             logits = logits.clamp(min=-1e30)  # so that 0 · log 0 is 0 in the entropy
@@ -191,10 +188,7 @@ def chunked_log_probs(
         autocast = torch.is_autocast_enabled(on)
         dtype = torch.get_autocast_dtype(on) if autocast else plain.weight.dtype
         hidden = hidden.to(dtype)
-    # Few enough logits to stay in the cache of a CPU, many enough to fill a GPU. Below
-    # 128 tokens reading the weight would take longer than multiplying by it.
-    vocabulary = int(getattr(head, "out_features", 2**17))
-    size = chunk_size or max(128, (2**19 if on == "cpu" else 2**26) // vocabulary)
+    size = chunk_size or _chunk_size(head, hidden)
     if len(hidden) <= size:
         result = score(head(hidden), targets)
     elif plain is not None:
@@ -209,6 +203,22 @@ def chunked_log_probs(
         ]
         result = tuple(map(torch.cat, zip(*pieces, strict=True)))
     return result[0], result[1] if entropy else None
+
+
+def _divided(
+    logits: Tensor, scale: float, softcap: float | None, temperature: float
+) -> Tensor:
+    """Return logits as they go into the filters: in float32 at least, tempered."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = scale_and_cap(logits, scale, softcap)
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def _chunk_size(head: nn.Module, hidden: Tensor) -> int:
+    # Few enough logits to stay in the cache of a CPU, many enough to fill a GPU. Below
+    # 128 tokens reading the weight would take longer than multiplying by it.
+    vocabulary = int(getattr(head, "out_features", 2**17))
+    return max(128, (2**19 if hidden.device.type == "cpu" else 2**26) // vocabulary)
 
 
 class _LogSoftmax(torch.autograd.Function):
@@ -342,21 +352,60 @@ def completion_log_probs(
         If an option is out of its range, or the model cannot be taken apart into
         decoder and head (see :func:`policyopt.lm.heads.backbone_and_head`).
     """
-    parts = backbone_and_head(model)
-    ids, mask = sequences.completion_ids, sequences.completion_mask
-    if hidden is None:
-        states = sequences.states()
-        hidden = hidden_states(model, states, share_prompts=share_prompts)
-    places = mask.flatten().nonzero()[:, 0]
-    states = hidden[:, : ids.shape[1]].reshape(-1, hidden.shape[-1])
+    states = token_states(model, sequences, hidden, share_prompts)
+    parts, place = states.parts, states.place
     scores, entropies = chunked_log_probs(
-        parts.head, states.index_select(0, places), ids.flatten()[places],
+        parts.head, states.hidden, states.tokens,
         temperature=temperature, top_k=top_k, top_p=top_p, softcap=parts.softcap,
         scale=parts.scale, entropy=entropy,
     )  # fmt: skip
-
-    def place(values: Tensor) -> Tensor:
-        padded = values.new_zeros(mask.numel()).index_copy(0, places, values)
-        return padded.view(mask.shape)
-
     return TokenLogProbs(place(scores), None if entropies is None else place(entropies))
+
+
+class TokenStates(NamedTuple):
+    """The ``N`` tokens of all completions, and the states they were chosen in."""
+
+    parts: Head
+    hidden: Tensor
+    """``[N, H]``, with gradient."""
+    tokens: Tensor
+    """Long ``[N]``."""
+    mask: Tensor
+    """Boolean ``[B, T]``, true at the tokens."""
+
+    def chunks(self) -> Iterator[slice]:
+        """Cut the tokens as :func:`chunked_log_probs` does."""
+        size = _chunk_size(self.parts.head, self.hidden)
+        return (slice(i, i + size) for i in range(0, len(self.tokens), size))
+
+    def logits(self, rows: slice, temperature: float) -> Tensor:
+        """Return the logits ``[n, V]`` of some tokens, over the temperature."""
+        parts, logits = self.parts, self.parts.head(self.hidden[rows])
+        return _divided(logits, parts.scale, parts.softcap, temperature)
+
+    def dropped(self, rows: slice, temperature: float, **filters: Any) -> Tensor:
+        """Return what the filters take away, Boolean ``[n, V]``."""
+        logits, tokens = self.logits(rows, temperature), self.tokens[rows]
+        return filter_logits(logits, **filters, keep=tokens).isneginf()
+
+    def place(self, values: Tensor) -> Tensor:
+        """Return numbers per token, ``[N]``, as ``[B, T]``, 0 at padding."""
+        places = self.mask.flatten().nonzero()[:, 0]
+        padded = values.new_zeros(self.mask.numel()).index_copy(0, places, values)
+        return padded.view(self.mask.shape)
+
+
+def token_states(
+    model: nn.Module,
+    sequences: Sequences,
+    hidden: Tensor | None = None,
+    share: bool = True,
+) -> TokenStates:
+    """Compute the states, or pick them from what :func:`completion_log_probs` got."""
+    ids, mask = sequences.completion_ids, sequences.completion_mask
+    if hidden is None:
+        hidden = hidden_states(model, sequences.states(), share_prompts=share)
+    places = mask.flatten().nonzero()[:, 0]
+    states = hidden[:, : ids.shape[1]].reshape(-1, hidden.shape[-1])
+    picked, tokens = states.index_select(0, places), ids.flatten()[places]
+    return TokenStates(backbone_and_head(model), picked, tokens, mask)

@@ -12,10 +12,10 @@ import copy
 import json
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from policyopt.lm.data import Prompt, encode_completion, encode_prompt, pad_id
+from policyopt.lm import data
+from policyopt.lm.data import Prompt
 from policyopt.lm.sequences import Sequences, evaluating, hidden_states
 from policyopt.runs import resolve_device
 
@@ -57,8 +58,8 @@ class LanguageModel:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The tokens that end a completion: the generation config's, and the
-        tokenizer's.
+        """The tokens that end a completion: the generation config's, the tokenizer's,
+        and the one with which its chat template ends a message of the assistant's.
 
         Raises
         ------
@@ -69,7 +70,8 @@ class LanguageModel:
         generation = getattr(self.model, "generation_config", None)
         ids = getattr(generation, "eos_token_id", None)
         listed = ids if isinstance(ids, (list, tuple)) else [ids]
-        found = {*listed, self.tokenizer.eos_token_id} - {None}
+        found = {*listed, self.tokenizer.eos_token_id}
+        found = (found | {data.chat_end(self.tokenizer)}) - {None}
         if not found:
             remedy = "set one of its vocabulary: tokenizer.eos_token = '…'"
             raise ValueError(f"{self.name} has no end-of-sequence token; {remedy}")
@@ -80,7 +82,20 @@ class LanguageModel:
         """A token to fill batches with. It may equal EOS: masks come from lengths,
         never from this id.
         """
-        return pad_id(self.tokenizer)
+        return data.pad_id(self.tokenizer, self.vocabulary)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding: every token id is less."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def chat_template_kwargs(self) -> dict[str, Any]:
+        """What the chat template is given besides messages and tools, such as
+        ``{"enable_thinking": False}``: the setting of that name that the model was
+        trained with, which is kept in the model's config.
+        """
+        return dict(getattr(self.model.config, "chat_template_kwargs", {}))
 
     @property
     def context_length(self) -> int | None:
@@ -102,13 +117,10 @@ class LanguageModel:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     def encode(
-        self,
-        prompts: Sequence[Prompt],
-        completions: Sequence[str],
-        *,
+        self, prompts: Sequence[Prompt], completions: Sequence[str], *,
         prompt_index: Sequence[int] | None = None,
-        finished: Sequence[bool] | None = None,
-    ) -> Sequences:
+        finished: Sequence[bool] | None = None, tools: Sequence[Any] | None = None,
+    ) -> Sequences:  # fmt: skip
         """Turn texts into a padded batch on the model's device.
 
         Parameters
@@ -120,11 +132,14 @@ class LanguageModel:
             prompt, the same number to each.
         finished : sequence of bool, optional
             Whether each completion ends with EOS; by default all do.
+        tools : sequence, optional
+            What each prompt's chat template is shown as tools; None shows none.
 
         Raises
         ------
         ValueError
-            If a text is unusable, or the lengths of the arguments do not fit.
+            If a text is unusable or holds a token beyond the model's embedding, or the
+            lengths of the arguments do not fit.
         """
         P, B = len(prompts), len(completions)
         if prompt_index is None:
@@ -133,22 +148,28 @@ class LanguageModel:
                 raise ValueError(f"{B} completions for {P} prompts: {remedy}")
             prompt_index = [i // (B // P) for i in range(B)]
         ends = [True] * B if finished is None else finished
+        tokenizer, settings = self.tokenizer, self.chat_template_kwargs
+        given = [settings | {"tools": shown} for shown in tools or [None] * P]
         encoded = [
-            encode_completion(self.tokenizer, text, prompts[i], eos=bool(end))
+            data.encode_completion(tokenizer, text, prompts[i], eos=end, **given[i])
             for text, i, end in zip(completions, prompt_index, ends, strict=True)
         ]
-        ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        chats = zip(prompts, given, strict=True)
+        ids = [data.encode_prompt(tokenizer, prompt, **more) for prompt, more in chats]
+        data.check_ids(tokenizer, chain(*ids, *encoded), self.vocabulary)
         return Sequences.pad(
             ids, encoded, prompt_index, pad_id=self.pad_id, device=self.device
         )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the tokens, special tokens left out."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        """Text of a completion's tokens, special tokens left out. :meth:`encode` turns
+        it into the same tokens again.
+        """
+        return data.decode_completion(self.tokenizer, ids)
 
     def copy(self) -> LanguageModel:
         """Return an independent copy of the weights; the tokenizer is shared."""
-        return LanguageModel(copy.deepcopy(self.model), self.tokenizer, self.name)
+        return replace(self, model=copy.deepcopy(self.model))
 
     def to(self, device: str | torch.device) -> LanguageModel:
         """Move the weights, in place; return self."""
@@ -162,7 +183,7 @@ class LanguageModel:
         if not is_adapted(self.model):
             return self
         refuse_tied_adapters(self.model)
-        return LanguageModel(self.model.merge_and_unload(), self.tokenizer, self.name)
+        return replace(self, model=self.model.merge_and_unload())
 
     def save(self, folder: str | Path) -> Path:
         """Write a folder that :func:`load` and every ``from_pretrained`` can read
@@ -228,7 +249,9 @@ class LoRA:
     """Low-rank adapters: train W + (α/r) B A with B, A of rank r, and leave W alone (Hu
     et al. 2021, arXiv:2106.09685).
 
-    The unadapted model stays available, so that the reference policy costs no memory.
+    The unadapted model stays available. It is the reference policy of a training that
+    starts from fresh adapters, which then costs no memory; of trained adapters a copy
+    is kept.
     """
 
     rank: int = 16
@@ -258,7 +281,7 @@ def add_lora(
             lora_dropout=lora.dropout,
         )  # fmt: skip
         model = peft.get_peft_model(language_model.model, config)
-    return LanguageModel(model, language_model.tokenizer, language_model.name)
+    return replace(language_model, model=model.eval())
 
 
 @contextmanager
@@ -445,25 +468,25 @@ def scalar_head(model: Any) -> nn.Linear:
 
 
 def text_batches(
-    language_model: LanguageModel,
-    completions: Sequence[str],
-    prompts: Sequence[Prompt],
-    finished: Sequence[bool] | None,
-    batch_size: int,
-) -> Iterator[Sequences]:
-    """Yield encoded batches of completions with one prompt to each, as reward functions
-    get them.
+    scorer: Any, completions: Sequence[str], prompts: Sequence[Prompt],
+    finished: Sequence[bool] | None, columns: Mapping[str, Any],
+) -> Iterator[Sequences]:  # fmt: skip
+    """Yield batches of completions, as a scorer's language model encodes what reward
+    functions get: one prompt to each, with the tools that a column may hold.
     """
     ends = [True] * len(completions) if finished is None else list(finished)
-    for start in range(0, len(completions), batch_size):
-        part = slice(start, start + batch_size)
+    nothing = [None] * len(prompts)
+    shown = list(zip(prompts, columns.get("tools") or nothing, strict=True))
+    for start in range(0, len(completions), scorer.batch_size):
+        part = slice(start, start + scorer.batch_size)
         # Equal prompts that follow one another are run once.
-        groups = [list(group) for _, group in groupby(prompts[part])]
-        unique = [group[0] for group in groups]
+        groups = [list(group) for _, group in groupby(shown[part])]
+        unique, their_tools = zip(*(group[0] for group in groups), strict=True)
         index = [i for i, group in enumerate(groups) for _ in group]
-        yield language_model.encode(
-            unique, completions[part], prompt_index=index, finished=ends[part]
-        )
+        yield scorer.language_model.encode(
+            unique, completions[part], prompt_index=index, finished=ends[part],
+            tools=their_tools,
+        )  # fmt: skip
 
 
 class RewardModel:
@@ -505,9 +528,7 @@ class RewardModel:
         **columns: Any,
     ) -> list[float]:
         """Score texts, one prompt to each: the interface of a reward function."""
-        batches = text_batches(
-            self.language_model, completions, prompts, finished, self.batch_size
-        )
+        batches = text_batches(self, completions, prompts, finished, columns)
         with evaluating(self.network):
             return [x for batch in batches for x in self.scores(batch).tolist()]
 

@@ -240,7 +240,7 @@ def train_ppo(
         :func:`~policyopt.lm.rewards.compute_rewards`.
     config : PPOConfig
     reference : LanguageModel, optional
-        π_ref; by default the policy as it is given (for LoRA: with the adapters off).
+        π_ref; by default the policy as it is given.
     loss : callable, optional
         A function of the :class:`~policyopt.lm.batches.Completions` of a micro-batch
         that returns the policy's loss of each token, ``[B, T]``: a named tuple with the

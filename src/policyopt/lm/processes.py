@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from policyopt.estimators import normalize
-from policyopt.lm.heads import backbone_and_head
+from policyopt.lm.cache import check_cache
 from policyopt.lm.models import LanguageModel
 from policyopt.lm.sharding import ShardedNetwork, shard_like, sharding_requested, whole
 
@@ -146,7 +146,7 @@ class Processes:
         """
         if self._wants_sharding and self._accelerator is not None:
             # It looks at the model on its first call: while that is whole.
-            backbone_and_head(language_model.model)
+            check_cache(language_model.model)
             shared = ShardedNetwork(network, language_model.model, self.device)
             self._sharded, optimizer = shared, new_optimizer()
             parameters = [p for p in network.parameters() if p.requires_grad]

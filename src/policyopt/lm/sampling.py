@@ -19,13 +19,13 @@ from typing import Annotated, Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from policyopt.lm.data import Prompt, encode_prompt
-from policyopt.lm.heads import backbone_and_head
+from policyopt.lm.cache import CachedDecoder, check_cache
+from policyopt.lm.data import Prompt
+from policyopt.lm.heads import backbone_and_head, base_model
 from policyopt.lm.log_probs import filter_logits
-from policyopt.lm.models import LanguageModel, is_adapted, refuse_tied_adapters
-from policyopt.lm.sequences import Sequences, evaluating, read_prompts, refuse_empty
+from policyopt.lm.models import LanguageModel, refuse_tied_adapters
+from policyopt.lm.sequences import Sequences, evaluating, refuse_empty
 from policyopt.lm.sharding import gathered, whole
 from policyopt.runs import Bound, Count, Settings, derive_seed
 
@@ -43,6 +43,9 @@ _Probability = Annotated[float, Bound("in (0, 1]", lambda x: 0 < x <= 1)]
 class SamplingConfig(Settings):
     """How completions are drawn. The scorer must be given the same temperature, top-k
     and top-p.
+
+    The filters, top-k and top-p, are the policy's: π_ref is restricted to the tokens
+    that they leave to the policy (:class:`~policyopt.lm.policies.Reference`).
     """
 
     max_new_tokens: Count = 64
@@ -175,8 +178,8 @@ class TransformersSampler:
         Raises
         ------
         ValueError
-            If a prompt is empty or leaves no room for ``max_new_tokens``, or the model
-            has no EOS.
+            If a prompt is empty or leaves no room for ``max_new_tokens``, the model has
+            no EOS, or it computes something else with a cache than without.
         FloatingPointError
             If the model's logits are NaN or infinite.
         """
@@ -216,20 +219,23 @@ class TransformersSampler:
         """Token ids and log-probabilities ``[b, t]`` of one batch; what follows a row's
         first EOS means nothing.
         """
-        parts = backbone_and_head(self.language_model.model)
-        backbone, device, T = parts.backbone, eos.device, config.max_new_tokens
+        model, device, T = self.language_model.model, eos.device, config.max_new_tokens
+        parts, fault = backbone_and_head(model), check_cache(model).fault
+        if fault is not None:
+            raise ValueError(fault)
+        decoder = CachedDecoder(parts.backbone)
         batch = Sequences.pad(prompts, [], [], device=device)
         rows = torch.tensor(index, device=device)
-        hidden, cache = read_prompts(backbone, batch)
+        hidden = decoder.read(batch.prompt_ids, batch.prompt_mask)
         logits = parts.logits(hidden[:, -1])[rows]
-        _repeat_cache(cache, rows, room=T)
+        decoder.repeat(rows, room=T)
         if device.type == "mps":  # has no float64
             # The bound keeps u · total below total in float32 too.
             uniforms = uniforms.float().clamp(max=1 - 2**-20)
         uniforms = uniforms.to(device)
         length = batch.prompt_ids.shape[1]
         positions = batch.prompt_mask.sum(1)[rows, None]
-        mask = _step_mask(backbone, cache, batch.prompt_mask[rows], T)
+        mask = decoder.step_mask(batch.prompt_mask[rows], T)
         # Step by row, so that one step is contiguous.
         ids = torch.zeros(T, len(rows), dtype=torch.long, device=device)
         log_probs = torch.zeros(T, len(rows), dtype=torch.float32, device=device)
@@ -254,12 +260,9 @@ class TransformersSampler:
                     token, positions, done = token[keep], positions[keep], done[keep]
                     active, uniforms = active[keep], uniforms[:, keep]
                     mask = None if mask is None else mask[keep]
-                    cache.batch_select_indices(keep)
-            hidden = backbone(
-                input_ids=token[:, None], position_ids=positions,
-                attention_mask=None if mask is None else mask[..., : length + t + 1],
-                past_key_values=cache, use_cache=True,
-            )[0]  # fmt: skip
+                    decoder.select(keep)
+            seen = None if mask is None else mask[..., : length + t + 1]
+            hidden = decoder(token[:, None], seen, positions)
             logits = parts.logits(hidden[:, -1])
             positions = positions + 1
         return ids[: t + 1].T, log_probs[: t + 1].T
@@ -275,75 +278,6 @@ class TransformersSampler:
 
 _COMPACT = 0.75
 """Ended rows leave the batch once at most this share of it goes on."""
-
-
-class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """Keys and values of one layer in buffers with room at the end, so that a step
-    copies one column, not all.
-    """
-
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self, layer: Any, rows: Tensor, room: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.lazy_initialization(layer.keys, layer.values)
-        self.keys, self.values = layer.keys, layer.values
-        self.capacity = self.keys.shape[-2] + room
-        self.batch_select_indices(rows)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Make new buffers of these rows."""
-        length = self.keys.shape[-2]
-        self.buffers = []
-        for states in (self.keys, self.values):
-            shape = (len(indices), states.shape[1], self.capacity, states.shape[3])
-            buffer = states.new_empty(shape)
-            torch.index_select(states, 0, indices, out=buffer[:, :, :length])
-            self.buffers.append(buffer)
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Write the new columns, and return all columns so far."""
-        start = self.keys.shape[-2]
-        end = start + key_states.shape[-2]
-        keys, values = self.buffers
-        keys[:, :, start:end], values[:, :, start:end] = key_states, value_states
-        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
-        return self.keys, self.values
-
-
-def _repeat_cache(cache: DynamicCache, rows: Tensor, room: int) -> None:
-    """Give each completion its prompt's keys and values, and ordinary layers room for
-    ``room`` tokens.
-    """
-    layers: list[Any] = cache.layers
-    for i, layer in enumerate(layers):
-        # Layers of other kinds (sliding windows, recurrent states) keep their own way.
-        if type(layer) is DynamicLayer and layer.is_initialized:
-            layers[i] = _RoomyLayer(layer, rows, room)
-        else:
-            layer.batch_select_indices(rows)
-
-
-def _step_mask(
-    backbone: Any, cache: DynamicCache, prompts: Tensor, room: int
-) -> Tensor | None:
-    """Attention mask of prompts and ``room`` tokens, in the form that costs least; None
-    if nothing is padded, so that all tokens may see all before them.
-    """
-    if bool(prompts.all()):
-        return None
-    mask = torch.cat([prompts, prompts.new_ones(len(prompts), room)], 1)
-    # From a mask over keys alone transformers builds the one over (row, head, query,
-    # key) at every step, and makes the CPU wait for a GPU. Sliding windows and other
-    # attention functions need it to.
-    plain = all(type(layer) is _RoomyLayer for layer in cache.layers)
-    if plain and backbone.config._attn_implementation == "sdpa":
-        return mask[:, None, None]
-    return mask
 
 
 def _draw(
@@ -545,7 +479,7 @@ def _build_engine(
     engine: Any, language_model: LanguageModel, options: dict[str, Any]
 ) -> Any:
     """Build a vLLM engine for the model's architecture, its weights still to come."""
-    model = _base_model(language_model.model)
+    model = base_model(language_model.model)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     # Only an engine in this process can be given weights without a copy.
@@ -566,16 +500,12 @@ def _build_engine(
         return engine(model=folder, **(defaults | options | required))
 
 
-def _base_model(model: Any) -> Any:
-    return model.get_base_model() if is_adapted(model) else model
-
-
 def _merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Names and weights of the plain model, one at a time; LoRA is added to copies, not
     to the weights.
     """
     refuse_tied_adapters(model)
-    base = _base_model(model)
+    base = base_model(model)
     for name, parameter in base.named_parameters():
         if ".lora_" in name:
             continue
@@ -596,13 +526,10 @@ def decode_all(language_model: LanguageModel, sequences: Sequences) -> list[str]
 
 
 def generate(
-    language_model: LanguageModel,
-    prompts: Sequence[Prompt],
-    config: SamplingConfig | None = None,
-    *,
-    samples_per_prompt: int = 1,
-    seed: int = 0,
-) -> list[list[str]]:
+    language_model: LanguageModel, prompts: Sequence[Prompt],
+    config: SamplingConfig | None = None, *, samples_per_prompt: int = 1, seed: int = 0,
+    tools: Sequence[Any] | None = None,
+) -> list[list[str]]:  # fmt: skip
     """Complete texts or chat messages.
 
     Parameters
@@ -612,13 +539,17 @@ def generate(
     config : SamplingConfig, optional
     samples_per_prompt : int
     seed : int
+    tools : sequence, optional
+        What the chat template shows each prompt as tools.
 
     Returns
     -------
     list[list[str]]
         For each prompt its completions, special tokens left out.
     """
-    ids = [encode_prompt(language_model.tokenizer, prompt) for prompt in prompts]
+    batch = language_model.encode(prompts, [], prompt_index=[], tools=tools)
+    pairs = zip(batch.prompt_ids, batch.prompt_mask, strict=True)
+    ids = [row[mask].tolist() for row, mask in pairs]
     sampler = TransformersSampler(language_model)
     config = config or SamplingConfig()
     sequences = sampler.sample(ids, samples_per_prompt, config, seed=seed).sequences

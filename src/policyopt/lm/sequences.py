@@ -8,18 +8,16 @@ represents every s_t by a vector.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, cache_utils
 
+from policyopt.lm.cache import CachedDecoder, check_cache
 from policyopt.lm.heads import backbone_and_head, evaluating
 
-__all__ = ["Sequences", "evaluating", "hidden_states", "read_prompts", "widen"]
+__all__ = ["Sequences", "evaluating", "hidden_states", "widen"]
 
 
 @dataclass(frozen=True)
@@ -190,8 +188,9 @@ def hidden_states(
     share_prompts : bool
         Run each prompt once and let all its completions read its keys and values. The
         result is the same up to rounding, for less work. With dropout, completions of
-        one prompt then share the prompt's noise. Models without a cache of keys and
-        values, and gradient checkpointing, run the prompt again for each completion.
+        one prompt then share the prompt's noise. Models for which that is not so
+        (:func:`policyopt.lm.cache.check_cache`), and gradient checkpointing, run the
+        prompt again for each completion.
 
     Returns
     -------
@@ -209,37 +208,17 @@ def hidden_states(
     if len(sequences) == 0:
         raise ValueError("there are no completions in this batch")
     shared = len(sequences) > len(sequences.prompt_ids)
-    if share_prompts and shared and _can_share(backbone):
+    if share_prompts and shared and _can_share(model, backbone):
         return _shared(backbone, sequences)
     return _concatenated(backbone, sequences)
 
 
-def _can_share(backbone: nn.Module) -> bool:
-    # With it transformers switches the cache off in training mode; in the other mode the
-    # passes are those of training too, so that they round alike.
+def _can_share(model: nn.Module, backbone: nn.Module) -> bool:
+    # With it transformers switches the cache off in training mode. In evaluation mode
+    # the passes are the same, so that they round alike.
     if any(getattr(m, "gradient_checkpointing", False) for m in backbone.modules()):
         return False
-    accepted = inspect.signature(backbone.forward).parameters
-    if not {"attention_mask", "position_ids", "past_key_values"} <= accepted.keys():
-        return False
-    # State-space and hybrid models keep states of another kind, which cannot be masked
-    # afterwards.
-    config: Any = backbone.config
-    known = cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer
-    return all(type(layer) in known for layer in DynamicCache(config=config).layers)
-
-
-def read_prompts(backbone: Any, sequences: Sequences) -> tuple[Tensor, DynamicCache]:
-    """Run the prompts alone: their last hidden states ``[P, L, H]``, and the cache of
-    keys and values they leave.
-    """
-    mask = sequences.prompt_mask
-    cache = DynamicCache(config=backbone.config)
-    hidden: Tensor = backbone(
-        input_ids=sequences.prompt_ids, attention_mask=mask, past_key_values=cache,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=True,
-    )[0]  # fmt: skip
-    return hidden, cache
+    return check_cache(model).shares
 
 
 def _shared(backbone: nn.Module, sequences: Sequences) -> Tensor:
@@ -247,27 +226,17 @@ def _shared(backbone: nn.Module, sequences: Sequences) -> Tensor:
     values.
     """
     mask, index = sequences.prompt_mask, sequences.prompt_index
-    hidden, cache = read_prompts(backbone, sequences)
+    decoder = CachedDecoder(backbone)
+    hidden = decoder.read(sequences.prompt_ids, mask)
     first = hidden[:, -1:].index_select(0, index)
     if sequences.completion_ids.shape[1] == 0:
         return first
-    layers: list[Any] = cache.layers
-    for layer in layers:
-        if layer.is_initialized:  # one that reads another layer's cache has none itself
-            layer.keys = _rows(layer.keys, index)
-            layer.values = _rows(layer.values, index)
+    decoder.share(index)
     steps = torch.arange(sequences.completion_ids.shape[1], device=mask.device)
-    completions: Tensor = backbone(
-        input_ids=sequences.completion_ids, past_key_values=cache, use_cache=True,
-        attention_mask=torch.cat([mask[index], sequences.completion_mask], 1),
-        position_ids=mask.sum(1)[index, None] + steps,
-    )[0]  # fmt: skip
+    seen = torch.cat([mask[index], sequences.completion_mask], 1)
+    positions = mask.sum(1)[index, None] + steps
+    completions = decoder(sequences.completion_ids, seen, positions)
     return torch.cat([first, completions], 1)
-
-
-def _rows(tensor: Tensor, index: Tensor) -> Tensor:
-    # As a matrix: the backward pass then adds whole contiguous rows, ten times as fast.
-    return tensor.flatten(1).index_select(0, index).view(len(index), *tensor.shape[1:])
 
 
 def _concatenated(backbone: nn.Module, sequences: Sequences) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from policyopt.frame import Callback, Statistics
 from policyopt.lm.batches import Tokens
@@ -33,6 +34,9 @@ class SFTConfig(OfflineConfig):
     eval_every: Count | None = None
     """Updates between measurements on ``eval_data``; None measures after the last
     only."""
+    train_on: Literal["last", "assistant"] = "last"
+    """What of ``messages`` is learned: the last message, or all of the assistant's; see
+    :func:`~policyopt.lm.data.sft_examples`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +77,8 @@ def train_sft(
         Trained in place.
     data : records
         Columns ``prompt`` and ``completion``, or ``messages`` that end with the
-        assistant's. See
-        :func:`~policyopt.lm.data.read_records`.
+        assistant's; and ``tools``, if the chat template shows them. See
+        :func:`~policyopt.lm.data.sft_examples`.
     config : SFTConfig
     eval_data : records, optional
         Held-out examples, whose loss is reported.
@@ -99,9 +103,9 @@ def train_sft(
     TrainingDivergedError
         If a gradient is not finite; ``.result`` holds the model of before.
     """
-    limits, tokenizer = config.limits(language_model), language_model.tokenizer
-    examples = sft_examples(data, tokenizer, limits)
-    held_out = [] if eval_data is None else sft_examples(eval_data, tokenizer, limits)
+    how = language_model.tokenizer, config.limits(language_model), config.train_on
+    examples = sft_examples(data, *how)
+    held_out = [] if eval_data is None else sft_examples(eval_data, *how)
     run: Run[SFTConfig, SFTUpdate] = Run(
         "sft", language_model, PolicyNetwork(language_model.model), config, SFTUpdate,
         examples, seed=seed, callback=callback, progress=progress,
@@ -112,14 +116,13 @@ def train_sft(
     with run:
         for _ in run.updates():
             batch = _pad(run.batch(), language_model)
-            tokens = run.sum(batch.completion_mask.sum())
+            tokens = run.sum(batch.mask.sum())
             statistics = Statistics()
             for rows in run.micro_batches(len(batch)):
-                sequences = batch.select(rows)
-                mask = sequences.completion_mask
-                piece = Tokens(sequences, mask, run.network(sequences).log_probs)
-                items = item_losses(objective, piece, mask.shape)
-                total = aggregate(items.loss, mask, denominator=tokens)
+                piece = batch.select(rows)
+                piece = replace(piece, log_probs=run.network(piece.sequences).log_probs)
+                items = item_losses(objective, piece, piece.mask.shape)
+                total = aggregate(items.loss, piece.mask, denominator=tokens)
                 run.backward(total)
                 statistics.add(loss=total)
             norm = run.descend()
@@ -133,12 +136,15 @@ def train_sft(
     return run.result()
 
 
-def _pad(examples: Sequence[Example], language_model: LanguageModel) -> Sequences:
-    return Sequences.pad(
+def _pad(examples: Sequence[Example], language_model: LanguageModel) -> Tokens:
+    sequences = Sequences.pad(
         [example.prompt_ids for example in examples],
         [example.completion_ids for example in examples],
         pad_id=language_model.pad_id, device=language_model.device,
     )  # fmt: skip
+    learned = [e.learned or [True] * len(e.completion_ids) for e in examples]
+    mask = pad_sequence([torch.tensor(row) for row in learned], batch_first=True)
+    return Tokens(sequences, mask.to(language_model.device))
 
 
 @torch.no_grad()
@@ -148,7 +154,8 @@ def _mean_loss(run: Run[SFTConfig, SFTUpdate], examples: Sequence[Example]) -> f
     total, tokens = 0.0, 0
     for start in range(0, len(examples), size):
         batch = _pad(examples[start : start + size], run.language_model)
-        total -= float(run.network(batch).log_probs.sum())
-        tokens += int(batch.completion_mask.sum())
+        log_probs = run.network(batch.sequences).log_probs
+        total -= float(log_probs.where(batch.mask, 0).sum())
+        tokens += int(batch.mask.sum())
     run.network.train()
     return total / tokens

@@ -10,17 +10,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import GradientCheckpointingLayer as Layer
 
 from policyopt.checkpoint import optimizer_slots, optimizer_tensors, strip
 from policyopt.frame import Frame, Statistics
 from policyopt.lm import sampling
 from policyopt.lm.batches import Completions
-from policyopt.lm.data import batch_indices, encode_prompt, fingerprint
+from policyopt.lm.data import batch_indices, fingerprint
 from policyopt.lm.models import LanguageModel
 from policyopt.lm.policies import Reference
 from policyopt.lm.processes import Processes
@@ -82,6 +82,8 @@ class Run(Frame[ConfigT, RowT]):
             algorithm, name, config, row_type, checkpoint_every=every, **options
         )
         self.language_model, self.items = language_model, items
+        if given := config.chat_template_kwargs:
+            language_model.model.config.chat_template_kwargs = given
         self.total = config.total_updates(len(items))
         self.state: dict[str, float] = dict(state or {})
         self._dropout, self._recomputed = dropout, list[nn.Module]()
@@ -250,7 +252,9 @@ class Run(Frame[ConfigT, RowT]):
         self._references = None
         self._random_state = torch.get_rng_state()
         if self.config.gradient_checkpointing:
-            self._recomputed = _recompute(self.language_model.model, self._dropout)
+            model, mode = self.language_model.model, self._layer_mode
+            self._recomputed = [m for m in model.modules() if isinstance(m, Layer)]
+            _recompute(model, use_reentrant=False, context_fn=lambda: (mode(), mode()))
         self.network, self.optimizer = self.processes.share(
             self._bare, self.language_model, self.optimizer, self._new_optimizer,
             self._slots,
@@ -270,6 +274,20 @@ class Run(Frame[ConfigT, RowT]):
         for layer in self._recomputed:
             layer.training = True
 
+    @contextmanager
+    def _layer_mode(self) -> Iterator[None]:
+        """Give layers that are recomputed the mode of all others while they compute.
+
+        In between they are in training mode, in which alone they are recomputed.
+        """
+        for layer in self._recomputed:
+            layer.training = self._dropout
+        try:
+            yield
+        finally:
+            for layer in self._recomputed:
+                layer.training = True
+
     def _common(self, **fields: Any) -> dict[str, Any]:
         before = self.history[-1].tokens if self.history else 0
         return fields | {
@@ -285,7 +303,7 @@ class Run(Frame[ConfigT, RowT]):
             self.network = self._bare
         self._bare.eval()
         if self.config.gradient_checkpointing:
-            _checkpointing_switch(self.language_model.model, "disable")()
+            _recompute(self.language_model.model)
         torch.set_rng_state(self._random_state)
 
     def _revert(self, error: BaseException) -> bool:
@@ -338,12 +356,13 @@ class Run(Frame[ConfigT, RowT]):
         if not self._logged:
             return []
         model = self.language_model
-        longest = max(len(encode_prompt(model.tokenizer, p)) for p in self._logged)
-        room = (model.context_length or math.inf) - longest
+        prompts = [item.prompt_ids for item in self.items[: len(self._logged)]]
+        room = (model.context_length or math.inf) - max(map(len, prompts))
         usual = getattr(self.config, "sampling", sampling.SamplingConfig())
         most = int(min(usual.max_new_tokens, room))
         greedy = sampling.SamplingConfig(temperature=0.0, max_new_tokens=most)
-        return [text for (text,) in sampling.generate(model, self._logged, greedy)]
+        samples = sampling.TransformersSampler(model).sample(prompts, 1, greedy, seed=0)
+        return sampling.decode_all(model, samples.sequences)
 
 
 class SamplingRun(Run[ConfigT, RowT]):
@@ -414,9 +433,8 @@ class SamplingRun(Run[ConfigT, RowT]):
             scores = reference.log_probs(sequences, cuts, **self.scoring)
             changes["reference_log_probs"] = scores
         if old:
-            parts = [sequences.select(rows) for rows in cuts]
             with evaluating(self.network):
-                said = [self.network(part, **self.scoring) for part in parts]
+                said = [self.network(sequences.select(r), **self.scoring) for r in cuts]
             for name in ("log_probs", "values"):
                 if hasattr(said[0], name):
                     wide = [widen(getattr(s, name), batch.mask) for s in said]
@@ -507,34 +525,11 @@ def _check_trainable(parameters: Sequence[nn.Parameter]) -> None:
         )
 
 
-def _checkpointing_switch(model: Any, switch: Literal["enable", "disable"]) -> Any:
-    """Return the method by its name in transformers 5.23, or by the older one."""
-    new = getattr(model, f"activation_checkpointing_{switch}", None)
-    return new or getattr(model, f"gradient_checkpointing_{switch}")
-
-
-def _recompute(model: Any, dropout: bool) -> list[nn.Module]:
-    """Switch gradient checkpointing on, and return the layers that it is about.
-
-    A layer is recomputed in training mode only. Without dropout it is in this mode for
-    the question whether to recompute it, and in evaluation mode while it is computed.
+def _recompute(model: Any, **options: Any) -> None:
+    """Switch gradient checkpointing on, or off where there are no options, by its name
+    in transformers 5.23 or the older one.
     """
-    layers: list[nn.Module] = []
-    options: dict[str, Any] = {"use_reentrant": False}
-    if not dropout:
-        options["context_fn"] = lambda: (_computed(layers), _computed(layers))
-    _checkpointing_switch(model, "enable")(options)
-    kind = GradientCheckpointingLayer
-    layers += [module for module in model.modules() if isinstance(module, kind)]
-    return layers
-
-
-@contextmanager
-def _computed(layers: Sequence[nn.Module]) -> Iterator[None]:
-    for layer in layers:
-        layer.training = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.training = True
+    switch = "enable" if options else "disable"
+    new = getattr(model, f"activation_checkpointing_{switch}", None)
+    arguments = [options] if options else []
+    (new or getattr(model, f"gradient_checkpointing_{switch}"))(*arguments)
