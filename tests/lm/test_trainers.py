@@ -65,9 +65,9 @@ from policyopt.lm.ppo import token_advantages
 from policyopt.lm.results import LMUpdate
 from policyopt.lm.training import Run
 
-# Forked from a server that has imported everything once.
+# Forked from a server that has imported everything once (what is installed: it does not find the tests).
 KILLED = multiprocessing.get_context("forkserver")
-KILLED.set_forkserver_preload(["lm_runs"])
+KILLED.set_forkserver_preload(["policyopt.lm", "accelerate", "transformers.models.llama.modeling_llama"])
 SCRIPT = Path(__file__).with_name("lm_runs.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 

@@ -129,9 +129,10 @@ class GRPOUpdate(LMUpdate):
     entropy: float
     """Estimate of the mean entropy per token, −log π of the sampled tokens, nats."""
     clip_fraction: float
-    """Share of tokens whose gradient the clip switched off."""
+    """Share of tokens whose gradient the clip switched off. Completions of advantage 0
+    count only where they have a gradient: with ``beta`` > 0 or a loss of one's own."""
     ratio_max: float
-    """Largest ratio of the step; exactly 1 with one update per batch."""
+    """Largest ratio of these tokens; exactly 1 with one update per batch, or none."""
 
     headline: ClassVar[tuple[str, ...]] = ("reward", "kl", "length")
     may_be_nan: ClassVar[tuple[str, ...]] = ("kl", "clip_fraction", "ratio_max")
@@ -264,7 +265,7 @@ def train_grpo(
     objective = check_loss(loss, partial(grpo_loss, config=config), "Completions")
     several_steps = config.epochs_per_batch * config.minibatches > 1
     # A completion of advantage 0 has no gradient then: it is counted, but not computed.
-    skips = loss is None and config.beta == 0 and run.world == 1
+    skips = loss is None and config.beta == 0
 
     with run:
         for _ in run.updates():
@@ -278,7 +279,7 @@ def train_grpo(
             statistics, norm = Statistics(), 0.0
             for part in run.minibatches(batch):
                 mean, count = _mean(part.mask, config, run)
-                used = part.select(part.advantages != 0) if skips else part
+                used = run.keep(part, part.advantages != 0) if skips else part
                 for rows in run.micro_batches(len(used)):
                     piece = used.select(rows)
                     now = run.network(piece.sequences, **run.scoring).log_probs
@@ -295,7 +296,7 @@ def train_grpo(
                         tokens=piece.mask.sum(),
                         ratio=torch.where(piece.mask, items.ratio, 0.0).max(),
                     )
-                norm = run.descend() if len(used) else 0.0
+                norm = run.descend(used.mask)
             run.tell_sampler()
 
             equal = (groups == groups[:, :1]).all(dim=1)
@@ -306,7 +307,7 @@ def train_grpo(
                 reward_std=run.mean(groups.std(dim=1)), zero_variance=run.mean(equal),
                 kl=run.kl(batch, batch.sampler_log_probs),
                 clip_fraction=clipped / max(seen, 1),
-                ratio_max=run.processes.max(statistics["ratio"].max()),
+                ratio_max=run.processes.max(statistics["ratio"].max()) or 1.0,
             )  # fmt: skip
     return run.result()
 

@@ -271,6 +271,7 @@ def train_ppo(
     )  # fmt: skip
     frozen = run.reference(reference)
     objective = check_loss(loss, partial(ppo_loss, config=config), "Completions")
+    fits = loss is not None or config.value_coef > 0  # also where all advantages are 0
 
     with run:
         for _ in run.updates():
@@ -290,7 +291,7 @@ def train_ppo(
 
             statistics = Statistics()
             for part in run.minibatches(batch):
-                tokens = run.sum(part.mask.sum())
+                tokens = run.sum(part.mask.sum()).clamp(min=1)
                 for rows in run.micro_batches(len(part), config.samples_per_prompt):
                     piece = part.select(rows)
                     now = run.network(piece.sequences, **run.scoring)
@@ -308,9 +309,9 @@ def train_ppo(
                         value=(errors.loss * piece.mask).sum(),
                         clipped=(items.clipped * piece.mask).sum(),
                         tokens=piece.mask.sum(),
-                        ratio=items.ratio[piece.mask].max(),
+                        ratio=torch.where(piece.mask, items.ratio, 0.0).max(),
                     )
-                norm = run.descend()
+                norm = run.descend(part.mask & (fits | (part.advantages != 0)))
             run.tell_sampler()
 
             kl = run.kl(batch, old)

@@ -33,9 +33,14 @@ class Processes:
         Where the model is.
     batch_size : int
         Must be a multiple of the number of processes.
+    minibatches : int
+        The parts that a batch is cut into. For FSDP2 ``batch_size`` must be a multiple
+        of processes times minibatches.
     """
 
-    def __init__(self, device: torch.device, batch_size: int) -> None:
+    def __init__(
+        self, device: torch.device, batch_size: int, minibatches: int = 1
+    ) -> None:
         self.device = device
         # Number of processes, and of this one, from 0.
         self.count, self.rank = 1, 0
@@ -65,6 +70,12 @@ class Processes:
                 f"batch_size must be a multiple of the {self.count} processes, got "
                 f"{batch_size}"
             )
+        if self._wants_sharding and batch_size % (self.count * minibatches):
+            raise ValueError(
+                "with FSDP all processes must have as many prompts in every minibatch: "
+                f"batch_size must be a multiple of {self.count} processes times "
+                f"{minibatches} minibatches, got {batch_size}; or launch without FSDP"
+            )
 
     @property
     def sharded(self) -> bool:
@@ -84,18 +95,19 @@ class Processes:
     def max(self, value: Tensor) -> float:
         """Return the largest of a number over all processes."""
         if self._accelerator is not None:
-            value = self._accelerator.gather(value.detach())
+            value = self._accelerator.gather(value.detach().to(self.device))
         return float(value.max())
 
     def variance(self, x: Tensor, mask: Tensor) -> Tensor:
         """Return the variance (denominator n) over the masked entries of all processes.
 
-        NaN if it is 0.
+        NaN if it is 0, or so far below the mean that it is of roundings.
         """
-        kept = x[mask] if x.device.type == "mps" else x[mask].double()
+        kept = _kept(x, mask)
         count, total = self.sum(mask.sum()), self.sum(kept.sum())
         variance = self.sum((kept - total / count).square().sum()) / count
-        return torch.where(variance > 0, variance, torch.nan)
+        varies = variance > 1e-12 * (total / count).square()
+        return torch.where(varies, variance, torch.nan)
 
     def normalize(self, x: Tensor, mask: Tensor) -> Tensor:
         """Shift and scale to mean 0 and standard deviation 1 over the masked entries of
@@ -103,9 +115,11 @@ class Processes:
         """
         if self._accelerator is None:
             return normalize(x, mask)
-        mean = self.sum(x[mask].sum()) / self.sum(mask.sum())
-        deviation = torch.nan_to_num(self.variance(x, mask)).sqrt() + 1e-8
-        return torch.where(mask, (x - mean.to(x.dtype)) / deviation.to(x.dtype), 0.0)
+        count = self.sum(mask.sum())
+        mean = self.sum(_kept(x, mask).sum()) / count
+        x = torch.where(mask, x - mean.to(x.dtype), 0.0)
+        deviation = (self.sum(_kept(x, mask).square().sum()) / count).sqrt() + 1e-8
+        return x / deviation.to(x.dtype)
 
     def check_pieces(self, count: int) -> None:
         """Refuse, where weights are sharded, pieces that others do not have."""
@@ -200,3 +214,8 @@ class Processes:
         """Wait for the others."""
         if self._accelerator is not None:
             self._accelerator.wait_for_everyone()
+
+
+def _kept(x: Tensor, mask: Tensor) -> Tensor:
+    # In float64 the mean of equal numbers is exact, and they differ from it by 0.
+    return x[mask] if x.device.type == "mps" else x[mask].double()

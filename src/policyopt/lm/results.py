@@ -29,7 +29,8 @@ class LMUpdate(Row):
     """Completion tokens trained on so far."""
     learning_rate: float
     gradient_norm: float
-    """Norm of the last gradient of the update, before it was limited."""
+    """Norm of the last gradient of the update, before it was limited; 0 where there was
+    nothing to learn from, and no step."""
     seconds: float
     """Wall-clock time of the training so far."""
 

@@ -26,7 +26,7 @@ from policyopt.lm.policies import Reference
 from policyopt.lm.processes import Processes
 from policyopt.lm.results import ConfigT, LMResult, LoggedSample, RowT
 from policyopt.lm.rewards import RewardFunctions, compute_rewards
-from policyopt.lm.sequences import evaluating, widen
+from policyopt.lm.sequences import Sequences, evaluating, widen
 from policyopt.losses import Loss, item_losses
 from policyopt.runs import derive_seed
 
@@ -98,7 +98,8 @@ class Run(Frame[ConfigT, RowT]):
         self._slots: dict[int, dict[str, Tensor]] = {}
         self._logged = [item.prompt for item in items[: config.logged_samples]]
         self._before = self._complete()
-        self.processes = Processes(language_model.device, config.batch_size)
+        steps = getattr(config, "minibatches", 1)
+        self.processes = Processes(language_model.device, config.batch_size, steps)
         self.world, self.rank = self.processes.count, self.processes.rank
         self._shows_bar = self._shows_bar and self.rank == 0
 
@@ -193,14 +194,24 @@ class Run(Frame[ConfigT, RowT]):
         """
         self.processes.backward(loss)
 
-    def descend(self) -> float:
+    def descend(self, counted: Tensor | None = None) -> float:
         """Make an optimiser step with the gradient collected so far.
+
+        Parameters
+        ----------
+        counted : Tensor, optional
+            Boolean, any shape: what has a say in the loss. Where nothing has, in any
+            process, no step is made: Adam's momentum and the weight decay would move
+            the weights all the same.
 
         Returns
         -------
         float
             The gradient's norm before it was limited.
         """
+        if counted is not None and self.sum(counted.sum()) == 0:
+            self.optimizer.zero_grad(set_to_none=True)
+            return 0.0
         norm = self.processes.clip(self.optimizer, self.config.max_gradient_norm)
         if not math.isfinite(norm):
             raise FloatingPointError("gradient is not finite")
@@ -433,17 +444,42 @@ class SamplingRun(Run[ConfigT, RowT]):
     def minibatches(self, batch: Completions) -> Iterator[Completions]:
         """Yield what each optimiser step of the update is computed from.
 
-        Minibatch m holds the groups m, m + count, m + 2 count, …: the data are shuffled
-        already, and processes that hold neighbouring shares of a batch cut the same
-        pieces together that one process would cut alone.
+        Minibatch m holds the groups m, m + count, m + 2 count, …, numbered over all
+        processes: these cut the same pieces together that one process would cut alone.
+        A process may have no group in a piece. (The data are shuffled already.)
         """
         config: Any = self.config
         rows = torch.arange(len(batch), device=self.device).view(-1, self._group)
+        count, before = config.minibatches, self.rank * len(rows)
         for _ in range(config.epochs_per_batch):
-            for first in range(config.minibatches):
-                whole = config.minibatches == 1
-                part = rows[first :: config.minibatches].flatten()
-                yield batch if whole else batch.select(part)
+            for number in range(count):
+                part = rows[(number - before) % count :: count].flatten()
+                yield batch if count == 1 else batch.select(part)
+
+    def keep(self, batch: Completions, rows: Tensor) -> Completions:
+        """Leave out the completions where ``rows``, Boolean ``[B]``, does not hold.
+
+        Sharded weights need the same passes in all processes: they are computed there,
+        and do not count.
+        """
+        if self.processes.sharded:
+            return replace(batch, mask=batch.mask & rows[:, None])
+        return batch.select(rows)
+
+    def micro_batches(
+        self, size: int, groups: Sequence[int] | int = 1
+    ) -> Iterator[Tensor]:
+        """As :meth:`Run.micro_batches`, also for a process without completions.
+
+        It has no piece. Where others have one, it makes a pass whose gradient is 0:
+        their gradients travel when all processes have one.
+        """
+        waits = self.world > 1 and self.sum(size) > 0 and size == 0
+        yield from super().micro_batches(size, groups)
+        if waits:
+            ids = [self.items[0].prompt_ids[:1]]
+            said = self.network(Sequences.pad(ids, ids).to(self.device), **self.scoring)
+            self.backward(sum(0 * x.sum() for x in said if x is not None))
 
     def token_losses(self, loss: Loss, batch: Completions) -> Any:
         """Return the losses of a micro-batch, with ``ratio`` and ``clipped``."""
