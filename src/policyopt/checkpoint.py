@@ -65,11 +65,9 @@ def save_checkpoint(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / _STATE
-    previous = (
-        json.loads(state.read_text(encoding="utf-8"))["tensors"]
-        if state.exists()
-        else None
-    )
+    previous = None
+    if state.exists():
+        previous = json.loads(state.read_text(encoding="utf-8"))["tensors"]
     name = f"tensors-{uuid.uuid4().hex[:12]}.safetensors"
     content = {"tensors": name, "metadata": dict(metadata)}
     text = json.dumps(content, indent=1, allow_nan=False)
@@ -117,11 +115,8 @@ def load_checkpoint(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, An
 
 def strip(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return the tensors whose names begin with ``prefix``, without it."""
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
+    names = [name for name in tensors if name.startswith(prefix)]
+    return {name.removeprefix(prefix): tensors[name] for name in names}
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
