@@ -139,13 +139,11 @@ def optimizer_slots(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor
 
 def rows_to_json(rows: Iterable[DataclassInstance]) -> list[dict[str, Any]]:
     """Turn the rows of a history into records; JSON has no NaN, so it becomes None."""
-    return [
-        {
-            name: None if isinstance(value, float) and math.isnan(value) else value
-            for name, value in dataclasses.asdict(row).items()
-        }
-        for row in rows
-    ]
+    records = [dataclasses.asdict(row) for row in rows]
+    for record in records:
+        nans = [k for k, v in record.items() if isinstance(v, float) and math.isnan(v)]
+        record.update(dict.fromkeys(nans))
+    return records
 
 
 def rows_from_json(

@@ -173,10 +173,9 @@ def parts_of(result: TrainResult[Any, Any]) -> tuple[dict[str, Tensor], dict[str
 
 def _is_built_in(result: TrainResult[Any, Any]) -> bool:
     """Whether the policy can be built again from the spaces and the config."""
+    spaces, config, start = result.spaces, result.config, torch.Generator()
     try:
-        rebuilt, _ = build_networks(
-            *result.spaces, result.config, critic=False, generator=torch.Generator()
-        )
+        rebuilt, _ = build_networks(*spaces, config, critic=False, generator=start)
     except ValueError:  # other spaces than those of the built-in policies
         return False
     return _structure(rebuilt) == _structure(result.policy)

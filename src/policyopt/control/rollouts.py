@@ -259,8 +259,8 @@ class Collector:
         last, name = info.get("final_obs", [None] * len(done)), self.name
         found = all(last[i] is not None for i in np.where(done)[0])
         rule = f'info of {name}, which resets in the same step, must hold "final_obs"'
-        remedy = "put the last observations there, or use AutoresetMode.NEXT_STEP"
-        require(found, rule, sorted(info), remedy)
+        remedy = "put the observations before the reset there"
+        require(found, rule, sorted(info), f"{remedy}, or use AutoresetMode.NEXT_STEP")
         return last
 
     def _check_float32(self, observations: NDArray[Any]) -> None:

@@ -86,10 +86,9 @@ class Run(Frame[ConfigT, RowT]):
         **options: Any,
     ) -> None:
         """Prepare; ``options`` are the seed and others that a frame has."""
-        name, every = environments.environment_name(env), config.checkpoint_every
-        super().__init__(
-            algorithm, name, config, row_type, checkpoint_every=every, **options
-        )
+        name = environments.environment_name(env)
+        options["checkpoint_every"] = config.checkpoint_every
+        super().__init__(algorithm, name, config, row_type, **options)
         self.device = resolve_device(config.device)
         self._threads = torch.get_num_threads()
         self._optimizer: torch.optim.Optimizer | None = None
@@ -140,8 +139,7 @@ class Run(Frame[ConfigT, RowT]):
     @property
     def budget_used(self) -> float:
         """Share of the environment steps that are made, in [0, 1]."""
-        steps, total = self.position
-        return min(1.0, steps / total)
+        return min(1.0, self._collector.steps / self.config.total_steps)
 
     def collect(self, steps: int | None) -> Rollout:
         """Collect ``steps`` rows of ``[T, N]``, or one whole episode per copy when
