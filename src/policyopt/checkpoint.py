@@ -65,11 +65,9 @@ def save_checkpoint(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / _STATE
-    previous = (
-        json.loads(state.read_text(encoding="utf-8"))["tensors"]
-        if state.exists()
-        else None
-    )
+    previous = None
+    if state.exists():
+        previous = json.loads(state.read_text(encoding="utf-8"))["tensors"]
     name = f"tensors-{uuid.uuid4().hex[:12]}.safetensors"
     content = {"tensors": name, "metadata": dict(metadata)}
     text = json.dumps(content, indent=1, allow_nan=False)
@@ -117,11 +115,8 @@ def load_checkpoint(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, An
 
 def strip(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return the tensors whose names begin with ``prefix``, without it."""
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
+    names = [name for name in tensors if name.startswith(prefix)]
+    return {name.removeprefix(prefix): tensors[name] for name in names}
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -144,13 +139,11 @@ def optimizer_slots(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor
 
 def rows_to_json(rows: Iterable[DataclassInstance]) -> list[dict[str, Any]]:
     """Turn the rows of a history into records; JSON has no NaN, so it becomes None."""
-    return [
-        {
-            name: None if isinstance(value, float) and math.isnan(value) else value
-            for name, value in dataclasses.asdict(row).items()
-        }
-        for row in rows
-    ]
+    records = [dataclasses.asdict(row) for row in rows]
+    for record in records:
+        nans = [k for k, v in record.items() if isinstance(v, float) and math.isnan(v)]
+        record.update(dict.fromkeys(nans))
+    return records
 
 
 def rows_from_json(

@@ -89,14 +89,10 @@ def run_metadata(
     ``run`` has an algorithm, a seed, a config and a history. A run that goes on from
     the checkpoint must share the first three with it, and ``identity``.
     """
-    config = dataclasses.asdict(run.config)
     shared = {"algorithm": run.algorithm, "seed": run.seed, **identity}
-    return {
-        "format": _FORMAT,
-        "identity": {**shared, "config": config},
-        "state": dict(state),
-        "history": checkpoint.rows_to_json(run.history),
-    }
+    shared["config"] = dataclasses.asdict(run.config)
+    rows = checkpoint.rows_to_json(run.history)
+    return {"format": _FORMAT, "identity": shared, "state": state, "history": rows}
 
 
 def read_run(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -297,9 +293,7 @@ class Frame(ABC, Generic[ConfigT, RowT]):
         self._started = time.perf_counter()
         return self
 
-    def __exit__(
-        self, kind: object, error: BaseException | None, trace: object
-    ) -> bool:
+    def __exit__(self, kind: object, error: BaseException | None, tb: object) -> bool:
         if self._bar is not None:
             self._bar.close()
         self._leave(error)
@@ -310,20 +304,18 @@ class Frame(ABC, Generic[ConfigT, RowT]):
             error.add_note(f"This process has no result{saved}")
             return False
         done, total = self.position
+        made = f"{done} of {total} {self.unit}s"
         if isinstance(error, KeyboardInterrupt):
             self.stop_reason = "interrupted"
-            warnings.warn(
-                f"{self.algorithm} interrupted after {done} of {total} {self.unit}s; "
-                f"returning what was learned so far{saved}",
-                stacklevel=3,
-            )
+            what = f"interrupted after {made}; returning what was learned so far{saved}"
+            warnings.warn(f"{self.algorithm} {what}", stacklevel=3)
             return True
         self.stop_reason = f"{type(error).__name__}: {error}"
         if isinstance(error, FloatingPointError):
             raise TrainingDivergedError(
-                f"{error} in update {self.update + 1} (seed {self.seed}, {done} of "
-                f"{total} {self.unit}s). The exception's .result holds what update "
-                f"{self.update} left, the last good one{saved}. Try {self.remedy}.",
+                f"{error} in update {self.update + 1} (seed {self.seed}, {made}). The "
+                f"exception's .result holds what update {self.update} left, the last "
+                f"good one{saved}. Try {self.remedy}.",
                 self.result(),
             ) from error
         # Whatever else broke (an environment, a reward function), what was learned must

@@ -29,6 +29,8 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from policyopt._checks import require
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -116,8 +118,7 @@ class Settings(metaclass=_Fields):
         raise AttributeError(f"{type(self).__name__} has no field {name!r}")
 
     def _check(self, name: str, ok: bool, allowed: str) -> None:
-        if not ok:
-            raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+        require(ok, f"{name} must be {allowed}", getattr(self, name))
 
 
 def _options(hint: Any) -> list[tuple[Any, ...]]:
@@ -142,10 +143,8 @@ def _fits(value: Any, hint: Any) -> bool:
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return value in options
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(key, options[0]) for key in value)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(x, options[0]) for x in value)
+    if origin in (dict, tuple):  # of a dictionary, the keys
+        return isinstance(value, origin) and all(_fits(x, options[0]) for x in value)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is float:
         return number and math.isfinite(value)
@@ -155,8 +154,7 @@ def _fits(value: Any, hint: Any) -> bool:
 def check_seed(seed: Any) -> int:
     """Return a seed as an integer ≥ 0, or refuse it (Booleans too)."""
     whole = isinstance(seed, (int, np.integer)) and not isinstance(seed, bool)
-    if not whole or seed < 0:
-        raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
+    require(whole and seed >= 0, "seed must be an integer >= 0", seed)
     return int(seed)
 
 
@@ -217,8 +215,7 @@ class History(list[RowT]):
             If the rows have no such field.
         """
         names = [f.name for f in dataclasses.fields(self[0])] if self else [name]
-        if name not in names:
-            raise ValueError(f"name must be one of {names}, got {name!r}")
+        require(name in names, f"name must be one of {names}", name)
         return np.array([getattr(row, name) for row in self])
 
     def table(self) -> dict[str, NDArray[Any]]:
@@ -231,10 +228,9 @@ class History(list[RowT]):
         for field in dataclasses.fields(self[0]) if self else ():
             values = self.column(field.name)
             if isinstance(values[0], dict):
-                columns |= {
-                    f"{field.name}.{key}": np.array([row[key] for row in values])
-                    for key in values[0]
-                }
+                for key in values[0]:
+                    part = np.array([row[key] for row in values])
+                    columns[f"{field.name}.{key}"] = part
             else:
                 columns[field.name] = values
         return columns
@@ -315,10 +311,8 @@ def train_seeds(
     [0, 1]
     """
     chosen = range(seeds) if isinstance(seeds, int) else list(seeds)
-    if not chosen:
-        raise ValueError(f"seeds must name at least one seed, got {seeds!r}")
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers must be >= 1 or None, got {workers!r}")
+    require(len(chosen) > 0, "seeds must name at least one seed", seeds)
+    require(workers is None or workers >= 1, "workers must be >= 1 or None", workers)
     variants: Mapping[Any, Any] = runs if isinstance(runs, Mapping) else {None: runs}
     jobs = [(label, seed) for label in variants for seed in chosen]
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
@@ -333,9 +327,8 @@ def train_seeds(
             for label, seed in jobs:
                 # A copy, as the processes below have: what one run trains must not be
                 # where the next one starts.
-                result = results[label, seed] = _run(
-                    copy.deepcopy(variants[label]), seed
-                )
+                own = copy.deepcopy(variants[label])
+                result = results[label, seed] = _run(own, seed)
                 if getattr(result, "stop_reason", None) == "interrupted":
                     # Ctrl-C means all the runs, not just this one
                     raise KeyboardInterrupt

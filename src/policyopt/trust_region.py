@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
+from policyopt._checks import require
+
 __all__ = [
     "ConjugateGradient", "LineSearch", "TrustRegionStep", "conjugate_gradient",
     "fisher_vector_product", "line_search", "trust_region_step",
@@ -115,10 +117,8 @@ def fisher_vector_product(
     callable
         Maps ``[P]`` to ``[P]``; may be called any number of times.
     """
-    if damping < 0:
-        raise ValueError(f"damping must be >= 0, got {damping!r}")
-    if kl.ndim != 0:
-        raise ValueError(f"kl must be a scalar mean, got shape {tuple(kl.shape)}")
+    require(damping >= 0, "damping must be >= 0", damping)
+    require(kl.ndim == 0, "kl must be a scalar mean", tuple(kl.shape))
     theta = list(parameters)
     gradient = _flat_gradient(kl, theta, twice=True)
 
@@ -171,10 +171,8 @@ def conjugate_gradient(
     >>> conjugate_gradient(lambda v: a @ v, torch.tensor([1.0, 2.0])).solution
     tensor([0.0909, 0.6364])
     """
-    if iterations < 1:
-        raise ValueError(f"iterations must be >= 1, got {iterations!r}")
-    if tolerance < 0:
-        raise ValueError(f"tolerance must be >= 0, got {tolerance!r}")
+    require(iterations >= 1, "iterations must be >= 1", iterations)
+    require(tolerance >= 0, "tolerance must be >= 0", tolerance)
     x, residual, direction = torch.zeros_like(b), b, b
     squared = residual @ residual
     norms = [math.sqrt(squared.item())]
@@ -232,14 +230,10 @@ def line_search(
     accept_ratio : float
         In [0, 1): the share of the predicted improvement that must be real (Armijo).
     """
-    if not kl_limit > 0:
-        raise ValueError(f"kl_limit must be > 0, got {kl_limit!r}")
-    if backtracks < 1:
-        raise ValueError(f"backtracks must be >= 1, got {backtracks!r}")
-    if not 0 < shrink < 1:
-        raise ValueError(f"shrink must lie in (0, 1), got {shrink!r}")
-    if not 0 <= accept_ratio < 1:
-        raise ValueError(f"accept_ratio must lie in [0, 1), got {accept_ratio!r}")
+    require(kl_limit > 0, "kl_limit must be > 0", kl_limit)
+    require(backtracks >= 1, "backtracks must be >= 1", backtracks)
+    require(0 < shrink < 1, "shrink must lie in (0, 1)", shrink)
+    require(0 <= accept_ratio < 1, "accept_ratio must lie in [0, 1)", accept_ratio)
     tried: list[tuple[float, float, float]] = []
     reason = ""
     for k in range(backtracks):

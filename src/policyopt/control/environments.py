@@ -11,6 +11,8 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
+from policyopt._checks import require
+
 __all__ = ["EnvLike", "make_vector_env"]
 
 EnvLike: TypeAlias = (
@@ -89,8 +91,7 @@ def make_vector_env(
             f"{by_spec}a function that makes one with the same arguments, time limit "
             "and wrappers, e.g. `lambda: gym.make(...)`"
         )
-    if num_envs < 1:
-        raise ValueError(f"num_envs must be >= 1, got {num_envs!r}")
+    require(num_envs >= 1, "num_envs must be >= 1", num_envs)
     if isinstance(env, (str, EnvSpec)):
         spec = gym.spec(env) if isinstance(env, str) else env
         same = (spec.entry_point, spec.vector_entry_point) == _SAME_TASK
@@ -102,9 +103,7 @@ def make_vector_env(
             return made, True
         # The passive checker costs more than many environments do; rollouts check what
         # matters.
-        factory: Callable[[], gym.Env[Any, Any]] = partial(
-            gym.make, spec, disable_env_checker=True
-        )
+        factory: Callable[..., Any] = partial(gym.make, spec, disable_env_checker=True)
     elif callable(env):
         factory = env
     else:
@@ -114,9 +113,7 @@ def make_vector_env(
 
 
 def _check_autoreset(env: VectorEnv[Any, Any, Any]) -> None:
-    mode = env.metadata.get("autoreset_mode")
-    if mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
-        raise ValueError(
-            f"env must reset its copies itself, but {type(env).__name__} has the "
-            f"autoreset_mode {mode!r}; use AutoresetMode.NEXT_STEP or SAME_STEP"
-        )
+    mode, kind = env.metadata.get("autoreset_mode"), type(env).__name__
+    allowed = (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP)
+    rule = f"env must reset its copies itself (the autoreset_mode of {kind})"
+    require(mode in allowed, rule, mode, "use AutoresetMode.NEXT_STEP or SAME_STEP")

@@ -14,6 +14,7 @@ from gymnasium.spaces import Box, Discrete
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from policyopt._checks import require
 from policyopt.distributions import Categorical, DiagonalGaussian, Distribution
 
 __all__ = [
@@ -102,8 +103,7 @@ class ObservationEncoder(nn.Module):
             self.count = nn.Buffer(torch.zeros((), dtype=torch.long))
             # What float32 cuts off the mean of a wide space; 0 otherwise. A buffer of
             # float64 could not move to Apple's GPUs.
-            rest = torch.zeros(self.features)
-            self.mean_rest = nn.Buffer(rest, persistent=self.wide)
+            self.mean_rest = nn.Buffer(torch.zeros(self.features), persistent=self.wide)
 
     def fits(self, space: gym.Space[Any]) -> bool:
         """Whether observations of this space can be encoded."""
@@ -158,23 +158,22 @@ def _mlp(
     orthogonal: bool,
 ) -> nn.Sequential:
     known = sorted(_ACTIVATIONS)
-    if activation not in known:
-        raise ValueError(f"activation must be one of {known}, got {activation!r}")
+    require(activation in known, f"activation must be one of {known}", activation)
+    hidden_gain = nn.init.calculate_gain(activation)  # type: ignore[arg-type]
+    gains = [hidden_gain] * (len(sizes) - 2) + [output_gain]
     layers: list[nn.Module] = []
-    last = len(sizes) - 2
-    for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
+    for (fan_in, fan_out), gain in zip(pairwise(sizes), gains, strict=True):
         # skip_init: the default initialisation would draw from the global generator.
         linear = nn.utils.skip_init(nn.Linear, fan_in, fan_out)
         if orthogonal:
-            gain = output_gain if i == last else nn.init.calculate_gain(activation)  # type: ignore[arg-type]
             nn.init.orthogonal_(linear.weight, gain=gain, generator=generator)
             nn.init.zeros_(linear.bias)
         else:
             bound = 1 / math.sqrt(fan_in)
             nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5), generator=generator)
             nn.init.uniform_(linear.bias, -bound, bound, generator=generator)
-        layers += [linear] if i == last else [linear, _ACTIVATIONS[activation]()]
-    return nn.Sequential(*layers)
+        layers += [linear, _ACTIVATIONS[activation]()]
+    return nn.Sequential(*layers[:-1])
 
 
 class Policy(nn.Module):
@@ -251,11 +250,9 @@ class Policy(nn.Module):
         (dtype('int64'), (2,))
         """
         array, shape = np.array(observation), self.encoder.shape
-        got = array.shape
-        if got not in (shape, got[:1] + shape):
-            raise ValueError(
-                f"observation must have the shape {shape}, or [N, *{shape}], got {got}"
-            )
+        fits = array.shape in (shape, array.shape[:1] + shape)
+        rule = f"observation must have the shape {shape}, or [N, *{shape}]"
+        require(fits, rule, array.shape)
         one = array.ndim == len(shape)
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
         batch = to_tensor(array[None] if one else array, device)
@@ -272,9 +269,7 @@ class CategoricalPolicy(Policy):
         self, encoder: ObservationEncoder, space: Discrete, network: nn.Sequential
     ) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.network = network
-        self.action_space = space
+        self.encoder, self.network, self.action_space = encoder, network, space
 
     def forward(self, observations: Tensor) -> Categorical:
         """Return π_θ(·|s) over the ``n`` actions."""
@@ -304,9 +299,7 @@ class GaussianPolicy(Policy):
         log_std: float = 0.0,
     ) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.network = network
-        self.action_space = space
+        self.encoder, self.network, self.action_space = encoder, network, space
         # In NumPy: float64 holds every bound, and Apple's GPUs do not have it.
         finite, bounds = np.finfo(str(space.dtype)), (space.low, space.high)
         bounded = np.isfinite(space.low) & np.isfinite(space.high)
@@ -318,8 +311,7 @@ class GaussianPolicy(Policy):
 
     def forward(self, observations: Tensor) -> DiagonalGaussian:
         """Return π_θ(·|s) over ``[D]`` numbers."""
-        mean = self.network(self.encoder(observations))
-        return DiagonalGaussian(mean, self.log_std)
+        return DiagonalGaussian(self.network(self.encoder(observations)), self.log_std)
 
     def to_env(self, actions: Tensor) -> NDArray[Any]:
         """Return the actions in the environment's units, clipped to its bounds, ``[N,

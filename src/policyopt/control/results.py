@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from policyopt._checks import require
 from policyopt.checkpoint import rows_from_json, save_checkpoint, strip
 from policyopt.control.config import ControlConfig, build_networks
 from policyopt.control.policies import Critic, Policy
@@ -119,16 +120,14 @@ class TrainResult(Generic[ConfigT, RowT]):
         config_type, row_type = _algorithm_types(identity["algorithm"])
         if not state["built_in"]:
             raise ValueError(
-                f"{folder} holds a {identity['policy']} of your own making, which "
-                "cannot be rebuilt from here; start its training again with this "
-                "checkpoint_dir to get the result"
+                f"{folder} holds a {identity['policy']} of your own making; to get the "
+                "result, start its training again with this checkpoint_dir"
             )
         settings = identity["config"]
         config = config_type(**settings | {"hidden": tuple(settings["hidden"])})
         observations, actions = (_space_of(strip(tensors, f"{n}.")) for n in _SPACES)
-        spaces = (observations, actions)
         policy, critic = build_networks(
-            *spaces, config, generator=torch.Generator(),
+            observations, actions, config, generator=torch.Generator(),
             critic=any(name.startswith("critic.") for name in tensors),
         )  # fmt: skip
         load_networks(policy, critic, tensors)
@@ -138,7 +137,7 @@ class TrainResult(Generic[ConfigT, RowT]):
             policy=policy, critic=critic, episodes=episodes_of(tensors),
             history=History(rows_from_json(row_type, metadata["history"])),
             stop_reason=state["stop_reason"], seconds=state["seconds"],
-            steps=state["steps"], spaces=spaces,
+            steps=state["steps"], spaces=(observations, actions),
             reward_statistics=tuple(state["reward_statistics"]),
         )  # fmt: skip
 
@@ -148,12 +147,10 @@ def identity_of(result: TrainResult[Any, Any]) -> dict[str, Any]:
     besides algorithm, seed and config.
     """
     return {
-        "environment": result.environment,
-        "observation_space": str(result.spaces[0]),
-        "action_space": str(result.spaces[1]),
-        "copies": result.num_envs,
+        "environment": result.environment, "observation_space": str(result.spaces[0]),
+        "action_space": str(result.spaces[1]), "copies": result.num_envs,
         "policy": type(result.policy).__name__,
-    }
+    }  # fmt: skip
 
 
 def parts_of(result: TrainResult[Any, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -168,20 +165,17 @@ def parts_of(result: TrainResult[Any, Any]) -> tuple[dict[str, Tensor], dict[str
         for name, space in zip(_SPACES, result.spaces, strict=True):
             tensors |= {f"{name}.{k}": v for k, v in _space_tensors(space).items()}
     return tensors, {
-        "built_in": built_in,
-        "stop_reason": result.stop_reason,
-        "seconds": result.seconds,
-        "steps": result.steps,
+        "built_in": built_in, "stop_reason": result.stop_reason,
+        "seconds": result.seconds, "steps": result.steps,
         "reward_statistics": list(result.reward_statistics),
-    }
+    }  # fmt: skip
 
 
 def _is_built_in(result: TrainResult[Any, Any]) -> bool:
     """Whether the policy can be built again from the spaces and the config."""
+    spaces, config, start = result.spaces, result.config, torch.Generator()
     try:
-        rebuilt, _ = build_networks(
-            *result.spaces, result.config, critic=False, generator=torch.Generator()
-        )
+        rebuilt, _ = build_networks(*spaces, config, critic=False, generator=start)
     except ValueError:  # other spaces than those of the built-in policies
         return False
     return _structure(rebuilt) == _structure(result.policy)
@@ -209,8 +203,7 @@ def _structure(module: nn.Module) -> tuple[Any, ...]:
 
 def _algorithm_types(algorithm: str) -> tuple[type[ControlConfig], type[Update]]:
     names = {"reinforce": "Reinforce", "trpo": "TRPO", "ppo": "PPO"}
-    if algorithm not in names:
-        raise ValueError(f"algorithm must be one of {sorted(names)}, got {algorithm!r}")
+    require(algorithm in names, f"algorithm must be one of {sorted(names)}", algorithm)
     # Looked up late: the algorithms' modules import this one.
     module = importlib.import_module(f"policyopt.control.{algorithm}")
     name = names[algorithm]
@@ -218,12 +211,10 @@ def _algorithm_types(algorithm: str) -> tuple[type[ControlConfig], type[Update]]
 
 
 def _space_tensors(space: gym.Space[Any]) -> dict[str, Tensor]:
-    if isinstance(space, gym.spaces.Discrete):
-        # Both have the space's own type, which is read from them.
-        numbers = {"n": np.array(space.n), "start": np.array(space.start)}
-        return {name: torch.from_numpy(array) for name, array in numbers.items()}
-    assert isinstance(space, gym.spaces.Box)
-    return {"low": torch.from_numpy(space.low), "high": torch.from_numpy(space.high)}
+    # All have the space's own type, which is read from them.
+    discrete = isinstance(space, gym.spaces.Discrete)
+    names = ("n", "start") if discrete else ("low", "high")
+    return {n: torch.from_numpy(np.array(getattr(space, n))) for n in names}
 
 
 def _space_of(tensors: Mapping[str, Tensor]) -> gym.Space[Any]:

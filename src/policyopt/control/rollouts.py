@@ -56,11 +56,9 @@ class Episodes:
     @classmethod
     def concatenate(cls, parts: list[Episodes]) -> Episodes:
         """Join several records, in order."""
-        return cls(
-            np.concatenate([np.empty(0, np.int64), *(p.steps for p in parts)]),
-            np.concatenate([np.empty(0), *(p.returns for p in parts)]),
-            np.concatenate([np.empty(0, np.int64), *(p.lengths for p in parts)]),
-        )
+        none = cls(np.empty(0, np.int64), np.empty(0), np.empty(0, np.int64))
+        columns = zip(*(vars(part).values() for part in [none, *parts]), strict=True)
+        return cls(*map(np.concatenate, columns))
 
     def table(self) -> dict[str, NDArray[Any]]:
         """Return the columns by name, ready for ``pandas.DataFrame``."""
@@ -72,8 +70,8 @@ class Rollout:
     """``T`` steps of ``N`` copies of an environment, on the policy's device.
 
     Rows where ``valid`` is False (the reset rows of next-step autoreset, the padding
-    after an episode's end in
-    :meth:`Collector.collect_episodes`) hold no experience: mask them out of every loss.
+    after an episode's end in :meth:`Collector.collect_episodes`) hold no experience:
+    mask them out of every loss.
     """
 
     observations: Tensor
@@ -182,8 +180,7 @@ class Collector:
         ValueError
             If ``steps`` < 1, or an observation or reward is NaN or infinite.
         """
-        if steps < 1:
-            raise ValueError(f"steps must be >= 1, got {steps!r}")
+        require(steps >= 1, "steps must be >= 1", steps)
         return self._run(steps, deterministic=deterministic, one_episode=False)
 
     def collect_episodes(
@@ -259,15 +256,11 @@ class Collector:
         )  # fmt: skip
 
     def _final_observations(self, info: dict[str, Any], done: NDArray[Any]) -> Any:
-        last = info.get("final_obs", [None] * len(done))
-        rule = (
-            f'info of {self.name}, which resets in the same step, must hold "final_obs"'
-        )
+        last, name = info.get("final_obs", [None] * len(done)), self.name
         found = all(last[i] is not None for i in np.where(done)[0])
-        require(
-            found, rule, sorted(info), "put the observations before the reset there, "
-            "or use AutoresetMode.NEXT_STEP"
-        )  # fmt: skip
+        rule = f'info of {name}, which resets in the same step, must hold "final_obs"'
+        remedy = "put the observations before the reset there"
+        require(found, rule, sorted(info), f"{remedy}, or use AutoresetMode.NEXT_STEP")
         return last
 
     def _check_float32(self, observations: NDArray[Any]) -> None:
@@ -350,8 +343,7 @@ def sample_episodes(
     >>> len(rollout.episodes), rollout.steps == int(rollout.episodes.lengths.sum())
     (5, True)
     """
-    if episodes < 1:
-        raise ValueError(f"episodes must be >= 1, got {episodes!r}")
+    require(episodes >= 1, "episodes must be >= 1", episodes)
     name, start = environments.environment_name(env), environment_seed(seed, 1)
     vector, owned = environments.make_vector_env(env, episodes)
     try:

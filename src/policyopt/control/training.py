@@ -86,10 +86,9 @@ class Run(Frame[ConfigT, RowT]):
         **options: Any,
     ) -> None:
         """Prepare; ``options`` are the seed and others that a frame has."""
-        name, every = environments.environment_name(env), config.checkpoint_every
-        super().__init__(
-            algorithm, name, config, row_type, checkpoint_every=every, **options
-        )
+        name = environments.environment_name(env)
+        options["checkpoint_every"] = config.checkpoint_every
+        super().__init__(algorithm, name, config, row_type, **options)
         self.device = resolve_device(config.device)
         self._threads = torch.get_num_threads()
         self._optimizer: torch.optim.Optimizer | None = None
@@ -125,14 +124,12 @@ class Run(Frame[ConfigT, RowT]):
         """Return the parameters of the policy, then those of the critic."""
         return [p for module in self._networks() for p in module.parameters()]
 
-    def adam(
-        self, parameters: Iterable[nn.Parameter], learning_rate: float
-    ) -> torch.optim.Adam:
+    def adam(self, parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Adam:
         """Make the optimiser; a checkpoint holds its moments."""
-        self._optimizer = optimizer = torch.optim.Adam(
-            parameters, lr=learning_rate, eps=1e-5, fused=self.device.type != "mps"
-        )
-        return optimizer
+        fused = self.device.type != "mps"
+        adam = torch.optim.Adam(parameters, lr=rate, eps=1e-5, fused=fused)
+        self._optimizer = adam
+        return adam
 
     @property
     def position(self) -> tuple[int, int]:
@@ -142,17 +139,14 @@ class Run(Frame[ConfigT, RowT]):
     @property
     def budget_used(self) -> float:
         """Share of the environment steps that are made, in [0, 1]."""
-        steps, total = self.position
-        return min(1.0, steps / total)
+        return min(1.0, self._collector.steps / self.config.total_steps)
 
     def collect(self, steps: int | None) -> Rollout:
         """Collect ``steps`` rows of ``[T, N]``, or one whole episode per copy when
         ``steps`` is None.
         """
-        if steps is None:
-            rollout = self._collector.collect_episodes()
-        else:
-            rollout = self._collector.collect(steps)
+        collector = self._collector
+        rollout = collector.collect(steps) if steps else collector.collect_episodes()
         self._rollout = rollout  # for the encoder, once the update is made
         self._note(rollout.episodes)
         return self._scaler(rollout) if self.config.normalize_rewards else rollout
@@ -171,13 +165,9 @@ class Run(Frame[ConfigT, RowT]):
     # --- what the frame asks for ---
 
     def _common(self, **fields: Any) -> dict[str, Any]:
-        last = self._last_returns
-        return {
-            "steps": self._collector.steps,
-            "episodes": self._episode_count,
-            "return_mean": float(np.mean(last)) if last else math.nan,
-            **fields,
-        }
+        mean = float(np.mean(self._last_returns)) if self._last_returns else math.nan
+        counts = {"steps": self._collector.steps, "episodes": self._episode_count}
+        return {**counts, "return_mean": mean, **fields}
 
     def _note(self, episodes: Episodes) -> None:
         self._episodes.append(episodes)
