@@ -183,16 +183,14 @@ def discounted_returns(
     >>> discounted_returns(torch.ones(3), torch.tensor([False, False, True]), gamma=0.5)
     tensor([1.7500, 1.5000, 1.0000])
     """
-    zeros = bootstrap = torch.zeros_like(rewards)
+    zero = future = torch.zeros_like(rewards)
     truncated = torch.zeros_like(terminated) if truncated is None else truncated
     if next_values is not None:
         _check_series(rewards=rewards, truncated=truncated, next_values=next_values)
         cut = truncated.clone()
         cut[-1] = True
-        bootstrap = torch.where(cut, next_values, zeros)
-    return gae(
-        rewards, zeros, bootstrap, terminated, truncated, gamma=gamma, gae_lambda=1.0
-    )
+        future = torch.where(cut, next_values, zero)
+    return gae(rewards, zero, future, terminated, truncated, gamma=gamma, gae_lambda=1)
 
 
 def normalize(x: Tensor, mask: Tensor | None = None, *, eps: float = 1e-8) -> Tensor:

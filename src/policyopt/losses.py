@@ -435,7 +435,7 @@ def _log_ratios(
     if first is None and second is None:
         return chosen, rejected
     if first is None or second is None:
-        raise ValueError("reference_…_log_prob must be given both or neither")
+        raise ValueError("reference_*_log_prob must be given both or neither")
     check_shapes(chosen_log_prob=chosen, reference_chosen_log_prob=first)
     check_shapes(chosen_log_prob=chosen, reference_rejected_log_prob=second)
     return chosen - first.detach(), rejected - second.detach()

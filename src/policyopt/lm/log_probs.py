@@ -162,7 +162,7 @@ def chunked_log_probs(
     require(fits, "hidden must be [N, H] and targets [N]", shapes)
     greedy = "a greedy policy has no log-probabilities"
     require(temperature > 0, "temperature must be positive", temperature, greedy)
-    require(softcap is None or softcap > 0, "softcap must be positive", softcap)
+    require(softcap is None or softcap > 0, "softcap must be positive or None", softcap)
     fits = chunk_size is None or chunk_size >= 1
     require(fits, "chunk_size must be at least 1", chunk_size)
 
@@ -299,12 +299,9 @@ class _Recomputed(torch.autograd.Function):
             elif grad_weight is not None:
                 grad_weight += grad.T @ hidden[rows]
             del grad
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(weight.dtype),
-            *(None, None, None),
-        )
+        sums = (grad_weight, grad_bias)
+        narrow = [None if total is None else total.to(weight.dtype) for total in sums]
+        return grad_hidden, *narrow, None, None, None
 
 
 def completion_log_probs(

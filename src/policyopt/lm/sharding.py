@@ -108,8 +108,7 @@ class ShardedNetwork(nn.Module):
         register_fsdp_forward_method(self, "_begin")
         self._begin()
         self.reshard()
-        for key in (network, model):
-            _sharded[key] = ref(self)
+        _sharded[network] = _sharded[model] = ref(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the network's."""

@@ -288,12 +288,9 @@ class Run(Frame[ConfigT, RowT]):
                 layer.training = True
 
     def _common(self, **fields: Any) -> dict[str, Any]:
-        before = self.history[-1].tokens if self.history else 0
-        return fields | {
-            "tokens": before + fields["tokens"],
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "seconds": self.seconds,
-        }
+        fields["tokens"] += self.history[-1].tokens if self.history else 0
+        rate = self.optimizer.param_groups[0]["lr"]
+        return {**fields, "learning_rate": rate, "seconds": self.seconds}
 
     def _leave(self, error: BaseException | None) -> None:
         self._bare.__dict__.pop("forward", None)
@@ -480,8 +477,7 @@ class SamplingRun(Run[ConfigT, RowT]):
 
     def token_losses(self, loss: Loss, batch: Completions) -> Any:
         """Return the losses of a micro-batch, with ``ratio`` and ``clipped``."""
-        reported = ("ratio", "clipped")
-        return item_losses(loss, batch, batch.mask.shape, statistics=reported)
+        return item_losses(loss, batch, batch.mask.shape, ["ratio", "clipped"])
 
     def summary(self, batch: Completions) -> dict[str, Any]:
         """Return what a row of the history says of the completions themselves."""
