@@ -136,7 +136,7 @@ class ImplicitReward:
         require(beta > 0, "beta must be > 0", beta)
         off = reference == "base" and is_adapted(policy.model)
         rule = "reference must be the model that DPO started from, or 'base'"
-        remedy = "'base', the policy with its adapters off, needs adapters that were fresh"
+        remedy = "'base' needs a policy whose adapters DPO trained from fresh"
         known = off or isinstance(reference, LanguageModel)
         require(known, rule, reference, remedy)
         self.language_model = self.policy = policy
