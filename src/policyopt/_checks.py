@@ -11,9 +11,9 @@ def require(holds: bool, rule: str, got: object, remedy: str = "") -> None:
         raise ValueError(f"{rule}, got {got!r}{remedy and f'; {remedy}'}")
 
 
-def require_shape_of(name: str, tensor: Tensor, **others: Tensor) -> None:
-    """Refuse shapes that differ, which broadcasting would hide."""
-    shape = tuple(tensor.shape)
-    for other, value in others.items():
-        rule = f"{other} must have the shape of {name}, {shape}"
-        require(value.shape == tensor.shape, rule, tuple(value.shape))
+def check_shapes(**tensors: Tensor) -> None:
+    """Refuse shapes that differ from the first, which broadcasting would hide."""
+    (first, tensor), *others = tensors.items()
+    for name, other in others:
+        rule = f"{name} must have the shape of {first}, {tuple(tensor.shape)}"
+        require(other.shape == tensor.shape, rule, tuple(other.shape))

@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from policyopt._checks import require, require_shape_of
+from policyopt._checks import check_shapes, require
 
 __all__ = [
     "adaptive_kl_coefficient", "bounded_log_ratio", "discounted_returns",
@@ -40,11 +40,10 @@ __all__ = [
 
 def _check_series(**tensors: Tensor) -> None:
     """Check a time series: equal shapes, time first, at least one step."""
-    (first, reference), *others = tensors.items()
-    require_shape_of(first, reference, **dict(others))
-    timed = reference.ndim > 0 and len(reference) > 0
-    rule = f"{first} must have a time dimension first, [T, ...] with T > 0"
-    require(timed, rule, tuple(reference.shape))
+    check_shapes(**tensors)
+    name, series = next(iter(tensors.items()))
+    rule = f"{name} must have a time dimension first, [T, ...] with T > 0"
+    require(series.ndim > 0 and len(series) > 0, rule, tuple(series.shape))
 
 
 def td_errors(
@@ -184,16 +183,14 @@ def discounted_returns(
     >>> discounted_returns(torch.ones(3), torch.tensor([False, False, True]), gamma=0.5)
     tensor([1.7500, 1.5000, 1.0000])
     """
-    zeros = bootstrap = torch.zeros_like(rewards)
+    zero = future = torch.zeros_like(rewards)
     truncated = torch.zeros_like(terminated) if truncated is None else truncated
     if next_values is not None:
         _check_series(rewards=rewards, truncated=truncated, next_values=next_values)
         cut = truncated.clone()
         cut[-1] = True
-        bootstrap = torch.where(cut, next_values, zeros)
-    return gae(
-        rewards, zeros, bootstrap, terminated, truncated, gamma=gamma, gae_lambda=1.0
-    )
+        future = torch.where(cut, next_values, zero)
+    return gae(rewards, zero, future, terminated, truncated, gamma=gamma, gae_lambda=1)
 
 
 def normalize(x: Tensor, mask: Tensor | None = None, *, eps: float = 1e-8) -> Tensor:
@@ -377,7 +374,7 @@ def kl_estimate(
     0.1612
     0.1438
     """
-    require_shape_of("log_prob", log_prob, reference_log_prob=reference_log_prob)
+    check_shapes(log_prob=log_prob, reference_log_prob=reference_log_prob)
     log_ratio = reference_log_prob - log_prob
     if kind == "k1":
         return -log_ratio
@@ -445,9 +442,7 @@ def kl_shaped_rewards(
     tensor([[-0.5000,  4.5000,  0.0000]])
     """
     require(0 <= beta < math.inf, "beta must be finite and >= 0", beta)
-    require_shape_of(
-        "log_prob", log_prob, reference_log_prob=reference_log_prob, mask=mask
-    )
+    check_shapes(log_prob=log_prob, reference_log_prob=reference_log_prob, mask=mask)
     shapes = tuple(log_prob.shape), tuple(scores.shape)
     fits = log_prob.ndim == 2 and scores.shape == log_prob.shape[:1]
     require(fits, "log_prob must have the shape [B, T] and scores [B]", shapes)
@@ -536,7 +531,7 @@ def importance_weights(
     tensor([0.5000, 1.0000, 2.0000])
     """
     require(cap >= 1, "cap must be >= 1, or it shrinks weights that are right", cap)
-    require_shape_of("log_prob", log_prob, sampler_log_prob=sampler_log_prob)
+    check_shapes(log_prob=log_prob, sampler_log_prob=sampler_log_prob)
     return torch.exp(log_prob - sampler_log_prob).clamp(max=cap).detach()
 
 
@@ -572,7 +567,7 @@ def sequence_log_prob(
     >>> sequence_log_prob(log_prob, mask, reduction="mean")
     tensor([-2.])
     """
-    require_shape_of("log_prob", log_prob, mask=mask)
+    check_shapes(log_prob=log_prob, mask=mask)
     total = torch.where(mask, log_prob, 0.0).sum(dim=-1)
     if reduction == "sum":
         return total

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from policyopt._checks import require, require_shape_of
+from policyopt._checks import check_shapes, require
 from policyopt.estimators import bounded_log_ratio, kl_estimate, sequence_log_prob
 
 __all__ = [
@@ -129,7 +129,7 @@ def policy_gradient_loss(log_prob: Tensor, weights: Tensor) -> Tensor:
     >>> policy_gradient_loss(torch.tensor([-1.0]), torch.tensor([3.0]))
     tensor([3.])
     """
-    require_shape_of("log_prob", log_prob, weights=weights)
+    check_shapes(log_prob=log_prob, weights=weights)
     return -weights.detach() * log_prob
 
 
@@ -152,16 +152,11 @@ def surrogate_loss(
     ----------
     Schulman et al. (2015), Trust region policy optimization, arXiv:1502.05477, eq. 14.
     """
-    require_shape_of(
-        "log_prob", log_prob, old_log_prob=old_log_prob, advantages=advantages
-    )
+    check_shapes(log_prob=log_prob, old_log_prob=old_log_prob, advantages=advantages)
     old = old_log_prob.detach()
     ratio = torch.exp(bounded_log_ratio(log_prob - old))
-    return Surrogate(
-        loss=-ratio * advantages.detach(),
-        ratio=ratio.detach(),
-        kl=kl_estimate(old, log_prob.detach(), "k3"),
-    )
+    kl = kl_estimate(old, log_prob.detach(), "k3")
+    return Surrogate(-ratio * advantages.detach(), ratio.detach(), kl)
 
 
 def clipped_surrogate_loss(
@@ -208,24 +203,15 @@ def clipped_surrogate_loss(
     high = clip_ratio if clip_ratio_high is None else clip_ratio_high
     require(clip_ratio > 0, "clip_ratio must be > 0", clip_ratio)
     require(high > 0, "clip_ratio_high must be > 0", high)
-    require_shape_of(
-        "log_prob", log_prob, old_log_prob=old_log_prob, advantages=advantages
-    )
+    check_shapes(log_prob=log_prob, old_log_prob=old_log_prob, advantages=advantages)
     old, advantages = old_log_prob.detach(), advantages.detach()
     ratio = torch.exp(bounded_log_ratio(log_prob - old))
-    pessimistic = torch.minimum(
-        ratio * advantages, ratio.clamp(1 - clip_ratio, 1 + high) * advantages
-    )
-    with torch.no_grad():
-        off = torch.where(
-            advantages > 0,
-            ratio > 1 + high,
-            (ratio < 1 - clip_ratio) & (advantages < 0),
-        )
-        kl = kl_estimate(old, log_prob, "k3")
-    return ClippedSurrogate(
-        loss=-pessimistic, ratio=ratio.detach(), clipped=off.to(ratio.dtype), kl=kl
-    )
+    clipped = ratio.clamp(1 - clip_ratio, 1 + high)
+    pessimistic = torch.minimum(ratio * advantages, clipped * advantages)
+    above, below = ratio > 1 + high, ratio < 1 - clip_ratio
+    off = (above & (advantages > 0)) | (below & (advantages < 0))
+    kl = kl_estimate(old, log_prob.detach(), "k3")
+    return ClippedSurrogate(-pessimistic, ratio.detach(), off.to(ratio.dtype), kl)
 
 
 def sequence_log_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> Tensor:
@@ -274,7 +260,7 @@ def sequence_log_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> 
     >>> clipped_surrogate_loss(log_ratio, zeros, ones).clipped
     tensor([[1., 1., 0.]])
     """
-    require_shape_of("log_prob", log_prob, old_log_prob=old_log_prob, mask=mask)
+    check_shapes(log_prob=log_prob, old_log_prob=old_log_prob, mask=mask)
     mean = sequence_log_prob(log_prob - old_log_prob.detach(), mask, reduction="mean")
     return torch.where(mask, mean.unsqueeze(-1), 0.0)
 
@@ -312,7 +298,7 @@ def value_loss(
     >>> value_loss(value, target).loss, value_loss(value, target, old, clip=1.0).loss
     (tensor([4.5000]), tensor([8.]))
     """
-    require_shape_of("values", values, targets=targets)
+    check_shapes(values=values, targets=targets)
     targets = targets.detach()
     error = values - targets
     squared = error.square()
@@ -320,7 +306,7 @@ def value_loss(
         require(clip > 0, "clip must be > 0 or None", clip)
         if old_values is None:
             raise ValueError("old_values must be given when clip is")
-        require_shape_of("values", values, old_values=old_values)
+        check_shapes(values=values, old_values=old_values)
         old = old_values.detach()
         clipped = old + (values - old).clamp(-clip, clip)
         squared = torch.maximum(squared, (clipped - targets).square())
@@ -356,7 +342,7 @@ def bradley_terry_loss(
     BradleyTerry(loss=tensor([0.1269, 2.1269]), margin=tensor([ 2., -2.]))
     """
     require(centering >= 0, "centering must be >= 0", centering)
-    require_shape_of("chosen_scores", chosen_scores, rejected_scores=rejected_scores)
+    check_shapes(chosen_scores=chosen_scores, rejected_scores=rejected_scores)
     margin = chosen_scores - rejected_scores
     loss = -logsigmoid(margin) + centering * (chosen_scores + rejected_scores).square()
     return BradleyTerry(loss=loss, margin=margin.detach())
@@ -441,27 +427,18 @@ def dpo_loss(
 
 
 def _log_ratios(
-    chosen: Tensor,
-    rejected: Tensor,
-    reference_chosen: Tensor | None,
-    reference_rejected: Tensor | None,
+    chosen: Tensor, rejected: Tensor, *references: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return log π/π_ref of both completions; without a reference, log π."""
-    require_shape_of("chosen_log_prob", chosen, rejected_log_prob=rejected)
-    if reference_chosen is None and reference_rejected is None:
+    check_shapes(chosen_log_prob=chosen, rejected_log_prob=rejected)
+    first, second = references
+    if first is None and second is None:
         return chosen, rejected
-    if reference_chosen is None or reference_rejected is None:
-        raise ValueError(
-            "reference_chosen_log_prob and reference_rejected_log_prob must be given "
-            "both or neither"
-        )
-    require_shape_of(
-        "chosen_log_prob",
-        chosen,
-        reference_chosen_log_prob=reference_chosen,
-        reference_rejected_log_prob=reference_rejected,
-    )
-    return chosen - reference_chosen.detach(), rejected - reference_rejected.detach()
+    if first is None or second is None:
+        raise ValueError("reference_*_log_prob must be given both or neither")
+    check_shapes(chosen_log_prob=chosen, reference_chosen_log_prob=first)
+    check_shapes(chosen_log_prob=chosen, reference_rejected_log_prob=second)
+    return chosen - first.detach(), rejected - second.detach()
 
 
 def _check_dpo(beta: float, kind: str, smoothing: float, target_margin: float) -> None:
@@ -580,7 +557,7 @@ def aggregate(
     [2.6666667461395264, 3.25, 8.0]
     """
     if mask is not None:
-        require_shape_of("values", values, mask=mask)
+        check_shapes(values=values, mask=mask)
         keep = mask.bool()
         values = torch.where(keep, values, 0.0)
     if denominator is not None:
@@ -602,8 +579,7 @@ def aggregate(
         return values.mean()
     if denominator is None and not bool(count > 0):
         raise ValueError(
-            "values holds no item to average: the mask is empty; give a denominator or "
-            "skip the batch"
+            "values holds no item to average; give a denominator or skip the batch"
         )
     return values.sum() / (count if denominator is None else denominator)
 
@@ -668,9 +644,8 @@ def item_losses(
         or lacks a required field.
     """
     returned = loss(batch)
-    items = (
-        returned if isinstance(returned, Tensor) else getattr(returned, "loss", None)
-    )
+    bare = isinstance(returned, Tensor)
+    items = returned if bare else getattr(returned, "loss", None)
     if not isinstance(items, Tensor):
         raise TypeError(
             "loss must return a tensor, or a named tuple or dataclass with a tensor "
@@ -689,7 +664,7 @@ def item_losses(
     fields = {}
     for name in statistics:
         # A bare tensor has attributes of its own, none of them a statistic.
-        value = None if returned is items else getattr(returned, name, None)
+        value = None if bare else getattr(returned, name, None)
         if value is None and name in required:
             raise ValueError(
                 f"loss must return the field {name!r} with this config, got only "

@@ -11,11 +11,12 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from policyopt._checks import require
 from policyopt.estimators import sequence_log_prob
 from policyopt.frame import Callback, Statistics
 from policyopt.lm.batches import Pairs, Tokens, ordered_rightly
 from policyopt.lm.config import OfflineConfig
-from policyopt.lm.data import Pair, Prompt, Records, batch_indices, preference_pairs
+from policyopt.lm.data import Prompt, Records, batch_indices, preference_pairs
 from policyopt.lm.log_probs import completion_log_probs
 from policyopt.lm.models import LanguageModel, is_adapted, text_batches
 from policyopt.lm.policies import PolicyNetwork, Reference
@@ -132,14 +133,12 @@ class ImplicitReward:
         beta: float = 0.1,
         batch_size: int = 64,
     ) -> None:
-        if not beta > 0:
-            raise ValueError(f"beta must be > 0, got {beta!r}")
+        require(beta > 0, "beta must be > 0", beta)
         off = reference == "base" and is_adapted(policy.model)
-        if not (off or isinstance(reference, LanguageModel)):
-            raise ValueError(
-                "reference must be the model that DPO started from, or 'base', the "
-                f"policy with its adapters off, if they were fresh; got {reference!r}"
-            )
+        rule = "reference must be the model that DPO started from, or 'base'"
+        remedy = "'base' needs a policy whose adapters DPO trained from fresh"
+        known = off or isinstance(reference, LanguageModel)
+        require(known, rule, reference, remedy)
         self.language_model = self.policy = policy
         self.beta, self.batch_size = beta, batch_size
         self.reference = Reference(policy, reference, copy=False)
@@ -223,7 +222,7 @@ def train_dpo(
         pairs, seed=seed, callback=callback, progress=progress,
         checkpoint_dir=checkpoint_dir,
     )  # fmt: skip
-    frozen_scores = _reference_log_probs(run, pairs, reference)
+    frozen_scores = _reference_log_probs(run, reference)
     objective = check_loss(loss, partial(pair_loss, config=config), "Pairs")
     reduction = config.reduction
 
@@ -251,17 +250,14 @@ def train_dpo(
                 )
             norm = run.descend()
             run.log(
-                tokens=int(run.sum(batch.completion_mask.sum())),
-                gradient_norm=norm,
+                tokens=int(run.sum(batch.completion_mask.sum())), gradient_norm=norm,
                 **run.means(statistics, count),
-            )
+            )  # fmt: skip
     return run.result()
 
 
 def _reference_log_probs(
-    run: Run[DPOConfig, DPOUpdate],
-    pairs: Sequence[Pair],
-    reference: LanguageModel | None,
+    run: Run[DPOConfig, DPOUpdate], reference: LanguageModel | None
 ) -> Tensor:
     """Return log π_ref of the chosen and the rejected completion of each pair,
     ``[N, 2]``, on the CPU.
@@ -269,23 +265,19 @@ def _reference_log_probs(
     The batches are those of the training's first pass, so that rounding is the same
     too: the first margin is exactly 0.
     """
-    config, model = run.config, run.language_model
+    config, pairs = run.config, run.items
     result = torch.zeros(len(pairs), 2)
     if config.reference_free:
         return result
     frozen = run.reference(reference, copy=False)
     one_pass = min(run.total, -(-len(pairs) // config.batch_size))
-    done: set[int] = set()
     for update in range(one_pass):
         batch = batch_indices(len(pairs), config.batch_size, update, run.seed)
-        if done.issuperset(batch):
-            continue
         size = max(1, (config.micro_batch_size or 2 * len(batch)) // 2)
         for start in range(0, len(batch), size):
             part = batch[start : start + size]
-            sequences = pad_pairs([pairs[i] for i in part], model)
+            sequences = pad_pairs([pairs[i] for i in part], run.language_model)
             log_probs, mask = frozen.log_probs(sequences), sequences.completion_mask
             scores = sequence_log_prob(log_probs, mask, reduction=config.reduction)
             result[part] = scores.view(-1, 2).cpu()
-        done.update(batch)
     return result

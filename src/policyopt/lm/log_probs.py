@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from policyopt._checks import require
 from policyopt.lm.heads import Head, backbone_and_head, scale_and_cap
 from policyopt.lm.sequences import Sequences, hidden_states
 
@@ -76,10 +77,8 @@ def filter_logits(
     Fan, Lewis & Dauphin (2018), arXiv:1805.04833 (top-k); Holtzman et al. (2020),
     arXiv:1904.09751 (top-p).
     """
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1 or None, got {top_k!r}")
-    if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p must lie in (0, 1], got {top_p!r}")
+    require(top_k is None or top_k >= 1, "top_k must be at least 1 or None", top_k)
+    require(0.0 < top_p <= 1.0, "top_p must lie in (0, 1]", top_p)
     vocabulary = logits.shape[-1]
     top_k = min(top_k or vocabulary, vocabulary)
     if top_k == vocabulary and top_p == 1.0:
@@ -158,20 +157,14 @@ def chunked_log_probs(
     ValueError
         If the shapes do not fit, or an option is out of its range.
     """
-    if hidden.ndim != 2 or targets.shape != hidden.shape[:1]:
-        raise ValueError(
-            "hidden must be [N, H] and targets [N], got "
-            f"{tuple(hidden.shape)} and {tuple(targets.shape)}"
-        )
-    if not temperature > 0:
-        raise ValueError(
-            f"temperature must be positive, got {temperature!r}; a greedy policy "
-            "has no log-probabilities"
-        )
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap!r}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size!r}")
+    shapes = tuple(hidden.shape), tuple(targets.shape)
+    fits = hidden.ndim == 2 and targets.shape == hidden.shape[:1]
+    require(fits, "hidden must be [N, H] and targets [N]", shapes)
+    greedy = "a greedy policy has no log-probabilities"
+    require(temperature > 0, "temperature must be positive", temperature, greedy)
+    require(softcap is None or softcap > 0, "softcap must be positive or None", softcap)
+    fits = chunk_size is None or chunk_size >= 1
+    require(fits, "chunk_size must be at least 1", chunk_size)
 
     def score(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         logits = _divided(logits, scale, softcap, temperature)
@@ -306,12 +299,9 @@ class _Recomputed(torch.autograd.Function):
             elif grad_weight is not None:
                 grad_weight += grad.T @ hidden[rows]
             del grad
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(weight.dtype),
-            *(None, None, None),
-        )
+        sums = (grad_weight, grad_bias)
+        narrow = [None if total is None else total.to(weight.dtype) for total in sums]
+        return grad_hidden, *narrow, None, None, None
 
 
 def completion_log_probs(

@@ -79,11 +79,8 @@ class Reference:
     ) -> None:
         given = reference if isinstance(reference, LanguageModel) else language_model
         theirs, ours = len(given.tokenizer), len(language_model.tokenizer)
-        if theirs != ours:
-            raise ValueError(
-                f"reference must have the policy's tokenizer, got {theirs} tokens for "
-                f"{ours}"
-            )
+        rule = f"reference must have the policy's tokenizer, of {ours} tokens"
+        require(theirs == ours, rule, theirs)
         self._policy: Any = language_model.model
         self.model: Any = given.model
         own = self.model is self._policy
@@ -97,7 +94,7 @@ class Reference:
         if own and not self._off and copy:
             shared = {id(p): p for p in self.model.parameters() if p not in trained}
             self.model = deepcopy(self.model, shared).requires_grad_(False)
-        self._autocast, self._device = autocast, language_model.device
+        self._autocast, self._kind = autocast, language_model.device.type
 
     def end(self) -> None:
         """Say that the policy is about to change: without a copy, π_ref is gone."""
@@ -155,8 +152,7 @@ class Reference:
     @contextmanager
     def _computing(self, *, reference: bool) -> Iterator[None]:
         off = reference and self._off
-        kind = self._device.type
-        precision = torch.autocast(kind, torch.bfloat16, enabled=self._autocast)
+        precision = torch.autocast(self._kind, torch.bfloat16, enabled=self._autocast)
         with self.model.disable_adapter() if off else nullcontext(), precision:
             yield
 

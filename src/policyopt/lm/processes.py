@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from policyopt._checks import require
 from policyopt.estimators import normalize
 from policyopt.lm.cache import check_cache
 from policyopt.lm.heads import causal_models
@@ -61,16 +62,11 @@ class Processes:
             made = self._accelerator = Accelerator(cpu=device.type == "cpu")
         self.count, self.rank = made.num_processes, made.process_index
         kind = str(made.distributed_type.value)
-        if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-            raise ValueError(
-                f"the processes were launched for {kind}, not for DDP or FSDP2: launch "
-                "them with torchrun, or with accelerate and no other plugin"
-            )
-        if batch_size % self.count:
-            raise ValueError(
-                f"batch_size must be a multiple of the {self.count} processes, got "
-                f"{batch_size}"
-            )
+        known = kind in ("NO", "MULTI_CPU", "MULTI_GPU")
+        remedy = "launch them with torchrun, or with accelerate and no other plugin"
+        require(known, "the processes must be those of DDP or FSDP2", kind, remedy)
+        rule = f"batch_size must be a multiple of the {self.count} processes"
+        require(batch_size % self.count == 0, rule, batch_size)
         if self._wants_sharding and batch_size % (self.count * minibatches):
             raise ValueError(
                 "with FSDP all processes must have as many prompts in every minibatch: "
@@ -137,7 +133,6 @@ class Processes:
         self,
         network: nn.Module,
         language_model: LanguageModel,
-        optimizer: torch.optim.Optimizer,
         new_optimizer: Callable[[], torch.optim.Optimizer],
         slots: dict[int, dict[str, Tensor]],
     ) -> tuple[Any, torch.optim.Optimizer]:
@@ -145,16 +140,16 @@ class Processes:
 
         ``slots`` is what the optimiser remembers from a checkpoint.
         """
-        if self._wants_sharding and self._accelerator is not None:
+        if self._wants_sharding:
             for part in causal_models(network):  # while they are whole
                 check_cache(part)
-            shared = ShardedNetwork(network, language_model.model, self.device)
-            self._sharded, optimizer = shared, new_optimizer()
+            self._sharded = ShardedNetwork(network, language_model.model, self.device)
             parameters = [p for p in network.parameters() if p.requires_grad]
             slots = {
                 i: {name: shard_like(t, parameters[i]) for name, t in slot.items()}
                 for i, slot in slots.items()
             }
+        optimizer = new_optimizer()
         if slots:
             optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
         if self._sharded is not None:

@@ -6,7 +6,7 @@ Offline on ranked lists, or online: sample a group, rank it with a reward functi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -194,15 +194,14 @@ def train_ranking(
             if isinstance(run, _GroupRun):
                 batch = run.score(batch, frozen, old=False)
             above = [_is_above(rewards) for rewards in batch.rewards.split(sizes)]
-            pairs = run.sum(sum(int(one.sum()) for one in above))
-            above_by_list = iter(above)
+            pairs = run.sum(torch.cat(above).sum())
             tokens, norm = run.sum(batch.mask.sum()), 0.0
             statistics = Statistics()
             for rows in run.micro_batches(len(batch), sizes):
                 piece = batch.select(rows)
                 now = run.network(piece.sequences, **run.scoring).log_probs
                 groups = _groups(piece, now, config)
-                losses, margins = _untied(groups, above_by_list, objective)
+                losses, margins = _untied(groups, objective)
                 total = aggregate(losses, denominator=pairs.clamp(min=1))
                 if kl_coef > 0:
                     kl = kl_estimate(now, piece.reference_log_probs, "k3")
@@ -270,13 +269,11 @@ def _groups(
     return list(map(RankedGroup, scores.split(sizes), piece.rewards.split(sizes)))
 
 
-def _untied(
-    groups: Sequence[RankedGroup], above_by_list: Iterator[Tensor], objective: Loss
-) -> tuple[Tensor, Tensor]:
+def _untied(groups: Sequence[RankedGroup], objective: Loss) -> tuple[Tensor, Tensor]:
     """Return the losses and the margins of all ordered pairs that are no ties."""
     losses, margins = [], []
     for group in groups:
-        above = next(above_by_list)
+        above = _is_above(group.rewards)
         items = item_losses(objective, group, above.shape, statistics=["margin"])
         losses.append(items.loss[above])
         margins.append(items.margin[above])

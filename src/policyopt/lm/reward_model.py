@@ -109,11 +109,9 @@ def train_reward_model(
     Bradley and Terry (1952), doi:10.2307/2334029; Ouyang et al. (2022),
     arXiv:2203.02155, eq. 1.
     """
-    limits, tokenizer = config.limits(language_model), language_model.tokenizer
-    pairs = preference_pairs(data, tokenizer, limits)
-    held_out: list[Pair] = []
-    if eval_data is not None:
-        held_out = preference_pairs(eval_data, tokenizer, limits)
+    how = language_model.tokenizer, config.limits(language_model)
+    pairs = preference_pairs(data, *how)
+    held_out = [] if eval_data is None else preference_pairs(eval_data, *how)
     start = language_model.copy()
     reward_model = RewardModel(start)
     run: Run[RewardConfig, RewardUpdate] = Run(
@@ -144,15 +142,13 @@ def train_reward_model(
                     margin=items.margin.sum(),
                 )
             norm = run.descend()
-            measured = held_out and run.is_due(config.eval_every)
+            accuracy = math.nan
+            if held_out and run.is_due(config.eval_every):
+                accuracy = _pairs_accuracy(reward_model, held_out, config)
             run.log(
-                tokens=int(run.sum(batch.completion_mask.sum())),
-                gradient_norm=norm,
-                eval_accuracy=_pairs_accuracy(reward_model, held_out, config)
-                if measured
-                else math.nan,
-                **run.means(statistics, count),
-            )
+                tokens=int(run.sum(batch.completion_mask.sum())), gradient_norm=norm,
+                eval_accuracy=accuracy, **run.means(statistics, count),
+            )  # fmt: skip
     result = run.result()
     result.reward_model = reward_model
     return result

@@ -128,11 +128,10 @@ def train_sft(
             norm = run.descend()
             measured = held_out and run.is_due(config.eval_every)
             run.log(
-                tokens=int(tokens),
-                gradient_norm=norm,
+                tokens=int(tokens), gradient_norm=norm,
                 loss=run.sums(statistics, "loss")[0],
                 eval_loss=_mean_loss(run, held_out) if measured else math.nan,
-            )
+            )  # fmt: skip
     return run.result()
 
 

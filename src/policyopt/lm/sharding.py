@@ -18,14 +18,16 @@ from __future__ import annotations
 
 import copy
 import os
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+
+from policyopt._checks import require
 
 __all__ = ["ShardedNetwork", "gathered", "sharding_requested", "whole"]
 
@@ -33,9 +35,7 @@ _ON = ("1", "true", "yes", "on")
 
 # From every module that is used on its own (the network, the language model in it) to
 # the network it is sharded with.
-_sharded: weakref.WeakKeyDictionary[nn.Module, weakref.ref[ShardedNetwork]] = (
-    weakref.WeakKeyDictionary()
-)
+_sharded: WeakKeyDictionary[nn.Module, ref[ShardedNetwork]] = WeakKeyDictionary()
 
 
 def sharding_requested() -> bool:
@@ -60,17 +60,13 @@ def sharding_requested() -> bool:
             f"the processes were launched for FSDP of version {version}; only version "
             "2 is supported: launch with --fsdp_version 2 (FSDP_VERSION=2), or with DDP"
         )
-    if environment.get("FSDP_OFFLOAD_PARAMS", "").lower() in _ON:
-        raise ValueError(
-            "the processes were launched to offload parameters to the CPU, which is "
-            "not supported; launch with --fsdp_offload_params false"
-        )
-    if environment.get("ACCELERATE_MIXED_PRECISION", "no").lower() != "no":
-        raise ValueError(
-            "the processes were launched with mixed precision "
-            f"{environment['ACCELERATE_MIXED_PRECISION']!r}; with FSDP launch with "
-            "--mixed_precision no and set autocast='bfloat16' in the trainer's config"
-        )
+    offload = environment.get("FSDP_OFFLOAD_PARAMS", "").lower()
+    rule = "FSDP must be launched with --fsdp_offload_params false"
+    require(offload not in _ON, rule, offload)
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    rule = "FSDP must be launched with --mixed_precision no"
+    remedy = "set autocast='bfloat16' in the trainer's config"
+    require(precision == "no", rule, precision, remedy)
     # Each process loads the weights itself. With this on, transformers would leave them
     # empty in all but one.
     environment["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
@@ -112,8 +108,7 @@ class ShardedNetwork(nn.Module):
         register_fsdp_forward_method(self, "_begin")
         self._begin()
         self.reshard()
-        for key in (network, model):
-            _sharded[key] = weakref.ref(self)
+        _sharded[network] = _sharded[model] = ref(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the network's."""
@@ -219,8 +214,7 @@ def gathered(module: nn.Module, *, layers: bool = True) -> Iterator[None]:
         every pass through it, which needs less memory, and all processes must make the
         same passes.
     """
-    reference = _sharded.get(module)
-    root = None if reference is None else reference()
+    root = _sharded.get(module, lambda: None)()
     if root is None:
         yield
         return

@@ -31,6 +31,9 @@ from policyopt.lm.sequences import Sequences, evaluating, widen
 from policyopt.losses import Loss, item_losses
 from policyopt.runs import derive_seed
 
+GroupSizes = Sequence[int] | int
+"""Completions in each group, or in all groups alike."""
+
 
 class Run(Frame[ConfigT, RowT]):
     """The frame of a training loop for language models.
@@ -78,10 +81,8 @@ class Run(Frame[ConfigT, RowT]):
         dropout: bool = False,
         **options: Any,
     ) -> None:
-        every, name = config.checkpoint_every, language_model.name
-        super().__init__(
-            algorithm, name, config, row_type, checkpoint_every=every, **options
-        )
+        options["checkpoint_every"] = config.checkpoint_every
+        super().__init__(algorithm, language_model.name, config, row_type, **options)
         self.language_model, self.items = language_model, items
         if given := config.chat_template_kwargs:
             language_model.model.config.chat_template_kwargs = given
@@ -95,7 +96,6 @@ class Run(Frame[ConfigT, RowT]):
         self._references: list[Reference] | None = []
         self._random_state = torch.get_rng_state()
         _check_trainable(list(self._trained().values()))
-        self.optimizer = self._new_optimizer()
         self._slots: dict[int, dict[str, Tensor]] = {}
         self._logged = [item.prompt for item in items[: config.logged_samples]]
         self._before = self._complete()
@@ -163,9 +163,7 @@ class Run(Frame[ConfigT, RowT]):
         share = len(indices) // self.world
         return indices[self.rank * share : (self.rank + 1) * share]
 
-    def micro_batches(
-        self, size: int, groups: Sequence[int] | int = 1
-    ) -> Iterator[Tensor]:
+    def micro_batches(self, size: int, groups: GroupSizes = 1) -> Iterator[Tensor]:
         """Yield row numbers that cut ``size`` completions into pieces.
 
         A piece has at most ``micro_batch_size`` completions. Neighbours that form a
@@ -210,13 +208,12 @@ class Run(Frame[ConfigT, RowT]):
         float
             The gradient's norm before it was limited.
         """
-        if counted is not None and self.sum(counted.sum()) == 0:
-            self.optimizer.zero_grad(set_to_none=True)
-            return 0.0
-        norm = self.processes.clip(self.optimizer, self.config.max_gradient_norm)
-        if not math.isfinite(norm):
-            raise FloatingPointError("gradient is not finite")
-        self.optimizer.step()
+        norm = 0.0
+        if counted is None or self.sum(counted.sum()) > 0:
+            norm = self.processes.clip(self.optimizer, self.config.max_gradient_norm)
+            if not math.isfinite(norm):
+                raise FloatingPointError("gradient is not finite")
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -259,9 +256,8 @@ class Run(Frame[ConfigT, RowT]):
             for model in causal_models(self._bare):
                 _recompute(model, **options)
         self.network, self.optimizer = self.processes.share(
-            self._bare, self.language_model, self.optimizer, self._new_optimizer,
-            self._slots,
-        )  # fmt: skip
+            self._bare, self.language_model, self._new_optimizer, self._slots
+        )
         self._slots = {}
         if self.config.autocast is not None:
             # The forward pass alone: a backward pass takes its types from it.
@@ -292,12 +288,9 @@ class Run(Frame[ConfigT, RowT]):
                 layer.training = True
 
     def _common(self, **fields: Any) -> dict[str, Any]:
-        before = self.history[-1].tokens if self.history else 0
-        return fields | {
-            "tokens": before + fields["tokens"],
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "seconds": self.seconds,
-        }
+        fields["tokens"] += self.history[-1].tokens if self.history else 0
+        rate = self.optimizer.param_groups[0]["lr"]
+        return {**fields, "learning_rate": rate, "seconds": self.seconds}
 
     def _leave(self, error: BaseException | None) -> None:
         self._bare.__dict__.pop("forward", None)
@@ -439,10 +432,9 @@ class SamplingRun(Run[ConfigT, RowT]):
         if old:
             with evaluating(self.network):
                 said = [self.network(sequences.select(r), **self.scoring) for r in cuts]
-            for name in ("log_probs", "values"):
-                if hasattr(said[0], name):
-                    wide = [widen(getattr(s, name), batch.mask) for s in said]
-                    changes[f"old_{name}"] = torch.cat(wide)
+            for name in {"log_probs", "values"}.intersection(said[0]._fields):
+                wide = [widen(getattr(s, name), batch.mask) for s in said]
+                changes[f"old_{name}"] = torch.cat(wide)
         return replace(batch, **changes)
 
     def minibatches(self, batch: Completions) -> Iterator[Completions]:
@@ -470,9 +462,7 @@ class SamplingRun(Run[ConfigT, RowT]):
             return replace(batch, mask=batch.mask & rows[:, None])
         return batch.select(rows)
 
-    def micro_batches(
-        self, size: int, groups: Sequence[int] | int = 1
-    ) -> Iterator[Tensor]:
+    def micro_batches(self, size: int, groups: GroupSizes = 1) -> Iterator[Tensor]:
         """As :meth:`Run.micro_batches`, also for a process without completions.
 
         It has no piece. Where others have one, it makes a pass whose gradient is 0:
@@ -487,8 +477,7 @@ class SamplingRun(Run[ConfigT, RowT]):
 
     def token_losses(self, loss: Loss, batch: Completions) -> Any:
         """Return the losses of a micro-batch, with ``ratio`` and ``clipped``."""
-        reported = ("ratio", "clipped")
-        return item_losses(loss, batch, batch.mask.shape, statistics=reported)
+        return item_losses(loss, batch, batch.mask.shape, ["ratio", "clipped"])
 
     def summary(self, batch: Completions) -> dict[str, Any]:
         """Return what a row of the history says of the completions themselves."""
@@ -502,12 +491,10 @@ class SamplingRun(Run[ConfigT, RowT]):
             "entropy": -float(self.sum(batch.sampler_log_probs.sum())) / max(tokens, 1),
         }
 
-    def explained_variance(
-        self, values: Tensor, targets: Tensor, mask: Tensor
-    ) -> float:
+    def explained_variance(self, value: Tensor, target: Tensor, mask: Tensor) -> float:
         """Return 1 − Var(target − V) / Var(target) over the tokens of all processes."""
         variance = self.processes.variance
-        return float(1 - variance(targets - values, mask) / variance(targets, mask))
+        return float(1 - variance(target - value, mask) / variance(target, mask))
 
     def tell_sampler(self) -> None:
         """Tell a sampler with weights of its own that they have changed."""
@@ -517,14 +504,11 @@ class SamplingRun(Run[ConfigT, RowT]):
 
 def _check_trainable(parameters: Sequence[nn.Parameter]) -> None:
     if not parameters:
-        raise ValueError(
-            "language_model has no trainable parameter: all have requires_grad=False"
-        )
+        raise ValueError("language_model has no parameter with requires_grad=True")
     if any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters):
         warnings.warn(
-            "the trained weights are in 16 bits, where an update smaller than 1/256 of "
-            "a weight is lost; load the model with dtype='float32' and set "
-            "autocast='bfloat16', or train adapters with lora=LoRA()",
+            "in 16 bits an update smaller than 1/256 of a weight is lost; load with "
+            "dtype='float32' and set autocast='bfloat16', or train with lora=LoRA()",
             stacklevel=5,
         )
 
