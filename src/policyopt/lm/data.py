@@ -27,12 +27,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from policyopt._checks import require
 from policyopt.runs import derive_seed
 
-__all__ = [
-    "Example", "Item", "Limits", "Pair", "Prompt", "PromptExample", "RankedList",
-    "Records", "batch_indices", "decode_completion", "encode_completion",
-    "encode_prompt", "epoch_order", "fingerprint", "pad_id", "preference_pairs",
-    "prompt_examples", "ranked_lists", "read_records", "sft_examples",
-]  # fmt: skip
+__all__ = ["Prompt", "read_records"]
 
 Message = dict[str, Any]
 Prompt = str | list[Message]

@@ -31,11 +31,7 @@ from policyopt.lm.data import Prompt
 from policyopt.lm.sequences import Sequences, evaluating, hidden_states
 from policyopt.runs import resolve_device
 
-__all__ = [
-    "LanguageModel", "LoRA", "RewardModel", "ScoreNetwork", "add_lora",
-    "freeze_output_head_", "is_adapted", "load", "new_folder", "refuse_tied_adapters",
-    "scalar_head", "text_batches",
-]  # fmt: skip
+__all__ = ["LanguageModel", "LoRA", "RewardModel", "add_lora", "load"]
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 
