@@ -213,9 +213,9 @@ def _check(causal: Any, parts: Head) -> CacheCheck:
         raise
     except Exception as error:  # whatever a model of someone else's may raise
         name, version = type(causal).__name__, transformers.__version__
-        why = f"with a cache (SFT and DPO need none) it is another model ({error!r})"
-        remedy = f"choose another model, or try a newer transformers than {version}"
-        return CacheCheck(f"{name} cannot be sampled: {why}; {remedy}", shares=False)
+        why = f"with a cache it is another model ({error!r}). Choose one of another kind"
+        remedy = f"or try a newer transformers than {version}; SFT and DPO need no cache"
+        return CacheCheck(f"{name} cannot be sampled: {why}, {remedy}", shares=False)
     return CacheCheck(None, shares)
 
 
