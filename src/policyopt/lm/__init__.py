@@ -11,21 +11,14 @@ if _find_spec("transformers") is None:
 from policyopt import _public_names
 from policyopt.lm.batches import *
 from policyopt.lm.config import LMConfig as LMConfig
-from policyopt.lm.data import Prompt as Prompt
-from policyopt.lm.data import read_records as read_records
+from policyopt.lm.data import *
 from policyopt.lm.dpo import *
 from policyopt.lm.grpo import *
 from policyopt.lm.log_probs import *
-from policyopt.lm.models import LanguageModel as LanguageModel
-from policyopt.lm.models import LoRA as LoRA
-from policyopt.lm.models import RewardModel as RewardModel
-from policyopt.lm.models import add_lora as add_lora
-from policyopt.lm.models import load as load
+from policyopt.lm.models import *
 from policyopt.lm.ppo import *
 from policyopt.lm.ranking import *
-from policyopt.lm.results import LMResult as LMResult
-from policyopt.lm.results import LMUpdate as LMUpdate
-from policyopt.lm.results import LoggedSample as LoggedSample
+from policyopt.lm.results import *
 from policyopt.lm.reward_model import *
 from policyopt.lm.rewards import *
 from policyopt.lm.sampling import *

@@ -31,9 +31,7 @@ class LMConfig(Settings):
     :func:`~policyopt.lm.reward_model.train_reward_model`.
     """
 
-    renamed: ClassVar[dict[str, str]] = {
-        "steps": "updates", "warmup_steps": "warmup_updates",
-    }  # fmt: skip
+    renamed: ClassVar = {"steps": "updates", "warmup_steps": "warmup_updates"}
     elsewhere: ClassVar[dict[str, str]] = {
         "max_completion_tokens": "sampling=SamplingConfig(max_new_tokens=…)"
     }
@@ -86,8 +84,7 @@ class LMConfig(Settings):
 
     def limits(self, language_model: LanguageModel) -> Limits:
         """Return how data become tokens that the model can take."""
-        cut = getattr(self, "max_completion_tokens", None)
-        lm = language_model
+        lm, cut = language_model, getattr(self, "max_completion_tokens", None)
         own = self.chat_template_kwargs or lm.chat_template_kwargs
         sizes = lm.context_length, self.max_prompt_tokens, cut, lm.vocabulary
         return Limits(*sizes, own)
@@ -128,6 +125,5 @@ class OnlineConfig(LMConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        explores = self.sampling.temperature > 0
         needed = "of a temperature > 0: equal samples teach nothing"
-        self._check("sampling", explores, needed)
+        self._check("sampling", self.sampling.temperature > 0, needed)

@@ -27,12 +27,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from policyopt._checks import require
 from policyopt.runs import derive_seed
 
-__all__ = [
-    "Example", "Item", "Limits", "Pair", "Prompt", "PromptExample", "RankedList",
-    "Records", "batch_indices", "decode_completion", "encode_completion",
-    "encode_prompt", "epoch_order", "fingerprint", "pad_id", "preference_pairs",
-    "prompt_examples", "ranked_lists", "read_records", "sft_examples",
-]  # fmt: skip
+__all__ = ["Prompt", "read_records"]
 
 Message = dict[str, Any]
 Prompt = str | list[Message]
@@ -489,9 +484,9 @@ def _special_tokens(tokenizer: Tokenizer) -> list[str]:
 def _roles(messages: Any, column: str) -> list[str]:
     """Check that these are messages, and return the role of each."""
     if not isinstance(messages, list) or not messages:
-        wanted = "text or a non-empty list of messages"
         got = f"{type(messages).__name__} {quote(messages)}"
-        raise ValueError(f"{column} must be {wanted}, got {got}")
+        rule = f"{column} must be text or a non-empty list of messages"
+        raise ValueError(f"{rule}, got {got}")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             rule = f"message {i} of {column} must look like {_FORM}"
@@ -738,39 +733,28 @@ def _read(
     data: Records, make: Callable[[Record], ItemT], limits: Limits, reserve: int = 0
 ) -> list[ItemT]:
     """Make an item of each record, and check that the model's context can hold them."""
-    named = _named_records(data)
-    items = []
+    named, items = _named_records(data), list[ItemT]()
     for name, record in named:
         try:
             items.append(make(record))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    if limits.context_length is not None:
-        names = [name for name, _ in named]
-        _check_lengths(names, items, limits.context_length, reserve)
-    return items
-
-
-def _check_lengths(
-    names: Sequence[str], items: Sequence[Item], context: int, reserve: int
-) -> None:
-    """Raise for the first item that the model's context cannot hold."""
+    context = limits.context_length or math.inf
     prompts = [len(item.prompt_ids) for item in items]
     rests = [max(map(len, item.completions), default=reserve) for item in items]
     long = [i for i in range(len(items)) if prompts[i] + rests[i] > context]
     if not long:
-        return
+        return items
     kinds = ("has", "max_completion_tokens"), ("may have", "max_new_tokens")
     has, setting = kinds[0] if items[0].completions else kinds[1]
     first, room = long[0], context - max(rests)
     remedy = f"set max_prompt_tokens to at most {room}"
     if room <= 0:
         remedy = f"set {setting} below {context} and max_prompt_tokens to what is left"
-    raise ValueError(
-        f"{names[first]}: the prompt has {prompts[first]} tokens and the completion "
-        f"{has} {rests[first]}, more than the model's context of {context} "
-        f"({len(long)} of {len(items)} items are too long); {remedy}"
-    )
+    what = f"the prompt has {prompts[first]} tokens and the completion {has}"
+    limit = f"{rests[first]}, more than the model's context of {context}"
+    share = f"{len(long)} of {len(items)} items are too long"
+    raise ValueError(f"{named[first][0]}: {what} {limit} ({share}); {remedy}")
 
 
 def _column(record: Mapping[str, Any], name: str) -> Any:
@@ -896,9 +880,8 @@ def batch_indices(size: int, batch_size: int, step: int, seed: int) -> list[int]
     """
     if size < 1:
         raise ValueError("the data set is empty: there is nothing to make a batch of")
-    if batch_size < 1 or step < 0:
-        got = f"{batch_size!r} and {step!r}"
-        raise ValueError(f"batch_size must be >= 1 and step >= 0, got {got}")
+    rule = "batch_size must be >= 1 and step >= 0"
+    require(batch_size >= 1 and step >= 0, rule, (batch_size, step))
     positions = range(step * batch_size, (step + 1) * batch_size)
     epochs = range(positions[0] // size, positions[-1] // size + 1)
     orders = {epoch: epoch_order(size, seed, epoch) for epoch in epochs}

@@ -79,9 +79,9 @@ def backbone_and_head(model: nn.Module) -> Head:
     """
     active = getattr(model, "active_peft_config", None)
     if getattr(active, "is_prompt_learning", False):
+        name = type(active).__name__
         raise ValueError(
-            f"{type(active).__name__} adds virtual tokens in front of the prompt, "
-            "which is not supported; use LoRA or full fine-tuning"
+            f"{name} adds virtual tokens, which is not supported; use LoRA"
         )
     causal = base_model(model)
     name = type(causal).__name__
@@ -91,10 +91,8 @@ def backbone_and_head(model: nn.Module) -> Head:
     if backbone is None or backbone is causal or backbone is head:
         backbone = getattr(causal, "model", None)
     if head is None or backbone is None:
-        raise ValueError(
-            f"{name} is not a causal language model with a head; load one with "
-            "AutoModelForCausalLM"
-        )
+        remedy = "load one with AutoModelForCausalLM"
+        raise ValueError(f"{name} is not a causal language model with a head; {remedy}")
     config = causal.config.get_text_config(decoder=True)
     scale = 1.0
     for attribute in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
@@ -150,16 +148,12 @@ def _verify(causal: Any, parts: Head) -> None:
     fits = rebuilt.shape == whole.shape
     error = (rebuilt.float() - whole).abs().max().item() if fits else math.inf
     if not error <= most:
-        raise ValueError(
-            f"{name}: decoder and head do not reproduce the model's own logits "
-            f"(largest difference {error:.3g}), so its log-probabilities would be "
-            "wrong: choose another model"
-        )
+        what = "decoder and head do not reproduce the model's own logits"
+        remedy = "its log-probabilities would be wrong: choose another model"
+        raise ValueError(f"{name}: {what} (off by up to {error:.3g}); {remedy}")
     # The median: an expert chosen by a hair may change at one position.
     change = (whole[0] - whole[1])[:-1].abs().amax(-1).median().item()
     if not change <= most:
-        raise ValueError(
-            f"{name} is not causal: another last token changes the logits before it "
-            f"by {change:.3g}. Set is_decoder=True in its config if it is a decoder, "
-            "or choose another model"
-        )
+        what = f"another last token changes the logits before it by {change:.3g}"
+        remedy = "set is_decoder=True in its config if it is one, or choose another"
+        raise ValueError(f"{name} is not causal: {what}; {remedy}")

@@ -31,11 +31,7 @@ from policyopt.lm.data import Prompt
 from policyopt.lm.sequences import Sequences, evaluating, hidden_states
 from policyopt.runs import resolve_device
 
-__all__ = [
-    "LanguageModel", "LoRA", "RewardModel", "ScoreNetwork", "add_lora",
-    "freeze_output_head_", "is_adapted", "load", "new_folder", "refuse_tied_adapters",
-    "scalar_head", "text_batches",
-]  # fmt: skip
+__all__ = ["LanguageModel", "LoRA", "RewardModel", "add_lora", "load"]
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -237,11 +233,9 @@ def refuse_tied_adapters(model: Any) -> None:
     head, inputs = model.get_output_embeddings(), model.get_input_embeddings()
     adapted = any(hasattr(layer, "base_layer") for layer in (head, inputs))
     if adapted and head.weight is inputs.weight:
-        raise ValueError(
-            "adapters of a tied embedding or output head cannot be merged: the other "
-            "one would change too; leave both out of target_modules, or untie them "
-            "(tie_word_embeddings=False) before adding adapters"
-        )
+        why = "cannot be merged: the other one would change too"
+        remedy = "leave both out of target_modules, or set tie_word_embeddings=False"
+        raise ValueError(f"adapters of a tied embedding or output head {why}; {remedy}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,15 +293,11 @@ def _peft() -> Iterator[Any]:
 
 
 def load(
-    name_or_path: str | Path,
-    *,
+    name_or_path: str | Path, *,
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
-    device: str = "auto",
-    attention: str | None = None,
-    lora: LoRA | None = None,
-    revision: str | None = None,
-    seed: int = 0,
-) -> LanguageModel:
+    device: str = "auto", attention: str | None = None, lora: LoRA | None = None,
+    revision: str | None = None, seed: int = 0,
+) -> LanguageModel:  # fmt: skip
     """Load a model and its tokenizer.
 
     Parameters
@@ -353,7 +343,7 @@ def load(
     source = str(folder.parent if gguf else name_or_path)
     local = Path(source).exists()
     options = {"trust_remote_code": False, "revision": revision or "main"}
-    weights: dict[str, Any] = {"dtype": dtype}
+    weights: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     if attention is not None:
         weights["attn_implementation"] = attention
     if gguf:
@@ -366,13 +356,10 @@ def load(
     try:
         with _quiet(local):
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            options |= weights
-            found: Any = AutoModelForCausalLM.from_pretrained(
-                source, output_loading_info=True, **options
-            )
+            auto: Any = AutoModelForCausalLM
+            model, report = auto.from_pretrained(source, **options, **weights)
     except (OSError, ImportError, ValueError) as error:
         raise ValueError(_why_not(str(name_or_path), error)) from error
-    model, report = found
     if getattr(model, "_hf_peft_config_loaded", False):
         remedy = "get it with huggingface_hub.snapshot_download and load the folder"
         raise ValueError(f"{name_or_path} holds adapters; {remedy}")
@@ -403,10 +390,8 @@ def _load_adapters(folder: Path, **options: Any) -> LanguageModel:
         try:
             base = load(name, **options).model
         except ValueError as error:
-            raise ValueError(
-                f"{folder} holds adapters for {name!r}, which cannot be loaded "
-                f"(adapter_config.json says where it is): {error}"
-            ) from error
+            what = f"{folder} holds adapters for {name!r}, which cannot be loaded"
+            raise ValueError(f"{what} (see adapter_config.json): {error}") from error
         model = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=True)
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     return LanguageModel(model.eval(), tokenizer, folder.resolve().name)
@@ -521,12 +506,9 @@ class RewardModel:
 
     @torch.no_grad()
     def __call__(
-        self,
-        completions: Sequence[str],
-        prompts: Sequence[Prompt],
-        finished: Sequence[bool] | None = None,
-        **columns: Any,
-    ) -> list[float]:
+        self, completions: Sequence[str], prompts: Sequence[Prompt],
+        finished: Sequence[bool] | None = None, **columns: Any,
+    ) -> list[float]:  # fmt: skip
         """Score texts, one prompt to each: the interface of a reward function."""
         batches = text_batches(self, completions, prompts, finished, columns)
         with evaluating(self.network):

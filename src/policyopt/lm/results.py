@@ -17,6 +17,8 @@ from policyopt.lm.data import Prompt
 from policyopt.lm.models import LanguageModel, RewardModel, new_folder
 from policyopt.runs import History, _warn_renamed
 
+__all__ = ["LMResult", "LMUpdate", "LoggedSample"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class LMUpdate(Row):

@@ -49,13 +49,10 @@ class Rewards:
 
 
 def compute_rewards(
-    functions: RewardFunctions,
-    completions: Sequence[str],
-    prompts: Sequence[Prompt],
-    columns: Mapping[str, Sequence[Any]] | None = None,
-    *,
+    functions: RewardFunctions, completions: Sequence[str], prompts: Sequence[Prompt],
+    columns: Mapping[str, Sequence[Any]] | None = None, *,
     weights: Sequence[float] | None = None,
-) -> Rewards:
+) -> Rewards:  # fmt: skip
     """Score completions with every reward function.
 
     Parameters
@@ -139,11 +136,9 @@ def _score(name: str, function: RewardFunction, available: _Columns) -> Tensor:
     for i, score in enumerate(scores):
         if not math.isfinite(score):
             kind = "" if values[i] is None else f" ({type(values[i]).__name__})"
-            raise ValueError(
-                f"{label} returned {quote(values[i])}{kind} for item {i} "
-                f"({_item(available, i)}); it must return a finite number for every "
-                "completion, 0 or a penalty where it has no opinion"
-            )
+            got = f"{quote(values[i])}{kind} for item {i} ({_item(available, i)})"
+            rule = "a finite number for every completion, 0 where it has no opinion"
+            raise ValueError(f"{label} returned {got}; it must return {rule}")
     return torch.tensor(scores, dtype=torch.float32)
 
 
@@ -164,10 +159,9 @@ def _accepted(label: str, function: RewardFunction, available: _Columns) -> list
         variable = p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         given = p.name in available and p.kind is not p.POSITIONAL_ONLY
         if p.default is p.empty and not variable and not given:
-            raise TypeError(
-                f"{label} requires {p.name!r}, which is not there; add the column to "
-                f"the data, or give it a default (there are {', '.join(available)})"
-            )
+            got = f"{p.name!r}, which is not there (there are {', '.join(available)})"
+            remedy = "add the column to the data, or give it a default"
+            raise TypeError(f"{label} requires {got}; {remedy}")
     return [name for name in available if everything or name in named]
 
 

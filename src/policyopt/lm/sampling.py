@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from policyopt._checks import require
 from policyopt.lm.cache import CachedDecoder, check_cache
 from policyopt.lm.data import Prompt
 from policyopt.lm.heads import backbone_and_head, base_model
@@ -81,14 +82,9 @@ class Sampler(Protocol):
     """
 
     def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        samples_per_prompt: int,
-        config: SamplingConfig,
-        *,
-        seed: int,
-        first_row: int = 0,
-    ) -> Samples:
+        self, prompts: Sequence[Sequence[int]], samples_per_prompt: int,
+        config: SamplingConfig, *, seed: int, first_row: int = 0,
+    ) -> Samples:  # fmt: skip
         """Draw completions.
 
         Parameters
@@ -151,12 +147,9 @@ class TransformersSampler:
     """
 
     def __init__(
-        self,
-        language_model: LanguageModel,
-        *,
-        batch_size: int | None = None,
+        self, language_model: LanguageModel, *, batch_size: int | None = None,
         synchronize: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be >= 1 or None, got {batch_size!r}")
         self.language_model = language_model
@@ -165,14 +158,9 @@ class TransformersSampler:
 
     @torch.no_grad()
     def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        samples_per_prompt: int,
-        config: SamplingConfig,
-        *,
-        seed: int,
-        first_row: int = 0,
-    ) -> Samples:
+        self, prompts: Sequence[Sequence[int]], samples_per_prompt: int,
+        config: SamplingConfig, *, seed: int, first_row: int = 0,
+    ) -> Samples:  # fmt: skip
         """Draw completions; see :meth:`Sampler.sample`.
 
         Raises
@@ -188,8 +176,7 @@ class TransformersSampler:
         eos = torch.tensor(lm.eos_ids, device=lm.device)
         count = len(prompts) * samples_per_prompt
         size = self.batch_size or count
-        completions: list[list[int]] = []
-        log_probs: list[list[float]] = []
+        completions, log_probs = list[list[int]](), list[list[float]]()
         joint = gathered(lm.model, layers=not self.synchronize)
         with joint, evaluating(lm.model):
             for start in range(0, count, size):
@@ -209,13 +196,9 @@ class TransformersSampler:
         return _samples(prompts, completions, log_probs, lm)
 
     def _decode(
-        self,
-        prompts: Sequence[Sequence[int]],
-        index: list[int],
-        uniforms: Tensor,
-        eos: Tensor,
-        config: SamplingConfig,
-    ) -> tuple[Tensor, Tensor]:
+        self, prompts: Sequence[Sequence[int]], index: list[int], uniforms: Tensor,
+        eos: Tensor, config: SamplingConfig,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Token ids and log-probabilities ``[b, t]`` of one batch; what follows a row's
         first EOS means nothing.
         """
@@ -319,25 +302,22 @@ def _uniforms(seed: int, first_row: int, rows: int, steps: int) -> Tensor:
 
 
 def _check_request(
-    prompts: Sequence[Sequence[int]],
-    samples_per_prompt: int,
-    config: SamplingConfig,
+    prompts: Sequence[Sequence[int]], samples_per_prompt: int, config: SamplingConfig,
     context_length: int | None,
-) -> None:
+) -> None:  # fmt: skip
     if not prompts:
         raise ValueError("there are no prompts to complete")
     if samples_per_prompt < 1:
         raise ValueError(f"samples_per_prompt must be >= 1, got {samples_per_prompt!r}")
     refuse_empty(prompts)
+    longest = config.max_new_tokens
     for i, prompt in enumerate(prompts):
-        room = math.inf if context_length is None else context_length - len(prompt)
-        if room < config.max_new_tokens:
+        room = (context_length or math.inf) - len(prompt)
+        if room < longest:
             remedy = f", or set max_new_tokens to at most {room}" if room > 0 else ""
-            raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens; with max_new_tokens = "
-                f"{config.max_new_tokens} it does not fit the model's context of "
-                f"{context_length}: shorten the prompt{remedy}"
-            )
+            what = f"prompt {i} has {len(prompt)} tokens and max_new_tokens = {longest}"
+            limit = f"the model's context of {context_length}"
+            raise ValueError(f"{what}: more than {limit}; shorten the prompt{remedy}")
 
 
 def _cut(rows: Tensor, lengths: list[int]) -> list[list[Any]]:
@@ -346,29 +326,24 @@ def _cut(rows: Tensor, lengths: list[int]) -> list[list[Any]]:
 
 
 def _samples(
-    prompts: Sequence[Sequence[int]],
-    completions: list[list[int]],
-    log_probs: list[list[float]],
-    language_model: LanguageModel,
-) -> Samples:
+    prompts: Sequence[Sequence[int]], completions: list[list[int]],
+    log_probs: list[list[float]], lm: LanguageModel,
+) -> Samples:  # fmt: skip
     """Pad completions and log-probabilities, and check that these are numbers."""
-    device, ends = language_model.device, set(language_model.eos_ids)
+    device, ends = lm.device, set(lm.eos_ids)
     samples_per_prompt = len(completions) // len(prompts)
     index = [row // samples_per_prompt for row in range(len(completions))]
-    sequences = Sequences.pad(
-        prompts, completions, index, pad_id=language_model.pad_id, device=device
-    )
-    scores = torch.zeros(sequences.completion_ids.shape, device=device)
+    batch = Sequences.pad(prompts, completions, index, pad_id=lm.pad_id, device=device)
+    scores = torch.zeros(batch.completion_ids.shape, device=device)
     flat = [number for row in log_probs for number in row]
-    scores[sequences.completion_mask] = torch.tensor(flat, device=device)
+    scores[batch.completion_mask] = torch.tensor(flat, device=device)
     if not bool(scores.isfinite().all()):
         row = int((~scores.isfinite()).any(1).nonzero()[0])
-        raise FloatingPointError(
-            f"{language_model.name} has NaN or infinite logits (completion {row}): go "
-            "back to the last good checkpoint and lower the learning rate"
-        )
+        what = f"{lm.name} has NaN or infinite logits (completion {row})"
+        remedy = "go back to the last good checkpoint and lower the learning rate"
+        raise FloatingPointError(f"{what}: {remedy}")
     finished = [not ends.isdisjoint(row[-1:]) for row in completions]
-    return Samples(sequences, scores, torch.tensor(finished, device=device))
+    return Samples(batch, scores, torch.tensor(finished, device=device))
 
 
 class VLLMSampler:
@@ -404,21 +379,16 @@ class VLLMSampler:
         try:
             import vllm  # type: ignore[import-not-found,unused-ignore]
         except ImportError as error:
-            raise ImportError(
-                "VLLMSampler needs vLLM, on Linux with a GPU: pip install vllm. "
-                "TransformersSampler runs everywhere"
-            ) from error
+            what = "VLLMSampler needs vLLM, on Linux with a GPU: pip install vllm"
+            raise ImportError(f"{what}. TransformersSampler runs everywhere") from error
         lm = self.language_model = language_model
         self.context_length = options.get("max_model_len", lm.context_length)
         self._sampling_params = vllm.SamplingParams
         self.engine = engine or _build_engine(vllm.LLM, lm, options)
         model_config = getattr(self.engine, "model_config", None)
         mode = getattr(model_config, "logprobs_mode", "processed_logprobs")
-        if mode != "processed_logprobs":
-            raise ValueError(
-                f"the engine returns {mode}, from before temperature, top-k and top-p; "
-                "build it with vllm.LLM(..., logprobs_mode='processed_logprobs')"
-            )
+        rule = "logprobs_mode must be 'processed_logprobs', after top-k and top-p"
+        require(mode == "processed_logprobs", rule, mode, "give it to vllm.LLM")
 
     def _hand_over(self) -> None:
         """Give the model's weights, adapters merged, to the engine."""
@@ -431,14 +401,9 @@ class VLLMSampler:
         self.engine.reset_prefix_cache()  # those keys and values are the old weights'
 
     def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        samples_per_prompt: int,
-        config: SamplingConfig,
-        *,
-        seed: int,
-        first_row: int = 0,
-    ) -> Samples:
+        self, prompts: Sequence[Sequence[int]], samples_per_prompt: int,
+        config: SamplingConfig, *, seed: int, first_row: int = 0,
+    ) -> Samples:  # fmt: skip
         """Draw completions; see :meth:`Sampler.sample`. ``first_row`` must be the first
         of a prompt's rows.
 
@@ -475,11 +440,9 @@ class VLLMSampler:
         return _samples(prompts, completions, log_probs, lm)
 
 
-def _build_engine(
-    engine: Any, language_model: LanguageModel, options: dict[str, Any]
-) -> Any:
+def _build_engine(engine: Any, lm: LanguageModel, options: dict[str, Any]) -> Any:
     """Build a vLLM engine for the model's architecture, its weights still to come."""
-    model = base_model(language_model.model)
+    model = base_model(lm.model)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     # Only an engine in this process can be given weights without a copy.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from policyopt._checks import require
 from policyopt.lm.cache import CachedDecoder, check_cache
 from policyopt.lm.heads import backbone_and_head, evaluating
 
@@ -47,30 +48,21 @@ class Sequences:
         for name in ("prompt", "completion"):
             ids, mask = getattr(self, f"{name}_ids"), getattr(self, f"{name}_mask")
             fits = ids.ndim == 2 and ids.dtype == torch.long
-            self._check(f"{name}_ids", fits, "be a long matrix")
+            require(fits, f"{name}_ids must be a long matrix", (ids.dtype, ids.shape))
             fits = mask.shape == ids.shape and mask.dtype == torch.bool
-            wanted = f"be Boolean with the shape of {name}_ids, {tuple(ids.shape)}"
-            self._check(f"{name}_mask", fits, wanted)
+            rule = f"{name}_mask must be Boolean with the shape of {name}_ids"
+            require(fits, f"{rule}, {tuple(ids.shape)}", (mask.dtype, mask.shape))
         index = self.prompt_index
         fits = index.shape == (len(self),) and index.dtype == torch.long
-        wanted = f"hold one row number per completion, long [{len(self)}]"
-        self._check("prompt_index", fits, wanted)
-
-    def _check(self, name: str, fits: bool, wanted: str) -> None:
-        if not fits:
-            tensor = getattr(self, name)
-            got = f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise ValueError(f"{name} must {wanted}, got {got}")
+        rule = "prompt_index must hold one row number per completion, long"
+        require(fits, f"{rule} [{len(self)}]", (index.dtype, index.shape))
 
     @staticmethod
     def pad(
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
-        prompt_index: Sequence[int] | None = None,
-        *,
-        pad_id: int = 0,
+        prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]],
+        prompt_index: Sequence[int] | None = None, *, pad_id: int = 0,
         device: torch.device | str | None = None,
-    ) -> Sequences:
+    ) -> Sequences:  # fmt: skip
         """Pad lists of token ids: prompts on the left, completions on the right.
 
         Parameters
@@ -99,9 +91,8 @@ class Sequences:
             raise ValueError(f"{len(index)} entries in prompt_index, {B} completions")
         for i, row in enumerate(index):
             if not 0 <= row < P:
-                raise ValueError(
-                    f"completion {i} continues prompt {row}, but there are {P} prompts"
-                )
+                what = f"completion {i} continues prompt {row}"
+                raise ValueError(f"{what}, but there are {P} prompts")
         left = _pad(prompts, pad_id, left=True)
         right = _pad(completions, pad_id, left=False)
         sequences = Sequences(*left, *right, torch.tensor(index, dtype=torch.long))
