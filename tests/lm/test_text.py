@@ -219,7 +219,7 @@ def test_decode_inverts_encode(family: str, text: str) -> None:
         assert decoded == text
 
 
-@pytest.mark.parametrize("family", FAMILIES.keys() - {"word piece"})
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "word piece"])
 def test_a_completion_is_decoded_to_what_it_adds_to_its_prompt(family: str) -> None:
     """The text of prompt and completion together, from the tokenizer itself."""
     tokenizer = FAMILIES[family]

@@ -212,10 +212,12 @@ def _check(causal: Any, parts: Head) -> CacheCheck:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a model of someone else's may raise
-        name, version = type(causal).__name__, transformers.__version__
-        why = f"with a cache it is another model ({error!r}). Choose one of another kind"
-        remedy = f"or try a newer transformers than {version}; SFT and DPO need no cache"
-        return CacheCheck(f"{name} cannot be sampled: {why}, {remedy}", shares=False)
+        fault = (
+            f"{type(causal).__name__} cannot be sampled: with a cache it is another "
+            f"model ({error!r}). Choose one of another kind, or try a newer "
+            f"transformers than {transformers.__version__}; SFT and DPO need no cache"
+        )
+        return CacheCheck(fault, shares=False)
     return CacheCheck(None, shares)
 
 

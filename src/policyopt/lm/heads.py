@@ -149,11 +149,11 @@ def _verify(causal: Any, parts: Head) -> None:
     error = (rebuilt.float() - whole).abs().max().item() if fits else math.inf
     if not error <= most:
         what = "decoder and head do not reproduce the model's own logits"
-        remedy = "its log-probabilities would be wrong: choose another model"
-        raise ValueError(f"{name}: {what} (off by up to {error:.3g}); {remedy}")
+        remedy = "so its log-probabilities would be wrong: choose another model"
+        raise ValueError(f"{name}: {what} (largest difference {error:.3g}), {remedy}")
     # The median: an expert chosen by a hair may change at one position.
     change = (whole[0] - whole[1])[:-1].abs().amax(-1).median().item()
     if not change <= most:
         what = f"another last token changes the logits before it by {change:.3g}"
-        remedy = "set is_decoder=True in its config if it is one, or choose another"
-        raise ValueError(f"{name} is not causal: {what}; {remedy}")
+        remedy = "in its config if it is a decoder, or choose another model"
+        raise ValueError(f"{name} is not causal: {what}. Set is_decoder=True {remedy}")
