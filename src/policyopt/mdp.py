@@ -22,9 +22,7 @@ References: Puterman, *Markov Decision Processes*, 1994; Sutton and Barto,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +32,7 @@ from policyopt._checks import require
 __all__ = [
     "FiniteMDP", "Solution", "Trajectories", "action_values", "advantages",
     "bellman_expectation", "bellman_optimality", "error_bound", "exact_policy_gradient",
-    "expected_return", "from_gymnasium", "greedy_policy", "lookahead", "occupancy",
+    "expected_return", "greedy_policy", "lookahead", "occupancy",
     "performance_difference", "policy_evaluation", "policy_iteration",
     "sample_trajectories", "softmax_policy", "uniform_policy", "value_iteration",
 ]  # fmt: skip
@@ -599,91 +597,6 @@ def sample_trajectories(
         steps.append((state, action, reward, next_state, *flags))
         state = next_state
     return Trajectories(*(torch.stack(column) for column in zip(*steps, strict=True)))
-
-
-# --- Construction ---
-
-
-def from_gymnasium(
-    source: Any,
-    gamma: float,
-    *,
-    initial: Sequence[float] | Tensor | None = None,
-    allow_undiscounted: bool = False,
-) -> FiniteMDP:
-    """Build the MDP of a Gymnasium toy-text environment (FrozenLake, CliffWalking,
-    Taxi) from its table.
-
-    A transition that the table marks as *done* ends the episode, whatever the table
-    says about the state it leads to. It keeps its next state if that state is terminal
-    anyhow (FrozenLake's holes and goal), and leads to one added terminal state, with
-    index ``S``, otherwise (CliffWalking's goal, Taxi's drop-off). So nothing is ever
-    bootstrapped from beyond the end. A time limit is not part of the table, nor of this
-    MDP.
-
-    Parameters
-    ----------
-    source : environment or mapping
-        An environment whose ``unwrapped`` has ``P`` and ``initial_state_distrib``; or
-        the table itself, ``table[s][a] = [(probability, next state, reward, done),
-        ...]``.
-    gamma : float
-        Discount in [0, 1].
-    initial : sequence of float, optional
-        ``[S]``, the distribution of the first state; required with a bare table.
-    allow_undiscounted : bool
-        As in :class:`FiniteMDP`.
-
-    Returns
-    -------
-    FiniteMDP
-        With the ``S`` states of the table, and one more if a terminal state had to be
-        added.
-
-    Raises
-    ------
-    ValueError
-        If ``source`` has no table, ``initial`` is missing, or the table is not a valid
-        MDP.
-    """
-    environment = getattr(source, "unwrapped", source)
-    table = source if isinstance(source, Mapping) else getattr(environment, "P", None)
-    if not isinstance(table, Mapping) or not table:
-        raise ValueError(
-            "source must be a toy-text environment or its table P, got "
-            f"{type(environment).__name__}"
-        )
-    if initial is None:
-        initial = getattr(environment, "initial_state_distrib", None)
-    if initial is None:
-        raise ValueError(
-            "initial is required with a bare table: the probability of each state to "
-            "be the first"
-        )
-    n_states, n_actions = len(table), len(table[0])
-    absorbing = [
-        all(
-            nxt == s and reward == 0
-            for outcomes in table[s].values()
-            for _, nxt, reward, _ in outcomes
-        )
-        for s in range(n_states)
-    ]
-    P = torch.zeros(n_states + 1, n_actions, n_states + 1, dtype=torch.float64)
-    R = torch.zeros(n_states + 1, n_actions, dtype=torch.float64)
-    end = n_states
-    P[end, :, end] = 1.0
-    for s in range(n_states):
-        for a in range(n_actions):
-            for probability, following, reward, done in table[s][a]:
-                leaves = done and not absorbing[following]
-                P[s, a, end if leaves else following] += probability
-                R[s, a] += probability * reward
-    start = torch.zeros(n_states + 1, dtype=torch.float64)
-    start[:end] = torch.as_tensor(initial, dtype=torch.float64)
-    if not P[:end, :, end].any():
-        P, R, start = P[:end, :, :end], R[:end], start[:end]
-    return FiniteMDP(P, R, gamma, start, allow_undiscounted)
 
 
 # --- Checks and graph arguments ---

@@ -255,9 +255,7 @@ def sample_texts(
     )
     if greedy:
         config.temperature = config.top_k = config.top_p = None
-    ids = model.generate(  # type: ignore[misc]
-        **batch, generation_config=config
-    )
+    ids = model.generate(**batch, generation_config=config)
     torch.set_rng_state(generator_state)
     return tokenizer.batch_decode(
         ids[:, batch.input_ids.shape[1] :], skip_special_tokens=True

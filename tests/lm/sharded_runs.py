@@ -76,7 +76,7 @@ def trained_adapters() -> LanguageModel:
     with torch.no_grad():
         for parameter in model.model.parameters():
             if parameter.requires_grad:
-                parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     return model
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from policyopt import estimators, mdp
 from policyopt.mdp import FiniteMDP
-from policyopt_book.tasks.grids import grid_world
+from policyopt_book.tasks.grids import from_gymnasium, grid_world
 
 F64 = torch.float64
 
@@ -369,7 +369,7 @@ def simulate(problem: FiniteMDP, actions: list[int]) -> tuple[list[int], list[fl
 
 def test_frozen_lake_keeps_its_states_and_matches_the_environment() -> None:
     env = gym.make("FrozenLake-v1", is_slippery=False)
-    problem = mdp.from_gymnasium(env, 0.99)
+    problem = from_gymnasium(env, 0.99)
     assert problem.n_states == 16
     assert problem.terminal.nonzero().flatten().tolist() == [5, 7, 11, 12, 15]
     plan = [1, 1, 2, 1, 2, 2]
@@ -382,7 +382,7 @@ def test_frozen_lake_keeps_its_states_and_matches_the_environment() -> None:
 
 
 def test_slippery_frozen_lake_undiscounted_is_the_chance_of_success() -> None:
-    problem = mdp.from_gymnasium(gym.make("FrozenLake-v1"), 1.0, allow_undiscounted=True)
+    problem = from_gymnasium(gym.make("FrozenLake-v1"), 1.0, allow_undiscounted=True)
     # 14/17, the known optimum of the 4 x 4 map: V = 0.82 everywhere that one can stay safe.
     assert math.isclose(mdp.policy_iteration(problem).values[0].item(), 14 / 17, abs_tol=1e-12)
     grid = grid_world(
@@ -391,7 +391,7 @@ def test_slippery_frozen_lake_undiscounted_is_the_chance_of_success() -> None:
         slip=2 / 3,
         terminals={"G": 1.0, "H": 0.0},
     )
-    lake = mdp.from_gymnasium(gym.make("FrozenLake-v1"), 0.9)
+    lake = from_gymnasium(gym.make("FrozenLake-v1"), 0.9)
     torch.testing.assert_close(grid.P, lake.P)
     torch.testing.assert_close(grid.R, lake.R)
 
@@ -399,17 +399,17 @@ def test_slippery_frozen_lake_undiscounted_is_the_chance_of_success() -> None:
 def test_done_transitions_never_bootstrap() -> None:
     """The table goes on after *done*; the MDP must not."""
     table = {0: {0: [(1.0, 1, 1.0, True)]}, 1: {0: [(1.0, 0, 100.0, False)]}}
-    problem = mdp.from_gymnasium(table, 0.9, initial=[1.0, 0.0])
+    problem = from_gymnasium(table, 0.9, initial=[1.0, 0.0])
     assert problem.n_states == 3
     values = mdp.policy_evaluation(problem, mdp.uniform_policy(problem))
     torch.testing.assert_close(values.tolist(), [1.0, 100.9, 0.0])
 
 
 def test_taxi_and_cliff_walking() -> None:
-    cliff = mdp.from_gymnasium(gym.make("CliffWalking-v1"), 1.0, allow_undiscounted=True)
+    cliff = from_gymnasium(gym.make("CliffWalking-v1"), 1.0, allow_undiscounted=True)
     assert cliff.n_states == 49  # the goal's own state is not terminal in the table
     assert mdp.policy_iteration(cliff).values[36] == -13.0  # Sutton and Barto, 2018, example 6.6
-    taxi = mdp.from_gymnasium(gym.make("Taxi-v4"), 1.0, allow_undiscounted=True)
+    taxi = from_gymnasium(gym.make("Taxi-v4"), 1.0, allow_undiscounted=True)
     best = mdp.expected_return(taxi, mdp.policy_iteration(taxi).policy)
     assert math.isclose(best.item(), 7.93, abs_tol=0.01)
 
@@ -459,9 +459,9 @@ def test_invalid_arguments() -> None:
     with pytest.raises(ValueError, match="n must be >= 1, got 0"):
         mdp.sample_trajectories(problem, policy, 0, max_steps=1)
     with pytest.raises(ValueError, match="toy-text environment or its table P, got CartPoleEnv"):
-        mdp.from_gymnasium(gym.make("CartPole-v1"), 0.9)
+        from_gymnasium(gym.make("CartPole-v1"), 0.9)
     with pytest.raises(ValueError, match="initial is required"):
-        mdp.from_gymnasium({0: {0: [(1.0, 0, 0.0, True)]}}, 0.9)
+        from_gymnasium({0: {0: [(1.0, 0, 0.0, True)]}}, 0.9)
 
 
 def test_float32_is_accepted_and_made_exact() -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Head", "backbone_and_head", "evaluating"]
+__all__ = ["Head", "backbone_and_head", "causal_models", "evaluating"]
 
 
 class Head(NamedTuple):
@@ -107,6 +107,11 @@ def backbone_and_head(model: nn.Module) -> Head:
         _verify(causal, parts)
         _verified.add(causal)
     return parts
+
+
+def causal_models(network: nn.Module) -> list[Any]:
+    """Return the causal language models that a network is made of."""
+    return [m for m in network.children() if hasattr(m, "get_output_embeddings")]
 
 
 def base_model(model: Any) -> Any:

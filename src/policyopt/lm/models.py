@@ -104,7 +104,7 @@ class LanguageModel:
         """
         config = self.model.config.get_text_config()
         length = getattr(config, "max_position_embeddings", None)
-        return None if length is None else int(length)
+        return int(length) if length and length > 0 else None
 
     @property
     def num_parameters(self) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from policyopt.estimators import normalize
 from policyopt.lm.cache import check_cache
+from policyopt.lm.heads import causal_models
 from policyopt.lm.models import LanguageModel
 from policyopt.lm.sharding import ShardedNetwork, shard_like, sharding_requested, whole
 
@@ -145,8 +146,8 @@ class Processes:
         ``slots`` is what the optimiser remembers from a checkpoint.
         """
         if self._wants_sharding and self._accelerator is not None:
-            # It looks at the model on its first call: while that is whole.
-            check_cache(language_model.model)
+            for part in causal_models(network):  # while they are whole
+                check_cache(part)
             shared = ShardedNetwork(network, language_model.model, self.device)
             self._sharded, optimizer = shared, new_optimizer()
             parameters = [p for p in network.parameters() if p.requires_grad]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from policyopt.lm.cache import CachedDecoder, check_cache
 from policyopt.lm.heads import backbone_and_head, evaluating
@@ -167,7 +168,7 @@ def widen(values: Tensor, like: Tensor) -> Tensor:
     """Pad numbers per token, ``[B, t]``, with zeros on the right to the width of
     ``like``, ``[B, T]``.
     """
-    return torch.nn.functional.pad(values, (0, like.shape[1] - values.shape[1]))
+    return pad(values, (0, like.shape[1] - values.shape[1]))
 
 
 def _longest(mask: Tensor) -> int:
@@ -229,14 +230,14 @@ def _shared(backbone: nn.Module, sequences: Sequences) -> Tensor:
     decoder = CachedDecoder(backbone)
     hidden = decoder.read(sequences.prompt_ids, mask)
     first = hidden[:, -1:].index_select(0, index)
-    if sequences.completion_ids.shape[1] == 0:
-        return first
     decoder.share(index)
-    steps = torch.arange(sequences.completion_ids.shape[1], device=mask.device)
-    seen = torch.cat([mask[index], sequences.completion_mask], 1)
-    positions = mask.sum(1)[index, None] + steps
-    completions = decoder(sequences.completion_ids, seen, positions)
-    return torch.cat([first, completions], 1)
+    ids, seen = sequences.completion_ids, sequences.completion_mask
+    T = ids.shape[1]
+    if T == 0:  # the second pass is made all the same: sharded processes wait for it
+        ids, seen = pad(ids, (0, 1)), pad(seen, (0, 1))
+    positions = mask.sum(1)[index, None] + torch.arange(ids.shape[1], device=ids.device)
+    completions = decoder(ids, torch.cat([mask[index], seen], 1), positions)
+    return torch.cat([first, completions], 1)[:, : T + 1]
 
 
 def _concatenated(backbone: nn.Module, sequences: Sequences) -> Tensor:

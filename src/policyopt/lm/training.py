@@ -21,6 +21,7 @@ from policyopt.frame import Frame, Statistics
 from policyopt.lm import sampling
 from policyopt.lm.batches import Completions
 from policyopt.lm.data import batch_indices, fingerprint
+from policyopt.lm.heads import causal_models
 from policyopt.lm.models import LanguageModel
 from policyopt.lm.policies import Reference
 from policyopt.lm.processes import Processes
@@ -252,9 +253,11 @@ class Run(Frame[ConfigT, RowT]):
         self._references = None
         self._random_state = torch.get_rng_state()
         if self.config.gradient_checkpointing:
-            model, mode = self.language_model.model, self._layer_mode
-            self._recomputed = [m for m in model.modules() if isinstance(m, Layer)]
-            _recompute(model, use_reentrant=False, context_fn=lambda: (mode(), mode()))
+            mode, layers = self._layer_mode, self._bare.modules()
+            self._recomputed = [m for m in layers if isinstance(m, Layer)]
+            options = {"use_reentrant": False, "context_fn": lambda: (mode(), mode())}
+            for model in causal_models(self._bare):
+                _recompute(model, **options)
         self.network, self.optimizer = self.processes.share(
             self._bare, self.language_model, self.optimizer, self._new_optimizer,
             self._slots,
@@ -303,7 +306,8 @@ class Run(Frame[ConfigT, RowT]):
             self.network = self._bare
         self._bare.eval()
         if self.config.gradient_checkpointing:
-            _recompute(self.language_model.model)
+            for model in causal_models(self._bare):
+                _recompute(model)
         torch.set_rng_state(self._random_state)
 
     def _revert(self, error: BaseException) -> bool:

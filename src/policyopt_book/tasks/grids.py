@@ -1,14 +1,18 @@
-"""Grid worlds: small Markov decision processes drawn as maps."""
+"""Grid worlds: small Markov decision processes drawn as maps, or read from the tables
+of Gymnasium's toy-text environments.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from policyopt.mdp import FiniteMDP
 
-__all__ = ["grid_world"]
+__all__ = ["from_gymnasium", "grid_world"]
 
 
 def grid_world(
@@ -103,3 +107,85 @@ def grid_world(
     initial = torch.zeros(len(cells), dtype=torch.float64)
     initial[starts] = 1.0 / len(starts)
     return FiniteMDP(P, R, gamma, initial, allow_undiscounted)
+
+
+def from_gymnasium(
+    source: Any,
+    gamma: float,
+    *,
+    initial: Sequence[float] | Tensor | None = None,
+    allow_undiscounted: bool = False,
+) -> FiniteMDP:
+    """Build the MDP of a Gymnasium toy-text environment (FrozenLake, CliffWalking,
+    Taxi) from its table.
+
+    A transition that the table marks as *done* ends the episode, whatever the table
+    says about the state it leads to. It keeps its next state if that state is terminal
+    anyhow (FrozenLake's holes and goal), and leads to one added terminal state, with
+    index ``S``, otherwise (CliffWalking's goal, Taxi's drop-off). So nothing is ever
+    bootstrapped from beyond the end. A time limit is not part of the table, nor of this
+    MDP.
+
+    Parameters
+    ----------
+    source : environment or mapping
+        An environment whose ``unwrapped`` has ``P`` and ``initial_state_distrib``; or
+        the table itself, ``table[s][a] = [(probability, next state, reward, done),
+        ...]``.
+    gamma : float
+        Discount in [0, 1].
+    initial : sequence of float, optional
+        ``[S]``, the distribution of the first state; required with a bare table.
+    allow_undiscounted : bool
+        As in :class:`~policyopt.mdp.FiniteMDP`.
+
+    Returns
+    -------
+    FiniteMDP
+        With the ``S`` states of the table, and one more if a terminal state had to be
+        added.
+
+    Raises
+    ------
+    ValueError
+        If ``source`` has no table, ``initial`` is missing, or the table is not a valid
+        MDP.
+    """
+    environment = getattr(source, "unwrapped", source)
+    table = source if isinstance(source, Mapping) else getattr(environment, "P", None)
+    if not isinstance(table, Mapping) or not table:
+        raise ValueError(
+            "source must be a toy-text environment or its table P, got "
+            f"{type(environment).__name__}"
+        )
+    if initial is None:
+        initial = getattr(environment, "initial_state_distrib", None)
+    if initial is None:
+        raise ValueError(
+            "initial is required with a bare table: the probability of each state to "
+            "be the first"
+        )
+    n_states, n_actions = len(table), len(table[0])
+    absorbing = [
+        all(
+            nxt == s and reward == 0
+            for outcomes in table[s].values()
+            for _, nxt, reward, _ in outcomes
+        )
+        for s in range(n_states)
+    ]
+    P = torch.zeros(n_states + 1, n_actions, n_states + 1, dtype=torch.float64)
+    R = torch.zeros(n_states + 1, n_actions, dtype=torch.float64)
+    end = n_states
+    P[end, :, end] = 1.0
+    for s in range(n_states):
+        for a in range(n_actions):
+            for probability, following, reward, done in table[s][a]:
+                leaves = done and not absorbing[following]
+                P[s, a, end if leaves else following] += probability
+                R[s, a] += probability * reward
+    start = torch.zeros(n_states + 1, dtype=torch.float64)
+    start[:end] = torch.as_tensor(initial, dtype=torch.float64)
+    if not P[:end, :, end].any():
+        P, R, start = P[:end, :, :end], R[:end], start[:end]
+    return FiniteMDP(P, R, gamma, start, allow_undiscounted)
