@@ -98,6 +98,9 @@ def run(setting: Setting) -> Outcome:
         "sampler": Cut(model, setting.unfinished_from), "progress": False, "callback": count,
     }  # fmt: skip
     changes = {**COMMON, **setting.changes}
+    if changes.get("beta") and setting.trainer == "grpo":
+        # The gradient of the KL term at π = π_ref is nothing but roundings.
+        options["reference"] = tiny_model(seed=1)
     if setting.trainer == "grpo":
         grpo = GRPOConfig(**{"group_size": 3, **changes})
         if setting.own_loss:

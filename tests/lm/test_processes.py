@@ -156,7 +156,7 @@ def drawn(draw: st.DrawFn) -> Setting:
 
 
 @pytest.mark.sweep
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(setting=drawn())
 def test_drawn_settings_learn_alike(setting: Setting, worlds: dict[str, World]) -> None:
     one = run(setting)
