@@ -130,7 +130,9 @@ def test_dropout_is_on_in_sft_and_the_reward_model_alone(name: str, build: Any) 
 
 
 @pytest.mark.parametrize("name", ["sft", "dpo", "ranking", "grpo", "ppo"])
-@pytest.mark.parametrize("build", [gpt2, opt, adapters, tiny_model])
+@pytest.mark.parametrize(
+    "build", [*(pytest.param(build, marks=pytest.mark.sweep) for build in (gpt2, opt)), adapters, tiny_model]
+)
 def test_checkpointing_recomputes_every_layer_and_changes_nothing(name: str, build: Any) -> None:
     def run(checkpointing: bool) -> tuple[list[float], int]:
         model, in_backward = build(), []
