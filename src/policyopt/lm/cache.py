@@ -185,9 +185,10 @@ def check_cache(model: nn.Module) -> CacheCheck:
 
 @torch.no_grad()
 def _check(causal: Any, parts: Head) -> CacheCheck:
-    shares, most = False, _rounding(causal)
+    shares = False
     try:
         attends = CachedDecoder(parts.backbone).attends
+        most = _rounding(causal, attends)
         T = 2 if attends else 8  # errors of recurrent states add up
         ids = some_ids(causal, 8 + 2 * T)
         texts = ids[: 3 + T], ids[3 + T :]  # prompts of 3 and 5 tokens, and T more
@@ -221,12 +222,15 @@ def _check(causal: Any, parts: Head) -> CacheCheck:
     return CacheCheck(None, shares)
 
 
-def _rounding(model: nn.Module) -> float:
+def _rounding(model: nn.Module, attends: bool) -> float:
     """Return the most that rounding may do to logits, as a share of their spread."""
     weight = next(model.parameters())
     # Products of float32 matrices may be in TensorFloat-32, or less.
     exact = torch.get_float32_matmul_precision() == "highest"
-    least = 1e-4 if exact and weight.device.type == "cpu" else 0.05
+    # SmolLM2's thirty layers round to 5e-4, and a shifted position makes 0.05 or more.
+    # A recurrent state that is stepped otherwise than scanned may be off by 6e-4.
+    exact = exact and weight.device.type == "cpu"
+    least = (5e-3 if attends else 3e-4) if exact else 0.05
     return max(least, {torch.bfloat16: 0.2, torch.float16: 0.05}.get(weight.dtype, 0.0))
 
 
