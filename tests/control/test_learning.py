@@ -86,6 +86,7 @@ def test_cartpole_is_solved_over_seeds(algorithm: str) -> None:
     assert min(final) >= 100, final
 
 
+@pytest.mark.sweep  # half a minute
 @pytest.mark.parametrize("algorithm", PENDULUM)
 def test_pendulum_is_swung_up(algorithm: str) -> None:
     results = train_seeds(PENDULUM[algorithm]("cpu"), seeds=3, workers=1, progress=False)

@@ -630,6 +630,7 @@ def test_whatever_differs_changes_the_fingerprint() -> None:
     assert len({fingerprint(items) for items in data}) == len(data)
 
 
+@pytest.mark.sweep  # it starts interpreters
 def test_the_fingerprint_is_the_same_in_every_process() -> None:
     """No address and no random hash gets in."""
     script = (
