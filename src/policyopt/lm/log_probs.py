@@ -360,8 +360,10 @@ class TokenStates(NamedTuple):
     """``[N, H]``, with gradient."""
     tokens: Tensor
     """Long ``[N]``."""
-    mask: Tensor
-    """Boolean ``[B, T]``, true at the tokens."""
+    places: Tensor
+    """Long ``[N]``: where they are in ``[B, T]``, flattened."""
+    shape: torch.Size
+    """``[B, T]``."""
 
     def chunks(self) -> Iterator[slice]:
         """Cut the tokens as :func:`chunked_log_probs` does."""
@@ -380,9 +382,8 @@ class TokenStates(NamedTuple):
 
     def place(self, values: Tensor) -> Tensor:
         """Return numbers per token, ``[N]``, as ``[B, T]``, 0 at padding."""
-        places = self.mask.flatten().nonzero()[:, 0]
-        padded = values.new_zeros(self.mask.numel()).index_copy(0, places, values)
-        return padded.view(self.mask.shape)
+        padded = values.new_zeros(self.shape.numel())
+        return padded.index_copy(0, self.places, values).view(self.shape)
 
 
 def token_states(
@@ -398,4 +399,5 @@ def token_states(
     places = mask.flatten().nonzero()[:, 0]
     states = hidden[:, : ids.shape[1]].reshape(-1, hidden.shape[-1])
     picked, tokens = states.index_select(0, places), ids.flatten()[places]
-    return TokenStates(backbone_and_head(model), picked, tokens, mask)
+    parts = backbone_and_head(model)
+    return TokenStates(parts, picked, tokens, places, mask.shape)
