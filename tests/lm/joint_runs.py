@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import socket
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from lm_runs import SHORT, count_ones, tiny_model, weights
+from lm_runs import FORKED, SHORT, count_ones, tiny_model, weights
 
 from policyopt.lm import (
     GRPOConfig,
@@ -23,10 +22,6 @@ from policyopt.lm import (
     train_ppo,
     train_ranking,
 )
-
-FORKED = multiprocessing.get_context("forkserver")
-# What is installed: the server does not find the tests.
-FORKED.set_forkserver_preload(["policyopt.lm", "accelerate", "transformers.models.llama.modeling_llama"])
 
 COMMON: dict[str, Any] = {"updates": 3, "batch_size": 4, "learning_rate": 3e-3, "sampling": SHORT}
 WORDS = ["one", "two", "three", "four", "five", "six"]

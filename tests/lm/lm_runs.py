@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,10 @@ from policyopt.lm import (
     train_reward_model,
     train_sft,
 )
+
+# Forked from a server that has imported everything once (what is installed: it does not find the tests).
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["policyopt.lm", "accelerate", "transformers.models.llama.modeling_llama"])
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from lm_runs import (
+    FORKED,
     SHORT,
     TRAINERS,
     count_ones,
@@ -65,9 +65,6 @@ from policyopt.lm.ppo import token_advantages
 from policyopt.lm.results import LMUpdate
 from policyopt.lm.training import Run
 
-# Forked from a server that has imported everything once (what is installed: it does not find the tests).
-KILLED = multiprocessing.get_context("forkserver")
-KILLED.set_forkserver_preload(["policyopt.lm", "accelerate", "transformers.models.llama.modeling_llama"])
 SCRIPT = Path(__file__).with_name("lm_runs.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -134,7 +131,7 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(name: str, tmp_path: Path) -> None:
-    process = KILLED.Process(target=main, args=(str(tmp_path), name, 2))
+    process = FORKED.Process(target=main, args=(str(tmp_path), name, 2))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
