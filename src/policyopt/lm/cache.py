@@ -194,6 +194,10 @@ def _check(causal: Any, parts: Head) -> CacheCheck:
         texts = ids[: 3 + T], ids[3 + T :]  # prompts of 3 and 5 tokens, and T more
         whole = [causal(input_ids=text[None], use_cache=False) for text in texts]
         wanted = torch.stack([w.logits[0, -1 - T :] for w in whole]).float()
+        if not attends:  # ten times what the model is off from itself, with two texts
+            both = causal(input_ids=ids[None].repeat(2, 1), use_cache=False).logits
+            itself = both[:1, : 3 + T].float(), whole[0].logits.float()
+            most = max(most, min(10 * max(_errors(*itself)), 5e-3))
         tokens = torch.stack([text[-T:] for text in texts])
         filler = max(0, int(ids[0]) - 1)  # padding, whose embedding may be 0
         prompts = torch.stack([pad(texts[0][:3], (2, 0), value=filler), texts[1][:5]])
