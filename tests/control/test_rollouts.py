@@ -532,8 +532,29 @@ def test_what_float32_cannot_hold_is_infinite_to_a_network() -> None:
             return self._observe(), 1.0, False, False, {}
 
     env = SyncVectorEnv([partial(Huge, 0)])
-    with pytest.raises(ValueError, match=r"Huge returned a NaN or infinite observation \(\[1\.e\+300"):
+    with pytest.raises(
+        ValueError, match=r"Huge returned a NaN or infinite observation \(1e\+300 at \[0\] of it"
+    ):
         Collector(env, rule(), generator(), seed=0, name="Huge").collect(3)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("at", [2, 6])
+def test_a_discrete_observation_outside_its_space_names_the_environment(mode: AutoresetMode, at: int) -> None:
+    class Outside(Counting):
+        observation_space = spaces.Discrete(5, start=-2)  # type: ignore[assignment]
+
+        def _observe(self) -> Any:
+            return np.int64(3 if self.step_count == at else -2)
+
+        def step(self, action: int) -> Any:
+            self.step_count += 1
+            return self._observe(), 1.0, False, self.step_count == 6, {}
+
+    env = SyncVectorEnv([partial(Outside, 0)], autoreset_mode=mode)
+    policy = make_policy(env.single_observation_space, env.single_action_space, generator=generator())
+    with pytest.raises(ValueError, match=r"Outside must be in Discrete\(5, start=-2\), got \(.*3\); fix"):
+        Collector(env, policy, generator(), seed=0, name="Outside").collect(6)
 
 
 def test_large_but_finite_rewards_pass() -> None:

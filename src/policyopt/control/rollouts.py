@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.spaces import Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 from torch import Tensor
@@ -211,6 +212,7 @@ class Collector:
         for t in range(steps):
             # A copy: some environments return the same array in every step.
             seen = np.asarray(self._observation).astype(dtype, casting="same_kind")
+            self._check_discrete(seen)
             batch = policies.to_tensor(seen, device)
             action = act(batch, self.generator, deterministic=deterministic)
             self._observation, reward, *ends, info = env.step(to_env(action))
@@ -237,6 +239,7 @@ class Collector:
         observations, rewards, terminated, truncated, valid = columns
         after = np.array(self._observation)
         final = np.array([f[2] for f in finals], dtype).reshape(-1, *after.shape[1:])
+        self._check_discrete(np.concatenate([after, final]))
         self._check_finite("observation", observations)
         self._check_finite("reward", rewards)
         # Neither is a row of the rollout, but both are bootstrapped from.
@@ -281,12 +284,23 @@ class Collector:
     def _check_finite(self, what: str, array: NDArray[Any], where: str = "") -> None:
         # Networks compute in float32. Written so that NaN fails the comparison.
         bad = array.dtype.kind == "f" and ~(np.abs(array, dtype=np.float64) <= LARGEST)
-        for t, i in np.argwhere(bad)[:1, :2]:
+        for t, i, *place in np.argwhere(bad)[:1].tolist():
+            value = f"{array[t, i, *place]}" + (f" at {place} of it" if place else "")
             where = where or f"at step {t} of the rollout in copy {i}"
             raise ValueError(
-                f"{self.name} returned a NaN or infinite {what} ({array[t, i]}) {where}"
+                f"{self.name} returned a NaN or infinite {what} ({value}) {where}"
                 f"; fix the environment or wrap it so that every {what} is finite"
             )
+
+    def _check_discrete(self, observations: NDArray[Any]) -> None:
+        # A GPU would answer with an assertion that ends the process.
+        space = self.env.single_observation_space
+        if isinstance(space, Discrete):
+            low, high = observations.min(), observations.max()
+            inside = space.start <= low and high < space.start + space.n
+            rule = f"observations of {self.name} must be in {space}"
+            remedy = "fix the environment or its observation_space"
+            require(inside, rule, (int(low), int(high)), remedy)
 
     def _close_episodes(
         self, rewards: NDArray[Any], done: NDArray[Any], valid: NDArray[Any]
