@@ -286,7 +286,7 @@ def _peft() -> Iterator[Any]:
     try:
         import peft
     except ImportError as error:
-        raise ImportError("LoRA needs peft: pip install 'policyopt[lora]'") from error
+        raise ImportError("LoRA needs peft: pip install 'peft>=0.18'") from error
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         yield peft
