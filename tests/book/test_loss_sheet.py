@@ -366,7 +366,8 @@ CHECKS: dict[str, tuple[str, str, Callable[[], None] | None]] = {
     ),
     "Value, clipped": (
         r"$\tfrac12 \max(e^2, e_c^2)$ with $e = V_\phi - \text{target}$ and "
-        r"$e_c = V_{\text{old}} + \operatorname{clip}(V_\phi - V_{\text{old}}, -\epsilon_V, \epsilon_V) - \text{target}$",
+        r"$e_c = V_{\text{old}} + \operatorname{clip}(V_\phi - V_{\text{old}}, -\epsilon_V, \epsilon_V) "
+        r"- \text{target}$",
         r"of $\nabla V_\phi$: $\text{target} - V_\phi$; 0 where $\lvert V_\phi - V_{\text{old}} \rvert > \epsilon_V$ "
         r"and $e_c^2 > e^2$",
         lambda: value(True),
