@@ -84,7 +84,7 @@ def table(stored: dict[str, Any]) -> str:
             f"{np.mean([r['losses'][-10:] for r in runs]):.3f} | {losses.mean():.2f} | {np.median(losses):.3f} | "
             f"{min(accuracy):.0%} to {max(accuracy):.0%} | {min(utility):.1f} to {max(utility):.1f} |"
         )
-    return "\n".join(rows)
+    return "\n".join(rows).replace("| -", "| −").replace("to -", "to −")
 
 
 def draw(stored: dict[str, Any]) -> None:

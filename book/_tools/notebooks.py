@@ -59,7 +59,10 @@ SETUP_TAGS = ["setup", "hide-cell"]
 
 def setup_source(name: str, root: Path = ROOT) -> str:
     """Return the source of the cell that opens chapter ``name``."""
-    return SETUP_TEMPLATE.format(url=Repository.of(root).url) + SETUP_MORE.get(name, "")
+    source = SETUP_TEMPLATE.format(url=Repository.of(root).url)
+    if name in SETUP_MORE:  # to read that file
+        source = source.replace('"peft")', '"peft", "gguf")')
+    return source + SETUP_MORE.get(name, "")
 
 
 def put_setup_cell(notebook: NotebookNode, name: str) -> None:

