@@ -19,7 +19,7 @@ CONFIGS = {"ReinforceConfig", "TRPOConfig", "PPOConfig"}
 LOADERS = {"load", "load_model"}
 PROMISES = ("a GPU is not used", "no GPU is used", "uses no GPU", "to run on the CPU")
 # Chapters that break their promise still: say device="cpu" in each of their configs, and delete the entry.
-UNMENDED = {"ppo"}
+UNFIXED = {"ppo"}
 
 
 def first_line(chapter: str) -> str:
@@ -102,7 +102,7 @@ def not_on_the_cpu(tree: ast.Module) -> Iterator[str]:
 @pytest.mark.parametrize(
     "chapter",
     [
-        pytest.param(name, marks=pytest.mark.xfail) if name in UNMENDED else name
+        pytest.param(name, marks=pytest.mark.xfail) if name in UNFIXED else name
         for name in notebooks.chapters()
     ],
 )

@@ -66,8 +66,8 @@ def test_clamped_rows_teach_about_the_likely_next_tokens_alone() -> None:
     assert rows.exp()[~tail].sum() / 4 > 0.98
 
 
-def test_the_row_behind_a_text_says_nothing_of_the_text() -> None:
-    """A table of logits per text so far: the row behind the text is one row, that of no token of the text."""
+def test_the_row_after_a_text_says_nothing_of_the_text() -> None:
+    """A table of logits per text so far: the row after the text is one row, and no token of the text is drawn by it."""
     table = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
     text = [4, 1]  # the first token is drawn by row 0, the second by row 1; row 2 comes after both
     probability = sum(table[t].log_softmax(-1)[token] for t, token in enumerate(text))
