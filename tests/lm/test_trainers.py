@@ -246,6 +246,16 @@ def test_dpo_starts_with_a_margin_of_exactly_zero() -> None:
     assert result.history[1].margin != 0
 
 
+@pytest.mark.parametrize(("batch_size", "micro_batch_size", "seed"), [(5, 4, 2), (7, None, 2), (10, 4, 1)])
+def test_the_first_margin_is_zero_where_batches_do_not_divide_the_data(
+    batch_size: int, micro_batch_size: int | None, seed: int
+) -> None:
+    """The last batch of a pass holds pairs that the first one had, beside others: they round differently there."""
+    changes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "updates": 3}
+    first = run_dpo(tiny_model(seed), changes=changes, seed=seed).history[0]
+    assert first.margin == first.chosen_reward == first.rejected_reward == 0.0
+
+
 def test_the_implicit_reward_is_the_trained_log_ratio() -> None:
     start = tiny_model()
     policy = run_dpo(start.copy(), changes={"learning_rate": 0.05}).language_model
