@@ -305,6 +305,31 @@ def test_what_ends_a_chat_completion_stops_the_sampling() -> None:
 
     assert samples.finished.tolist() == [True] * 4
     assert generate(model, [user("x")], SamplingConfig(max_new_tokens=8, temperature=0.0)) == [["ab"]]
+    seen: list[Any] = []
+
+    def reward(completions: list[str], finished: list[bool]) -> list[float]:
+        seen.append((completions, finished))
+        return [0.0, 1.0]
+
+    short = SamplingConfig(max_new_tokens=8, temperature=0.1)
+    config = GRPOConfig(updates=1, batch_size=1, group_size=2, sampling=short)
+    train_grpo(model, [{"prompt": user("x")}], reward, config, progress=False)
+    assert seen == [(["ab", "ab"], [True, True])]
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [(f"x{END}", f"x{END}"), (f"x{END}y", f"x{END}y{END}"), (END, END), ("", END), (f"x{EOS}", f"x{EOS}")],
+)
+def test_a_text_that_holds_the_end_already_gets_no_second_one(text: str, written: str) -> None:
+    tokenizer = byte_tokenizer(template=CHATML, eos=EOS)
+    assert text_of(tokenizer, encode_completion(tokenizer, text, user("Hi"))) == written
+
+
+def test_a_conversation_that_ends_with_a_tool_is_refused() -> None:
+    messages = [*user("Hi"), {"role": "tool", "content": "42"}]
+    with pytest.raises(ValueError, match=r"item 0: messages must be .* got \['user', 'tool'\]"):
+        sft_examples([{"messages": messages}], byte_tokenizer(template=TOOLS, eos=END))
 
 
 def test_templates_without_an_end_of_their_own_leave_the_eos() -> None:
