@@ -127,7 +127,7 @@ def run_and_kill(work: Callable[[], Any], folder: Path, moment: int) -> bool:
         os._exit(code)
 
 
-forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+forks = pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has threads")
 
 
 @forks
