@@ -343,8 +343,8 @@ EXERCISES: tuple[Exercise, ...] = (
             "The occupancy is missing: states count as often as they are "
             "visited": _without_occupancy,
             "The probability of the action is missing": _without_policy,
-            "This is Q in the place of the advantage: for the softmax the two are not the "
-            "same, because raising one preference lowers the others' "
+            "This is Q in the place of the advantage: for the softmax the two are not "
+            "the same, because raising one preference lowers the others' "
             "probabilities": _with_q,
         },
     ),
