@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ def _jumps(step_reward: Any) -> str | None:
     """
     if isinstance(step_reward, bool) or not isinstance(step_reward, (int, float)):
         return f"Return a number, not {step_reward!r}."
+    if not math.isfinite(step_reward):
+        return f"Return a finite number, not {step_reward!r}."
     layout = ["S...G", ".HHH.", "....."]
     bridge = grid_world(layout, slip=0.3, gamma=0.99, step_reward=float(step_reward))
     moves = mdp.policy_iteration(bridge).policy.argmax(-1).tolist()
