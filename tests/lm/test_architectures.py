@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import families
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
+from policyopt.lm import DPOConfig, LanguageModel, SFTConfig, train_dpo, train_sft
 from policyopt.lm.cache import check_cache
 from policyopt.lm.heads import backbone_and_head
 from policyopt.lm.log_probs import completion_log_probs
@@ -174,6 +176,22 @@ def test_unknown_changes_of_the_logits_are_noticed() -> None:
     ):
         backbone_and_head(model)
     assert all(module.training for module in model.modules())
+
+
+def test_a_head_that_draws_tokens_without_an_embedding_is_refused() -> None:
+    model = build("Llama")
+    more = torch.nn.Linear(COMMON["hidden_size"], COMMON["vocab_size"] + 1, bias=False).to(model.dtype)
+    model.set_output_embeddings(more)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM: the head must not draw.*got 'logits of"):
+        backbone_and_head(model)
+
+
+def test_a_model_without_gradients_without_dropout_is_trained_by_sft_alone() -> None:
+    model = LanguageModel(families.build("reformer"), families.tokenizer(), "reformer")
+    config = {"updates": 1, "batch_size": 2, "learning_rate": 1e-4}
+    train_sft(model.copy(), families.DATA, SFTConfig(**config), progress=False)
+    with pytest.raises(ValueError, match=r"dpo: the model must allow gradients without dropout.*reformer"):
+        train_dpo(model.copy(), families.DATA, DPOConfig(**config), progress=False)
 
 
 def test_a_broken_model_is_named() -> None:

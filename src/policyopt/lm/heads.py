@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from policyopt._checks import require
+
 __all__ = ["Head", "backbone_and_head", "causal_models", "evaluating"]
 
 
@@ -151,6 +153,9 @@ def _verify(causal: Any, parts: Head) -> None:
         what = "decoder and head do not reproduce the model's own logits"
         remedy = "so its log-probabilities would be wrong: choose another model"
         raise ValueError(f"{name}: {what} (largest difference {error:.3g}), {remedy}")
+    width, known = whole.shape[-1], len(causal.get_input_embeddings().weight)
+    rule = f"{name}: the head must not draw tokens that have no embedding ({known})"
+    require(width <= known, rule, f"logits of {width}", "make both of one size")
     # The median: an expert chosen by a hair may change at one position.
     change = (whole[0] - whole[1])[:-1].abs().amax(-1).median().item()
     if not change <= most:

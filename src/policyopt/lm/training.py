@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer as Layer
 
+from policyopt._checks import require
 from policyopt.checkpoint import optimizer_slots, optimizer_tensors, strip
 from policyopt.frame import Frame, Statistics
 from policyopt.lm import sampling
@@ -96,6 +97,11 @@ class Run(Frame[ConfigT, RowT]):
         self._references: list[Reference] | None = []
         self._random_state = torch.get_rng_state()
         _check_trainable(list(self._trained().values()))
+        # Reversible layers compute gradients in training mode only.
+        kinds = [model.config.model_type for model in causal_models(network)]
+        rule = f"{self.algorithm}: the model must allow gradients without dropout"
+        remedy = "choose another, or train it with SFT"
+        require(dropout or "reformer" not in kinds, rule, kinds, remedy)
         self._slots: dict[int, dict[str, Tensor]] = {}
         self._logged = [item.prompt for item in items[: config.logged_samples]]
         self._before = self._complete()
