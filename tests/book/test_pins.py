@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
-SUPPORTED = ("3.11", "3.12", "3.13")
+SUPPORTED = ("3.11", "3.12", "3.13", "3.14")
 
 CONDA = [d for d in ENVIRONMENT["dependencies"] if isinstance(d, str)]
 PIP = [line for d in ENVIRONMENT["dependencies"] if isinstance(d, dict) for line in d["pip"]]
@@ -87,6 +87,12 @@ def test_conda_python_is_one_the_project_supports_and_tests() -> None:
     assert python in SUPPORTED
     workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
     assert tuple(workflow["jobs"]["test"]["strategy"]["matrix"]["python"]) == SUPPORTED
+
+
+def test_the_package_says_which_pythons_it_is_tested_with() -> None:
+    prefix = "Programming Language :: Python :: 3."
+    told = [c.removeprefix(prefix) for c in PROJECT["classifiers"] if c.startswith(prefix)]
+    assert tuple(f"3.{minor}" for minor in told) == SUPPORTED
 
 
 def test_pip_lines_defer_to_constraints_and_pyproject() -> None:

@@ -328,8 +328,8 @@ def load(
     Raises
     ------
     ValueError
-        If there is no such model (or no base model for the adapters), or nothing stops
-        its completions.
+        If there is no such model (or no base model for the adapters), if nothing stops
+        its completions, or if the installed transformers misreads GGUF files.
     """
     folder = Path(name_or_path)
     if (folder / "adapter_config.json").exists():
@@ -349,10 +349,15 @@ def load(
     if attention is not None:
         weights["attn_implementation"] = attention
     if gguf:
+        version = transformers.__version__
+        if tuple(map(int, version.split(".")[:2])) < (5, 18):
+            # They take BOS for EOS and give Llama's tokenizer tokens beyond the model.
+            why = f"has a tokenizer that transformers {version} misreads"
+            remedy = "install 5.18 or newer: pip install -U transformers"
+            raise ValueError(f"{name_or_path} {why}; {remedy}")
         options["gguf_file"] = folder.name
-        if hasattr(transformers, "GgufConfig"):  # versions without it always unpack
-            # Packed weights could be neither trained nor saved.
-            weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        # Packed weights could be neither trained nor saved.
+        weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
         weights["use_safetensors"] = True
     try:
