@@ -95,10 +95,8 @@ sweep: $(VENV)/.ready ## try every causal model of the installed transformers: b
 sweep-quick: $(VENV)/.ready ## the same for a fixed spread of them (a minute)
 	@$(PYTEST) -m sweep tests
 
-<<<<<<< HEAD
 studies: $(VENV)/.bench ## run what is missing of the studies that chapters draw from (hours from nothing; STUDIES="…")
 	@for study in $(STUDIES); do $(BIN)/python $$study $(STUDY_ARGS) || exit 1; done
-=======
 oldest: ## the package's tests with the oldest versions it allows, in .venv-oldest (TORCH=torch: with the oldest PyTorch too)
 	@$(MAKE) --no-print-directory VENV=.venv-oldest RESOLUTION=lowest-direct versions
 
@@ -111,7 +109,6 @@ versions: | $(BIN)/python
 	  --python $(BIN)/python --resolution $(RESOLUTION) --upgrade --quiet -o $(VENV)/constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[lm,lora,test]'
 	@$(PYTEST) -m "$(QUICK)" tests/maths tests/control tests/lm $(wildcard tests/test_*.py)
->>>>>>> plat
 
 models: $(VENV)/.ready ## train the tiny language models again, minutes: src/policyopt_book/models
 	@$(BIN)/python -m policyopt_book.make_models
