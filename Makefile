@@ -97,6 +97,7 @@ sweep-quick: $(VENV)/.ready ## the same for a fixed spread of them (a minute)
 
 studies: $(VENV)/.bench ## run what is missing of the studies that chapters draw from (hours from nothing; STUDIES="…")
 	@for study in $(STUDIES); do $(BIN)/python $$study $(STUDY_ARGS) || exit 1; done
+
 oldest: ## the package's tests with the oldest versions it allows, in .venv-oldest (TORCH=torch: with the oldest PyTorch too)
 	@$(MAKE) --no-print-directory VENV=.venv-oldest RESOLUTION=lowest-direct versions
 
