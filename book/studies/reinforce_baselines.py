@@ -41,12 +41,18 @@ def run(*, seed: int, to_go: bool, baseline: Any, normalised: bool, rate: float)
 ARMS = [
     {"to_go": to_go, "baseline": baseline, "normalised": normalised}
     for normalised in (False, True)
-    for to_go, baseline in ((False, "none"), (False, "mean"), (True, "none"), (True, "mean"), (True, "learned"))
+    for to_go, baseline in (
+        (False, "none"),
+        (False, "mean"),
+        (True, "none"),
+        (True, "mean"),
+        (True, "learned"),
+    )
     # Normalised, "none" and "mean" are one algorithm.
     if not (normalised and baseline == "none")
 ]
 SETTINGS = [{**arm, "rate": rate} for arm in ARMS for rate in (0.003, 0.01, 0.03)]
-STUDY = Study("reinforce_baselines", run, SETTINGS, seeds=10, sample=SETTINGS[1])
+STUDY = Study("reinforce_baselines", run, SETTINGS, seeds=5, sample=SETTINGS[1])
 
 if __name__ == "__main__":
     STUDY.main()

@@ -35,7 +35,7 @@ def act(layers: Layers, states: np.ndarray, rng: np.random.Generator) -> np.ndar
 
 
 def layers_of(policy: nn.Sequential) -> Layers:
-    """The policy's numbers as they are now; of two logits only the difference counts."""
+    """Copy the policy's numbers as they are now; of two logits only the difference counts."""
     w1, b1, w2, b2 = (p.detach().numpy() for p in policy.parameters())
     return w1.T.copy(), b1.copy(), w2[1] - w2[0], b2[1] - b2[0]
 
