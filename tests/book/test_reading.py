@@ -18,7 +18,6 @@ ESTIMATED = {
     "comparison",
     "dpo",
     "grpo",
-    "policy-gradient",
     "ppo",
     "real-model",
     "rlhf",

@@ -80,6 +80,68 @@ def _padding_weighted(returns: Tensor, mask: Tensor) -> Tensor:
     return returns - (total.sum() - total) / (count.sum() - count)
 
 
+def _update_case(
+    seed: int, lengths: list[int], gamma: float, rate: float
+) -> dict[str, Any]:
+    """Episodes of states with two features, three actions, and some rewards."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    episodes = [
+        (draw(T, 2), torch.randint(3, (T,), generator=generator), 1 + draw(T))
+        for T in lengths
+    ]
+    return {"theta": draw(2, 3), "episodes": episodes, "gamma": gamma, "rate": rate}
+
+
+def _reinforce_step(
+    *,
+    sign: float = 1.0,
+    whole: bool = False,
+    through: bool = False,
+    baseline: bool = True,
+    scaled: bool = False,
+    discounted: bool = True,
+    summed: bool = False,
+    each: bool = False,
+) -> Callable[..., Tensor]:
+    """Return the update with at most one thing wrong; the gradient in closed form."""
+
+    def update(
+        theta: Tensor,
+        episodes: list[tuple[Tensor, Tensor, Tensor]],
+        gamma: float,
+        rate: float,
+    ) -> Tensor:
+        gamma = gamma if discounted else 1.0
+        returns, scores, sizes = list[float](), [], []
+        later = [list[float]() for _ in episodes]
+        following = 0.0
+        for n in reversed(range(len(episodes))):
+            following = following if through else 0.0
+            for reward in episodes[n][2].flip(0).tolist():
+                following = reward + gamma * following
+                later[n].insert(0, following)
+        for n, (states, actions, _) in enumerate(episodes):
+            returns += [later[n][0]] * len(actions) if whole else later[n]
+            for state, action in zip(states, actions, strict=True):
+                chosen = torch.eye(theta.shape[1], dtype=theta.dtype)[action]
+                scores.append(torch.outer(state, chosen - (state @ theta).softmax(0)))
+                sizes.append(len(actions) * len(episodes))
+        w = torch.tensor(returns, dtype=theta.dtype)
+        w = w - w.mean() if baseline else w
+        w = w / w.std(correction=0) if scaled else w
+        shares = 1 / torch.tensor(sizes, dtype=theta.dtype)
+        shares = shares if each else torch.full_like(w, 1 / len(w))
+        shares = torch.ones_like(w) if summed else shares
+        gradient = ((w * shares)[:, None, None] * torch.stack(scores)).sum(0)
+        return theta + sign * rate * gradient
+
+    return update
+
+
 def _network_case(seed: int, mask: list[bool]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     T = len(mask)
@@ -263,6 +325,35 @@ EXERCISES: tuple[Exercise, ...] = (
             "Each of the others counts once, whatever its length; take "
             "the mean over their steps": _mean_of_means,
             "The padding has weights; they must be 0": _padding_weighted,
+        },
+    ),
+    Exercise(
+        name="policy-gradient.update",
+        reference=_reinforce_step(),
+        cases=(
+            _update_case(0, [3, 2], 0.9, 0.5),
+            _update_case(1, [1, 4, 2], 0.5, 0.1),
+            _update_case(2, [5], 1.0, 1.0),
+            _update_case(3, [2, 3], 0.99, 0.2),
+        ),
+        mistakes={
+            "It steps downhill: the gradient of a return is added, that of a loss "
+            "subtracted": _reinforce_step(sign=-1.0),
+            "Every step has the return of its whole episode; count only the rewards "
+            "from the action on": _reinforce_step(whole=True),
+            "The sum of rewards runs on into the next episode: start again at "
+            "0": _reinforce_step(through=True),
+            "The mean of the returns is not subtracted": _reinforce_step(
+                baseline=False
+            ),
+            "The weights are divided by their standard deviation, which was not "
+            "asked for": _reinforce_step(scaled=True),
+            "The rewards are not discounted": _reinforce_step(discounted=False),
+            "The estimate is a sum over the steps; take their mean": _reinforce_step(
+                summed=True
+            ),
+            "Each episode is averaged first, so that steps of short ones count more; "
+            "take the mean over all steps": _reinforce_step(each=True),
         },
     ),
     Exercise(
