@@ -210,8 +210,13 @@ def test_no_function_and_things_that_are_none() -> None:
     for nothing in ([], {}):
         with pytest.raises(ValueError, match="no reward functions"):
             score(nothing)
-    with pytest.raises(TypeError, match="reward function 'a' must be callable, got int"):
+    with pytest.raises(
+        TypeError, match=r"reward function 'a' must be callable, got 3; write def reward\(comp"
+    ):
         score({"a": 3})
+    for wrong in (3, None, [lengths, 3]):
+        with pytest.raises(TypeError, match=r"must be callable, got (3|None); write def reward\(completions"):
+            score(wrong)
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, 2.0, 3.0], [1.0, float("nan")]])

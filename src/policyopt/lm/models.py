@@ -89,7 +89,7 @@ class LanguageModel:
     def chat_template_kwargs(self) -> dict[str, Any]:
         """What the chat template is given besides messages and tools, such as
         ``{"enable_thinking": False}``: the setting of that name that the model was
-        trained with, which is kept in the model's config.
+        trained with, which is kept in the model's config (and beside saved adapters).
         """
         return dict(getattr(self.model.config, "chat_template_kwargs", {}))
 
@@ -198,6 +198,8 @@ class LanguageModel:
         options = {"save_embedding_layers": False} if is_adapted(self.model) else {}
         self.model.save_pretrained(folder, **options)
         self.tokenizer.save_pretrained(folder)
+        if options and (kept := self.chat_template_kwargs):  # adapters have no config
+            (folder / "chat_settings.json").write_bytes(json.dumps(kept).encode())
 
 
 @contextmanager
@@ -392,6 +394,8 @@ def _load_adapters(folder: Path, **options: Any) -> LanguageModel:
         except ValueError as error:
             what = f"{folder} holds adapters for {name!r}, which cannot be loaded"
             raise ValueError(f"{what} (see adapter_config.json): {error}") from error
+        if (kept := folder / "chat_settings.json").exists():
+            base.config.chat_template_kwargs = json.loads(kept.read_bytes())
         model = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=True)
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     return LanguageModel(model.eval(), tokenizer, folder.resolve().name)
