@@ -21,7 +21,7 @@ NOTEBOOKS := $(BIN)/python book/_tools/notebooks.py
 CHECKS := lint web-test test-quick sweep-quick colab-test
 
 .DEFAULT_GOAL := help
-.PHONY: help book pdf serve jupyter test test-quick web-test colab-test check linkcheck execute twins lint format bench gpu sweep sweep-quick studies models lock wheel clean
+.PHONY: help book pdf serve jupyter test test-quick web-test colab-test check linkcheck execute twins lint format bench gpu sweep sweep-quick studies oldest newest versions models lock wheel clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -98,6 +98,19 @@ sweep-quick: $(VENV)/.ready ## the same for a fixed spread of them (a minute)
 studies: $(VENV)/.bench ## run what is missing of the studies that chapters draw from (hours from nothing; STUDIES="…")
 	@for study in $(STUDIES); do $(BIN)/python $$study $(STUDY_ARGS) || exit 1; done
 
+oldest: ## the package's tests with the oldest versions it allows, in .venv-oldest (TORCH=torch: with the oldest PyTorch too)
+	@$(MAKE) --no-print-directory VENV=.venv-oldest RESOLUTION=lowest-direct versions
+
+newest: ## the same with the newest of everything, without the lock, in .venv-newest
+	@$(MAKE) --no-print-directory VENV=.venv-newest RESOLUTION=highest TORCH=torch versions
+
+versions: | $(BIN)/python
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@echo '$(TORCH)' | $(BIN)/uv pip compile pyproject.toml --extra lm --extra lora --extra test --constraint - \
+	  --python $(BIN)/python --resolution $(RESOLUTION) --upgrade --quiet -o $(VENV)/constraints.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[lm,lora,test]'
+	@$(PYTEST) -m "$(QUICK)" tests/maths tests/control tests/lm $(wildcard tests/test_*.py)
+
 models: $(VENV)/.ready ## train the tiny language models again, minutes: src/policyopt_book/models
 	@$(BIN)/python -m policyopt_book.make_models
 
@@ -111,7 +124,7 @@ wheel: $(VENV)/.ready ## build the package: dist/*.whl
 	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
-clean: ## delete what was built and cached (not .venv)
+clean: ## delete what was built and cached (not .venv, .venv-oldest, .venv-newest)
 	rm -rf book/_build build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
 	find book src tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 

@@ -85,6 +85,14 @@ def test_the_tests_run_on_every_change() -> None:
     assert set(WORKFLOWS["test"][True]) == {"push", "pull_request"}  # YAML 1.1 reads `on` as true
 
 
+def test_the_oldest_and_the_newest_versions_are_tested_on_the_oldest_and_the_newest_python() -> None:
+    pythons = job("test", "test")["strategy"]["matrix"]["python"]
+    jobs = {j["versions"]: j["python"] for j in job("test", "versions")["strategy"]["matrix"]["include"]}
+    assert jobs == {"oldest": pythons[0], "newest": pythons[-1]}
+    assert jobs.keys() <= TARGETS
+    assert 'make "$VERSIONS" TORCH=torch' in commands("test")
+
+
 def test_the_web_tests_cannot_be_skipped_for_want_of_a_browser() -> None:
     steps = [step.get("run", "") for step in job("test", "test")["steps"]]
     browser = next(i for i, text in enumerate(steps) if "CHROMIUM=" in text)
