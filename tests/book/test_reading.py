@@ -22,7 +22,6 @@ ESTIMATED = {
     "ppo",
     "real-model",
     "rlhf",
-    "trpo",
 }
 
 
