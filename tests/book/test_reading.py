@@ -20,7 +20,6 @@ ESTIMATED = {
     "ppo",
     "real-model",
     "rlhf",
-    "trpo",
 }
 
 
