@@ -56,9 +56,13 @@ class Exercise:
     mistakes : mapping of str to callable
         Typical wrong answers. Whoever answers like one of them in every case is told
         its label, a sentence that says what is wrong and why.
-    gradient : str, optional
-        An argument, a tensor: the sum of the answer must have the reference's gradient
-        with respect to it as well.
+    gradient : str or tuple of str, optional
+        Arguments, tensors: the sum of the answer must have the reference's gradient
+        with respect to each of them as well.
+    constants : tuple of str
+        The other tensors of numbers, where there is a ``gradient``: what the method
+        holds constant, so that an answer may detach it or not. Each is named, lest one
+        be forgotten.
     verify : callable, optional
         For questions with many right answers: called with the answer to the first case;
         returns what is wrong with it, or None. There is no reference then.
@@ -70,7 +74,8 @@ class Exercise:
     reference: Callable[..., Any] | None = None
     cases: Sequence[Mapping[str, Any]] = ({},)
     mistakes: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    gradient: str | None = None
+    gradient: str | tuple[str, ...] | None = None
+    constants: tuple[str, ...] = ()
     verify: Callable[[Any], str | None] | None = None
     rtol: float = 1e-4
     atol: float = 1e-6
@@ -78,6 +83,13 @@ class Exercise:
     def __post_init__(self) -> None:
         if (self.reference is None) == (self.verify is None):
             raise ValueError(f"exercise {self.name} needs either a reference or verify")
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The arguments whose gradients are compared."""
+        if self.gradient is None or isinstance(self.gradient, tuple):
+            return self.gradient or ()
+        return (self.gradient,)
 
 
 class _WrongError(Exception):
@@ -149,17 +161,17 @@ def check(name: str, answer: Any) -> Verdict:
 def _examine(exercise: Exercise, answer: Callable[..., Any]) -> None:
     if exercise.verify is not None:
         case = exercise.cases[0]
-        if complaint := exercise.verify(_call(answer, case, None)[0]):
+        if complaint := exercise.verify(_call(answer, case, ())[0]):
             raise _WrongError(complaint)
         return
     assert exercise.reference is not None
     first: _WrongError | None = None
     right = [
-        _call(exercise.reference, case, exercise.gradient) for case in exercise.cases
+        _call(exercise.reference, case, exercise.learned) for case in exercise.cases
     ]
     got = []
     for case, expected in zip(exercise.cases, right, strict=True):
-        given = _call(answer, case, exercise.gradient)
+        given = _call(answer, case, exercise.learned)
         got.append(given)
         try:
             _compare_both(exercise, case, given, expected)
@@ -172,7 +184,7 @@ def _examine(exercise: Exercise, answer: Callable[..., Any]) -> None:
         try:
             for case, given in zip(exercise.cases, got, strict=True):
                 _compare_both(
-                    exercise, case, given, _call(mistake, case, exercise.gradient)
+                    exercise, case, given, _call(mistake, case, exercise.learned)
                 )
         except _WrongError:
             continue
@@ -181,14 +193,14 @@ def _examine(exercise: Exercise, answer: Callable[..., Any]) -> None:
 
 
 def _call(
-    function: Callable[..., Any], case: Mapping[str, Any], gradient: str | None
-) -> tuple[Any, torch.Tensor | None]:
-    """Call a function on copies of the arguments; return its answer and, if asked for,
-    the gradient.
+    function: Callable[..., Any], case: Mapping[str, Any], learned: tuple[str, ...]
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Call a function on copies of the arguments; return its answer, and the gradient
+    with respect to each argument asked for.
     """
     arguments = copy.deepcopy(dict(case))
-    if gradient is not None:
-        arguments[gradient].requires_grad_()
+    for name in learned:
+        arguments[name].requires_grad_()
     untouched = copy.deepcopy(arguments)
     try:
         given = function(*arguments.values())
@@ -207,29 +219,37 @@ def _call(
             raise _WrongError(
                 f"It changes its argument {name} in place; work on a copy."
             )
-    if gradient is None:
-        return given, None
+    if not learned:
+        return given, {}
     if not isinstance(given, torch.Tensor):
         raise _WrongError(
             f"{_words(case)}it must return a tensor, not {type(given).__name__}."
         )
-    if not given.requires_grad:
-        return given, torch.zeros_like(arguments[gradient])
-    (slope,) = torch.autograd.grad(given.sum(), arguments[gradient], allow_unused=True)
-    return given, torch.zeros_like(arguments[gradient]) if slope is None else slope
+    inputs = [arguments[name] for name in learned]
+    slopes: Sequence[torch.Tensor | None] = [None] * len(inputs)
+    if given.requires_grad:
+        slopes = torch.autograd.grad(given.sum(), inputs, allow_unused=True)
+    return given, {
+        name: torch.zeros_like(value) if slope is None else slope
+        for name, value, slope in zip(learned, inputs, slopes, strict=True)
+    }
 
 
 def _compare_both(
     exercise: Exercise,
     case: Mapping[str, Any],
-    given: tuple[Any, torch.Tensor | None],
-    expected: tuple[Any, torch.Tensor | None],
+    given: tuple[Any, dict[str, torch.Tensor]],
+    expected: tuple[Any, dict[str, torch.Tensor]],
 ) -> None:
     _compare(exercise, f"{_words(case)}it returns", given[0], expected[0])
-    if exercise.gradient is not None:
-        name = exercise.gradient
-        what = f"the value is right, but the gradient with respect to {name} is"
-        _compare(exercise, _words(case) + what, given[1], expected[1])
+    for name, slope in expected[1].items():
+        what = f"{_words(case)}the value is right, but "
+        if slope.any() and not given[1][name].any():
+            raise _WrongError(
+                f"{what}no gradient arrives at {name}: something detaches it."
+            )
+        what += f"the gradient with respect to {name} is"
+        _compare(exercise, what, given[1][name], slope)
 
 
 def _compare(exercise: Exercise, what: str, given: Any, expected: Any) -> None:

@@ -279,8 +279,19 @@ EXERCISES: tuple[Exercise, ...] = (
             _pairs_case([[-12.0, -10.0, -9.0, -11.0], [-3.0, -20.0, -5.0, -16.0]], 0.1),
             _pairs_case([[-60.0, -40.0, -20.0, -400.0]], 0.5),
         ),
-        gradient="chosen",
+        gradient=("chosen", "rejected"),
+        constants=("reference_chosen", "reference_rejected"),
         mistakes={
+            "The rejected text is detached: it would never become less likely": (
+                lambda c, r, ref_c, ref_r, beta: _pair_loss(
+                    c, r.detach(), ref_c, ref_r, beta
+                )
+            ),
+            "The chosen text is detached: it would never become likelier": (
+                lambda c, r, ref_c, ref_r, beta: _pair_loss(
+                    c.detach(), r, ref_c, ref_r, beta
+                )
+            ),
             "The reference is missing: the loss would prefer whichever text is "
             "shorter": (
                 lambda c, r, ref_c, ref_r, beta: _pair_loss(c, r, 0 * c, 0 * r, beta)

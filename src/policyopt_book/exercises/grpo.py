@@ -244,6 +244,7 @@ EXERCISES: tuple[Exercise, ...] = (
         reference=_estimate,
         cases=(_kl_case("k1"), _kl_case("k2"), _kl_case("k3")),
         gradient="log_prob",
+        constants=("reference_log_prob",),
         mistakes={
             "The ratio r is the reference's probability over the policy's; you have "
             "it the other way round": (
@@ -281,6 +282,7 @@ EXERCISES: tuple[Exercise, ...] = (
         reference=_grpo_loss,
         cases=(_batch_case(moved=False), _batch_case(moved=True)),
         gradient="log_prob",
+        constants=("old_log_prob", "advantages"),
         mistakes={
             "You clip and do not take the minimum: then a bad token that became "
             "likelier is let go": (

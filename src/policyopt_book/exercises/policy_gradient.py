@@ -269,6 +269,7 @@ EXERCISES: tuple[Exercise, ...] = (
         name="policy-gradient.actor-critic",
         reference=_actor_critic_loss,
         gradient="outputs",
+        constants=("returns",),
         cases=(
             _network_case(0, [True, True, True]),
             _network_case(1, [True, True, False, False, False]),

@@ -287,6 +287,7 @@ EXERCISES: tuple[Exercise, ...] = (
         name="ppo.clipped-loss",
         reference=_clipped_loss,
         gradient="log_prob",
+        constants=("old_log_prob", "advantages"),
         cases=(
             _batch_case(
                 [1.3, 1.3, 0.7, 0.7], [2.0, -2.0, 2.0, -2.0], [True] * 4, clip_ratio=0.2
@@ -321,6 +322,7 @@ EXERCISES: tuple[Exercise, ...] = (
         name="ppo.dual-clip",
         reference=_dual_clip,
         gradient="log_prob",
+        constants=("old_log_prob", "advantages"),
         cases=(
             _batch_case(
                 [0.5, 1.0, 2.9, 3.1, 5.0, 5.0],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -109,12 +108,19 @@ def _utility_case(
 
 
 def _best_of_n(p: Tensor, scores: Tensor, n: int) -> tuple[Tensor, float]:
-    """Go through every way to draw n texts."""
-    chosen = torch.zeros_like(p)
-    for drawn in itertools.product(range(len(p)), repeat=n):
-        best = max(drawn, key=lambda y: float(scores[y]))
-        chosen[best] += math.prod(float(p[y]) for y in drawn)
-    return chosen, float((chosen * (chosen / p).log()).sum())
+    """Draw one text after the other, and keep the best so far."""
+    texts = range(len(p))
+    best = [float(q) for q in p]
+    for _ in range(n - 1):
+        after = [0.0 for _ in texts]
+        for old in texts:
+            for new in texts:
+                winner = new if scores[new] > scores[old] else old
+                after[winner] += best[old] * float(p[new])
+        best = after
+    # A text that is never chosen adds 0: x log x goes to 0 with x.
+    kl = sum(b * math.log(b / float(q)) for b, q in zip(best, p, strict=True) if b > 0)
+    return torch.tensor(best, dtype=p.dtype), kl
 
 
 def _in_order_of_score(p: Tensor, scores: Tensor, n: int) -> tuple[Tensor, float]:
@@ -128,6 +134,11 @@ def _divergence_reversed(p: Tensor, scores: Tensor, n: int) -> tuple[Tensor, flo
     return chosen, float((p * (p / chosen).log()).sum())
 
 
+def _zero_times_infinity(p: Tensor, scores: Tensor, n: int) -> tuple[Tensor, float]:
+    chosen, _ = _best_of_n(p, scores, n)
+    return chosen, float((chosen * (chosen / p).log()).sum())
+
+
 def _worst_of_n(p: Tensor, scores: Tensor, n: int) -> tuple[Tensor, float]:
     return _best_of_n(p, -scores, n)
 
@@ -139,6 +150,15 @@ def _texts_case(seed: int, texts: int, n: int) -> dict[str, Any]:
         "p": p,
         "scores": torch.randn(texts, generator=generator, dtype=torch.float64),
         "n": n,
+    }
+
+
+def _rare_case() -> dict[str, Any]:
+    """Return a case in which the worst of 100 has a probability that rounds to 0."""
+    return {
+        "p": torch.tensor([2e-4, 0.5, 0.3, 0.1998], dtype=torch.float64),
+        "scores": torch.tensor([-2.0, 1.0, 0.5, -1.0], dtype=torch.float64),
+        "n": 100,
     }
 
 
@@ -229,7 +249,7 @@ EXERCISES: tuple[Exercise, ...] = (
             _pair_case([-0.3, 5.0], [0.4, -1.0]),
             _pair_case([-100.0, 100.0], [100.0, -100.0]),
         ),
-        gradient="chosen",
+        gradient=("chosen", "rejected"),
         mistakes={
             "You ask for the rejected text to win: the margin has the wrong sign": (
                 lambda chosen, rejected: _preference_loss(rejected, chosen)
@@ -246,7 +266,15 @@ EXERCISES: tuple[Exercise, ...] = (
                 lambda chosen, rejected: -torch.log(torch.sigmoid(chosen - rejected))
             ),
             "No gradient arrives at the scores: something detaches them": (
+                lambda chosen, rejected: _preference_loss(
+                    chosen.detach(), rejected.detach()
+                )
+            ),
+            "The chosen score is detached: it would never rise": (
                 lambda chosen, rejected: _preference_loss(chosen.detach(), rejected)
+            ),
+            "The rejected score is detached: it would never fall": (
+                lambda chosen, rejected: _preference_loss(chosen, rejected.detach())
             ),
             "That is the mean; return one loss per pair": (
                 lambda chosen, rejected: -logsigmoid(chosen - rejected).mean()
@@ -290,7 +318,12 @@ EXERCISES: tuple[Exercise, ...] = (
     Exercise(
         name="rlhf.best-of-n",
         reference=_best_of_n,
-        cases=(_texts_case(0, 4, 3), _texts_case(1, 3, 6), _texts_case(2, 5, 1)),
+        cases=(
+            _texts_case(0, 4, 3),
+            _texts_case(1, 3, 6),
+            _texts_case(2, 5, 1),
+            _rare_case(),
+        ),
         mistakes={
             "The probabilities are in the order of the scores; put them back in the "
             "order of the texts": (_in_order_of_score),
@@ -298,6 +331,8 @@ EXERCISES: tuple[Exercise, ...] = (
             "is that of p from it": _divergence_reversed,
             "That is the worst of n: F must count the texts with a lower "
             "score": _worst_of_n,
+            "0 times the logarithm of 0 is nan in floating point; a text that is "
+            "never the best of n adds 0 (torch.xlogy knows)": _zero_times_infinity,
         },
     ),
     Exercise(
