@@ -12,7 +12,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
 from textwrap import dedent
 from typing import Any, Literal, Protocol, TypeAlias
@@ -28,9 +28,11 @@ from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
     "OKABE_ITO",
+    "Drawing",
     "SourceListing",
     "align_runs",
     "bootstrap_band",
+    "drawing",
     "interquartile_mean",
     "learning_curves",
     "plot_band",
@@ -646,6 +648,62 @@ def _action_probabilities(policy: ArrayLike, cells: int) -> FloatArray:
             f"got shape {table.shape}"
         )
     return np.asarray(table[:cells], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A schematic drawing, as SVG text; Jupyter, Colab, GitHub and the book show it as
+    a picture.
+
+    Its background is white, as that of the other figures, so the book's style sheet
+    turns it into a dark one in the dark theme.
+    """
+
+    name: str
+    svg: str
+
+    def _repr_svg_(self) -> str:
+        return self.svg
+
+    def __repr__(self) -> str:
+        return f"<drawing {self.name!r}>"
+
+
+def drawing(name: str) -> Drawing:
+    """Return a drawing that comes with the book.
+
+    A cell that ends in it carries the picture in its output, so that nothing has to be
+    fetched: it is seen offline and in a notebook that was opened by itself.
+
+    Parameters
+    ----------
+    name : str
+        Name of a file in ``policyopt_book/drawings``, without ``.svg``.
+
+    Returns
+    -------
+    Drawing
+
+    Raises
+    ------
+    ValueError
+        If there is no drawing of this name.
+
+    Examples
+    --------
+    >>> drawing("loop")
+    <drawing 'loop'>
+    """
+    folder = resources.files("policyopt_book").joinpath("drawings")
+    names = sorted(
+        file.name.removesuffix(".svg")
+        for file in folder.iterdir()
+        if file.name.endswith(".svg")
+    )
+    if name not in names:
+        raise ValueError(f"name must be one of {names}, got {name!r}")
+    text = folder.joinpath(f"{name}.svg").read_text(encoding="utf-8")
+    return Drawing(name=name, svg=text)
 
 
 @dataclass(frozen=True)
