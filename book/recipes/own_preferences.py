@@ -21,10 +21,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default=model_path("news-sft"), help="folder or hub id")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=6e-4, help="about 1e-6 for a model of the hub")
+    parser.add_argument("--learning-rate", type=float, help="default: 1e-6, or 6e-4 for a tiny model")
     options = parser.parse_args(argv)
 
     model = load(options.model)
+    # A tiny model takes steps that would destroy a pretrained one.
+    default = 6e-4 if model.num_parameters < 10_000_000 else 1e-6
     try:
         records = read_records(options.data)
         # Every row is looked at now. Training would do the same, but with numbers that count the training rows alone.
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = DPOConfig(
         epochs=options.epochs,
         batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
+        learning_rate=options.learning_rate or default,
         warmup_updates=5,
         beta=0.1,
     )

@@ -38,18 +38,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default=model_path("news-sft"), help="folder or hub id")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--updates", type=int, default=100)
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="about 1e-6 for a model of the hub")
+    parser.add_argument("--learning-rate", type=float, help="default: 1e-6, or 1e-3 for a tiny model")
     options = parser.parse_args(argv)
 
     records = read_records(options.data or EXAMPLES)
     model = load(options.model)
+    # A tiny model takes steps that would destroy a pretrained one.
+    default = 1e-3 if model.num_parameters < 10_000_000 else 1e-6
     config = GRPOConfig(
         updates=options.updates,
         batch_size=min(8, len(records)),  # prompts an update
         group_size=8,  # completions of each
         sampling=SamplingConfig(max_new_tokens=48),
         reward_weights=(1.0, 0.02),  # one keyword of two is worth 25 words
-        learning_rate=options.learning_rate,
+        learning_rate=options.learning_rate or default,
         beta=0.02,  # stay near the model that we began with
     )
     rewards: dict[str, Callable[..., list[float]]] = {"mentions": mentions, "brevity": brevity}

@@ -528,7 +528,8 @@ def aggregate(
     ``denominator`` replaces the count (of items, or of sequences for
     ``"sequence-mean"``). Give the count of the *whole* batch when it is cut into
     micro-batches: the pieces' results, and so their gradients, then add up to those of
-    the whole. Give it as a plain number: checking a tensor waits for the GPU.
+    the whole. A number, or a tensor on the CPU, must be positive; a tensor on a GPU is
+    not checked, which would make the CPU wait.
 
     The group methods differ here: GRPO takes the ``"sequence-mean"``, DAPO the
     ``"mean"``, Dr. GRPO the ``"mean"`` with a constant denominator (sequences × longest
@@ -546,7 +547,7 @@ def aggregate(
     ------
     ValueError
         If nothing is selected and no denominator is given, or the denominator is not
-        positive.
+        positive (where that is checked).
 
     Examples
     --------
@@ -560,7 +561,7 @@ def aggregate(
         check_shapes(values=values, mask=mask)
         keep = mask.bool()
         values = torch.where(keep, values, 0.0)
-    if denominator is not None:
+    if denominator is not None and getattr(denominator, "is_cpu", True):
         require(bool(denominator > 0), "denominator must be > 0", denominator)
     if reduction == "sum":
         rule = "denominator must be None with reduction='sum'"

@@ -1,9 +1,10 @@
 """What the book adds to :mod:`policyopt`: exercises, figures, tasks and tiny language
 models.
 
-Nothing in :mod:`policyopt` needs this package. It comes with the extra ``book``::
+Nothing in :mod:`policyopt` needs this package. What it needs comes with the extra
+``book``; in a clone of the repository::
 
-    pip install "policyopt[book]"
+    pip install -e ".[book]"
 """
 
 from __future__ import annotations

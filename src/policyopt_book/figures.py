@@ -619,6 +619,12 @@ def _axis(title: str, **more: Any) -> dict[str, Any]:
     return {"title": {"text": title}, **more}
 
 
+_POWERS: dict[str, Any] = {
+    "type": "log",
+    "tickvals": [0.0001, 0.001, 0.01, 0.1, 1.0, 10.0],
+    "ticktext": ["10⁻⁴", "10⁻³", "10⁻²", "10⁻¹", "1", "10"],
+}
+
 _TENS: dict[str, Any] = {
     "type": "log",
     "tickvals": [0.0001, 0.001, 0.01, 0.1, 1.0, 10.0],
@@ -858,7 +864,7 @@ def value_iteration() -> Interactive:
         _bars("wall", **squares(walls), color=GRID, showlegend=False),
         _lines("largest error |Vₖ − V*|", sweeps, panel=2, color=_BLUE),
         _lines(
-            "its bound, without knowing V*",
+            "its bound (12), without V*",
             sweeps,
             panel=2,
             color=_VERMILLION,
@@ -907,7 +913,7 @@ def value_iteration() -> Interactive:
                 "constrain": "domain",
             },
             "xaxis2": _axis("sweep k", range=[-0.5, _SWEEPS + 0.5]),
-            "yaxis2": _axis("error of a value", range=[-4.0, 1.5], **_TENS),
+            "yaxis2": _axis("error of a value", range=[-4.0, 1.5], **_POWERS),
         },
         readout=(
             Readout(

@@ -201,6 +201,6 @@ def test_links_are_put_in(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(lines) == ["L3", "L7-L9"]
 
     (cited,) = re.findall(r'<p class="cited-in">(.*?)</p>', read("references"))
-    assert re.sub("<[^>]*>", "", cited) == "Cited in: First chapter, toy/below.py"
+    assert re.sub("<[^>]*>", "", cited) == "Listed in: First chapter, toy/below.py"
     assert 'href="one.html"' in cited
     assert "/src/toy/below.py#L9" in cited

@@ -29,7 +29,8 @@ ALIASES = {
 WANTED = """
     advantage, baseline, bootstrapping, discount, episode, truncation, termination, on-policy, importance ratio,
     surrogate, trust region, natural gradient, GAE, critic, KL divergence, entropy, reward model, preference pair,
-    reference policy, over-optimisation, alignment tax, completion, group, noise ceiling, clip, margin, score
+    reference policy, over-optimisation, alignment tax, completion, group, noise ceiling, clip, margin, score,
+    REINFORCE, actor-critic, TRPO, PPO, RLHF, DPO, GRPO, MDP, logit, nat, token, epoch, minibatch, scratchpad, adapter
 """
 
 

@@ -366,8 +366,9 @@ CHECKS: dict[str, tuple[str, str, Callable[[], None] | None]] = {
     ),
     "Value, clipped": (
         r"$\tfrac12 \max(e^2, e_c^2)$ with $e = V_\phi - \text{target}$ and "
-        r"$e_c = V_{\text{old}} + \operatorname{clip}(V_\phi - V_{\text{old}}, -c, c) - \text{target}$",
-        r"of $\nabla V_\phi$: $\text{target} - V_\phi$; 0 where $\lvert V_\phi - V_{\text{old}} \rvert > c$ "
+        r"$e_c = V_{\text{old}} + \operatorname{clip}(V_\phi - V_{\text{old}}, -\epsilon_V, \epsilon_V) "
+        r"- \text{target}$",
+        r"of $\nabla V_\phi$: $\text{target} - V_\phi$; 0 where $\lvert V_\phi - V_{\text{old}} \rvert > \epsilon_V$ "
         r"and $e_c^2 > e^2$",
         lambda: value(True),
     ),
@@ -378,9 +379,9 @@ CHECKS: dict[str, tuple[str, str, Callable[[], None] | None]] = {
     ),
     "Supervised fine-tuning": (r"$-\ell_t$", "$1$", sft),
     "Reward model (Bradley–Terry)": (
-        r"$-\log \sigma(s_w - s_l) + c\,(s_w + s_l)^2$",
-        r"of $\nabla s_w$: $\sigma(s_l - s_w) - 2c\,(s_w + s_l)$; "
-        r"of $\nabla s_l$: $-\sigma(s_l - s_w) - 2c\,(s_w + s_l)$",
+        r"$-\log \sigma(r_w - r_l) + \kappa\,(r_w + r_l)^2$",
+        r"of $\nabla r_w$: $\sigma(r_l - r_w) - 2\kappa\,(r_w + r_l)$; "
+        r"of $\nabla r_l$: $-\sigma(r_l - r_w) - 2\kappa\,(r_w + r_l)$",
         bradley_terry,
     ),
     "KL-shaped reward": (

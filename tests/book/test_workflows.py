@@ -85,6 +85,14 @@ def test_the_tests_run_on_every_change() -> None:
     assert set(WORKFLOWS["test"][True]) == {"push", "pull_request"}  # YAML 1.1 reads `on` as true
 
 
+def test_the_oldest_and_the_newest_versions_are_tested_on_the_oldest_and_the_newest_python() -> None:
+    pythons = job("test", "test")["strategy"]["matrix"]["python"]
+    jobs = {j["versions"]: j["python"] for j in job("test", "versions")["strategy"]["matrix"]["include"]}
+    assert jobs == {"oldest": pythons[0], "newest": pythons[-1]}
+    assert jobs.keys() <= TARGETS
+    assert 'make "$VERSIONS" TORCH=torch' in commands("test")
+
+
 def test_the_web_tests_cannot_be_skipped_for_want_of_a_browser() -> None:
     steps = [step.get("run", "") for step in job("test", "test")["steps"]]
     browser = next(i for i, text in enumerate(steps) if "CHROMIUM=" in text)
@@ -109,7 +117,7 @@ def test_ci_runs_every_check_to_its_end_and_names_those_that_failed(tmp_path: Pa
     """In a copy of the Makefile whose targets fail or pass at once."""
     text = (ROOT / "Makefile").read_text()
     (targets,) = re.findall(r"(?m)^CHECKS := (.*)$", text)
-    assert set(targets.split()) == {"lint", "web-test", "test-quick", "sweep-quick", "colab-test"} <= TARGETS
+    assert set(targets.split()) == {"lint", "web-test", "test-quick", "sweep-quick", "oldest-quick", "colab-test"} <= TARGETS
     body = "\\1:\n\t@echo ran $@; test $@ != '$(BAD)'\n"
     fake = re.sub(rf"(?ms)^({'|'.join(targets.split())}):.*?(?=^\n)", body, text)
     (tmp_path / "Makefile").write_text(fake)

@@ -155,7 +155,7 @@ class Fatal(gym.vector.VectorWrapper):
 
     @property
     def spec(self) -> Any:
-        return gym.spec(self.name)
+        return self.env.spec or gym.spec(self.name)
 
     def step(self, actions: Any) -> Any:
         self.left -= 1

@@ -270,6 +270,56 @@ def test_another_run_is_refused_by_what_differs(tmp_path: Path) -> None:
         on(train, Renamed)(checkpoint_dir=tmp_path / "point")
 
 
+def _cart(**options: Any) -> Any:
+    def make() -> Any:
+        wrap = options.get("wrap", lambda env: env)
+        return wrap(gym.make("CartPole-v1", **{k: v for k, v in options.items() if k != "wrap"}))
+
+    return make
+
+
+def _pendulum(**options: Any) -> Any:
+    return lambda: gym.make("Pendulum-v1", **options)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "differs"),
+    [
+        (_cart(), _cart(max_episode_steps=7), r"'CartPole-v1', 500.*got .*'CartPole-v1', 7"),
+        (_cart(), _cart(sutton_barto_reward=True), r"got .*'sutton_barto_reward': True"),
+        (_pendulum(), _pendulum(g=5.0), r"got .*'g': 5.0"),
+        (
+            _cart(),
+            _cart(wrap=lambda env: gym.wrappers.TransformReward(env, lambda r: 2 * r)),
+            "TransformReward",
+        ),
+        (
+            _cart(wrap=lambda env: gym.wrappers.NormalizeReward(env, gamma=0.5)),
+            _cart(wrap=lambda env: gym.wrappers.NormalizeReward(env, gamma=0.9)),
+            r"'gamma': 0.5.*got .*'gamma': 0.9",
+        ),
+        (lambda: gym.wrappers.TimeLimit(Point(), 5), lambda: gym.wrappers.TimeLimit(Point(), 6), "TimeLimit"),
+        (
+            partial(gym.make, "CartPole-v1"),
+            partial(gym.make, "CartPole-v1", sutton_barto_reward=True),
+            "'sutton_barto_reward': True",
+        ),
+    ],
+    ids=["time limit", "argument", "pendulum", "wrapper", "wrapper's argument", "no id", "partial"],
+)
+def test_another_task_with_the_same_name_and_spaces_is_refused(
+    first: Any, second: Any, differs: str, tmp_path: Path
+) -> None:
+    """Factories are often called "make" or "<lambda>", whatever they make."""
+    on(ppo, first)(checkpoint_dir=tmp_path)
+    longer = with_config(ppo, total_steps=1000)
+    with pytest.raises(
+        ValueError, match=rf"(?s)does not fit this run: in this folder env must be .*{differs}"
+    ):
+        on(longer, second)(checkpoint_dir=tmp_path)
+    assert on(longer, first)(checkpoint_dir=tmp_path).steps >= 1000
+
+
 def test_another_policy_of_the_same_name_is_refused(tmp_path: Path) -> None:
     env = gym.make("CartPole-v1")
     make = partial(make_policy, env.observation_space, env.action_space, generator=torch.Generator())

@@ -13,7 +13,7 @@ import torch
 from control_runs import PPO, TRAINERS, Point, clipped, parameters, ppo, surrogate, trpo, with_config
 from torch import Tensor
 
-from policyopt.control import Steps, TrainingDivergedError, train_ppo
+from policyopt.control import Steps, TrainingDivergedError, make_policy, train_ppo
 from policyopt.losses import Surrogate
 
 ALGORITHMS = pytest.mark.parametrize("train", TRAINERS.values(), ids=TRAINERS)
@@ -73,6 +73,26 @@ def test_ctrl_c_in_the_environment() -> None:
         result = train_ppo(partial(Point, fault), PPO, progress=False)
     assert result.stop_reason == "interrupted"
     assert len(result.history) == 2
+
+
+def test_an_environment_that_breaks_leaves_what_was_learned() -> None:
+    def fault(step: int) -> None:
+        if step == 130:
+            raise RuntimeError("simulator crashed")
+
+    kept: list[list[Tensor]] = []
+    policy = make_policy(Point.observation_space, Point.action_space, generator=torch.Generator())
+
+    def keep(row: Any) -> None:
+        kept.append([p.detach().clone() for p in policy.parameters()])
+
+    with pytest.raises(RuntimeError, match="simulator crashed") as caught:
+        train_ppo(partial(Point, fault), PPO, policy=policy, callback=keep, progress=False)
+    result: Any = caught.value.result  # type: ignore[attr-defined]
+    assert len(result.history) == len(kept) == 2  # two rollouts of 50 steps, and a part of the third
+    assert result.stop_reason == "RuntimeError: simulator crashed"
+    assert all(torch.equal(a, b) for a, b in zip(kept[-1], policy.parameters(), strict=True))
+    assert "What was learned so far is in this exception's .result" in caught.value.__notes__
 
 
 def poisoned(update: int, per_update: int, normal: Any) -> Callable[..., Any]:

@@ -135,6 +135,12 @@ DRAWN = given(observations=OBSERVATIONS, actions=ACTIONS, normalize=st.booleans(
     normalize=False,
     same_step=True,
 )
+@example(  # a dtype that safetensors before 0.6.1 does not write
+    observations=spaces.Box(0, 70_000, (2,), np.uint32),
+    actions=spaces.Discrete(2),
+    normalize=False,
+    same_step=False,
+)
 def test_any_box_or_discrete_is_acted_in_saved_loaded_and_resumed(**drawn: Any) -> None:
     check_spaces(**drawn)
 

@@ -28,7 +28,7 @@ from control_runs import (
     with_config,
 )
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from policyopt.control import Collector, PPOUpdate, make_policy, make_vector_env, train_ppo
 from policyopt.control.config import build_networks
@@ -151,6 +151,20 @@ def test_a_given_policy_must_fit_the_environment() -> None:
     policy = make_policy(env.observation_space, env.action_space, generator=torch.Generator())
     with pytest.raises(ValueError, match=r"policy was made for other observations .*than those of Point"):
         train_ppo(Point, PPO, policy=policy, progress=False)
+
+
+def test_copies_in_processes_of_their_own_make_the_same_run() -> None:
+    copies = [partial(gym.make, "CartPole-v1")] * 2
+    config = dataclasses.replace(PPO, total_steps=200)
+    one, other = SyncVectorEnv(copies), AsyncVectorEnv(copies)
+    assert_same_run(*(train_ppo(env, config, seed=3, progress=False) for env in (one, other)))
+    other.close()
+
+
+def test_episodes_of_one_step_are_counted() -> None:
+    result = train_ppo(partial(Point, length=1), PPO, progress=False)
+    assert result.episodes.lengths.tolist() == [1] * len(result.episodes)
+    assert len(result.episodes) == result.steps
 
 
 def test_a_vector_environment_is_used_and_left_open() -> None:

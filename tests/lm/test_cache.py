@@ -258,6 +258,7 @@ def test_hybrid_layers_in_any_order_and_prompts_of_any_length(data: st.DataObjec
     assert largest_error(wrap(model), prompts, group=data.draw(st.integers(1, 3))) < 1e-4
 
 
+@has_recurrent_layers
 def test_a_recurrent_model_that_rounds_much_by_itself_is_not_refused() -> None:
     # Large activations, as trained models have them: the whole model alone is off by a few
     # thousandths of its logits' spread when it reads two texts at once.

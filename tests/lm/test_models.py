@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from lm_runs import run_dpo, run_reward, tiny_model
+from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaModel
 
@@ -28,6 +30,8 @@ from policyopt.lm import (
 )
 from policyopt.lm.models import is_adapted
 from policyopt_book import load_model, model_paths
+
+OLD = Version(transformers.__version__) < Version("5.18")  # too old to read a GGUF file's tokenizer
 
 
 def scores(model: LanguageModel) -> torch.Tensor:
@@ -309,6 +313,8 @@ def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if OLD:
+        pytest.skip(f"transformers {transformers.__version__} misreads GGUF files, and load refuses them")
     path: Path = tmp_path_factory.mktemp("gguf") / "tiny-model.gguf"
     write_gguf(gguf_source(), path)
     return path
@@ -368,12 +374,26 @@ def test_adapters_on_a_gguf_model_find_it_again(gguf_file: Path, tmp_path: Path)
     assert torch.equal(scores(again), scores(model))
 
 
+def test_a_gguf_file_that_an_old_transformers_would_misread_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until 5.18 it gave such files' tokenizers BOS as EOS: data ended with a token that ends nothing."""
+    write_gguf(gguf_source(), tmp_path / "tiny.gguf")
+    monkeypatch.setattr("policyopt.lm.models.transformers.__version__", "5.17.0")
+    with pytest.raises(
+        ValueError, match=r"tiny\.gguf .*transformers 5\.17\.0 misreads; install 5\.18 or newer"
+    ):
+        load(tmp_path / "tiny.gguf", device="cpu")
+
+
 # --- what cannot be loaded --------------------------------------------------------------------------------------
 
 
 def test_what_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for place in (tmp_path / "nowhere", tmp_path / "nowhere.gguf", tmp_path):
+        if place.suffix and OLD:
+            continue
         with pytest.raises(ValueError, match=r"must be a local folder, .*hub.*got .*" + place.name):
             load(place)
 

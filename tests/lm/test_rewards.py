@@ -138,7 +138,7 @@ def test_a_function_that_raises_is_named_and_its_exception_kept() -> None:
         ([], "returned 0 rewards for 3 completions"),
         (torch.zeros(4), "returned 4 rewards for 3 completions"),
         (torch.zeros(3, 1), r"returned an array of shape \(3, 1\).*shape \(3,\)"),
-        (np.float64(1), r"returned np\.float64\(1\.0\) \(float64\); it must return one number"),
+        (np.float64(1), r"returned (np\.float64\(1\.0\)|1\.0) \(float64\); it must return one number"),
         (torch.tensor(1.0), r"returned an array of shape \(\)"),
         (None, r"returned None \(NoneType\); it must return one number per completion, 3 here"),
         (1.0, r"returned 1\.0 \(float\)"),
@@ -210,8 +210,13 @@ def test_no_function_and_things_that_are_none() -> None:
     for nothing in ([], {}):
         with pytest.raises(ValueError, match="no reward functions"):
             score(nothing)
-    with pytest.raises(TypeError, match="reward function 'a' must be callable, got int"):
+    with pytest.raises(
+        TypeError, match=r"reward function 'a' must be callable, got 3; write def reward\(comp"
+    ):
         score({"a": 3})
+    for wrong in (3, None, [lengths, 3]):
+        with pytest.raises(TypeError, match=r"must be callable, got (3|None); write def reward\(completions"):
+            score(wrong)
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, 2.0, 3.0], [1.0, float("nan")]])

@@ -33,6 +33,7 @@ from policyopt.lm import (
     DPOConfig,
     GRPOConfig,
     LanguageModel,
+    LoRA,
     PPOConfig,
     RankingConfig,
     RewardConfig,
@@ -40,6 +41,7 @@ from policyopt.lm import (
     SamplingConfig,
     SFTConfig,
     TransformersSampler,
+    add_lora,
     generate,
     load,
     train_dpo,
@@ -245,6 +247,45 @@ def test_a_reward_model_sees_the_tokens_that_were_sampled(family: str) -> None:
     assert len(set(scores)) == 4
 
 
+SCRIPTS = "aZ1xyz20éñßλπжщבגथ "
+
+
+@given(
+    alphabet=st.sets(st.sampled_from(SCRIPTS), min_size=1),
+    kind=st.sampled_from(["characters", "bytes"]),
+    has_decoder=st.booleans(),
+    data=st.data(),
+)
+def test_a_tokenizer_of_drawn_characters_is_inverted_or_refused(
+    alphabet: set[str], kind: str, has_decoder: bool, data: st.DataObject
+) -> None:
+    """Without a decoder the library of tokenizers puts spaces between tokens; no report has this."""
+    signs = sorted(pre_tokenizers.ByteLevel.alphabet()) if kind == "bytes" else sorted(alphabet)
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate([BOS, EOS, "<unk>", *signs])}, []))
+    if kind == "bytes":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if has_decoder:
+        tokenizer.decoder = decoders.ByteLevel() if kind == "bytes" else decoders.Fuse()
+    model = LanguageModel(None, _wrap(tokenizer))
+    text = "".join(data.draw(st.lists(st.sampled_from(sorted(alphabet)), max_size=8)))
+    ids = encode_completion(model.tokenizer, text)
+
+    if has_decoder or (kind == "characters" and alphabet == {" "}):
+        assert model.decode(ids) == text
+    else:
+        with pytest.raises(ValueError, match=r"tokenizer needs a decoder for '(.)\1', got '\1 \1'"):
+            model.decode(ids)
+
+
+def test_words_are_joined_by_spaces_without_a_decoder() -> None:
+    """That is what decoding them means, also where letters and digits are among them."""
+    words = ["<unk>", BOS, EOS, "a", "1", "yes", "é", "."]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    model = LanguageModel(None, _wrap(tokenizer))
+    assert model.decode(encode_completion(model.tokenizer, "yes a 1 é .")) == "yes a 1 é ."
+
+
 # --- the end ---------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +305,31 @@ def test_what_ends_a_chat_completion_stops_the_sampling() -> None:
 
     assert samples.finished.tolist() == [True] * 4
     assert generate(model, [user("x")], SamplingConfig(max_new_tokens=8, temperature=0.0)) == [["ab"]]
+    seen: list[Any] = []
+
+    def reward(completions: list[str], finished: list[bool]) -> list[float]:
+        seen.append((completions, finished))
+        return [0.0, 1.0]
+
+    short = SamplingConfig(max_new_tokens=8, temperature=0.1)
+    config = GRPOConfig(updates=1, batch_size=1, group_size=2, sampling=short)
+    train_grpo(model, [{"prompt": user("x")}], reward, config, progress=False)
+    assert seen == [(["ab", "ab"], [True, True])]
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [(f"x{END}", f"x{END}"), (f"x{END}y", f"x{END}y{END}"), (END, END), ("", END), (f"x{EOS}", f"x{EOS}")],
+)
+def test_a_text_that_holds_the_end_already_gets_no_second_one(text: str, written: str) -> None:
+    tokenizer = byte_tokenizer(template=CHATML, eos=EOS)
+    assert text_of(tokenizer, encode_completion(tokenizer, text, user("Hi"))) == written
+
+
+def test_a_conversation_that_ends_with_a_tool_is_refused() -> None:
+    messages = [*user("Hi"), {"role": "tool", "content": "42"}]
+    with pytest.raises(ValueError, match=r"item 0: messages must be .* got \['user', 'tool'\]"):
+        sft_examples([{"messages": messages}], byte_tokenizer(template=TOOLS, eos=END))
 
 
 def test_templates_without_an_end_of_their_own_leave_the_eos() -> None:
@@ -379,6 +445,43 @@ def test_tools_reach_the_template(read: Any) -> None:
         read([{**record, "tools": FUNCTION}], byte_tokenizer(template=CHATML))
 
 
+@pytest.mark.parametrize("read", READERS)
+def test_the_prompt_of_a_chat_is_rendered_once(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_tokenizer(template=CHATML, eos=END)
+    render, seen = type(tokenizer).apply_chat_template, []
+
+    def spy(self: Any, messages: Any, **options: Any) -> Any:
+        seen.append(len(messages))
+        return render(self, messages, **options)
+
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", spy)
+    (item,) = read([{"prompt": user("Hi"), **READERS[read]}], tokenizer)
+
+    assert seen.count(1) == 1  # the others have an answer
+    monkeypatch.undo()
+    assert item.prompt_ids == encode_prompt(tokenizer, user("Hi"))
+    for text, ids in zip(("Ho", "Hu"), item.completions, strict=False):
+        assert ids == encode_completion(tokenizer, text, user("Hi"))
+
+
+def test_thousands_of_added_tokens_are_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A completion took 35 ms with 10,000 of them; it ends as it did, also with tokens added later."""
+    tokenizer = byte_tokenizer(template=CHATML, eos=EOS)
+    tokenizer.add_tokens([f"<extra_{i}>" for i in range(3000)], special_tokens=True)
+    listed, listing = [], type(tokenizer).added_tokens_decoder.fget
+    counting = property(lambda self: listed.append(1) or listing(self))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(type(tokenizer), "added_tokens_decoder", counting)
+
+    for _ in range(5):
+        ids = encode_completion(tokenizer, "Ho<extra_7>", user("Hi"))
+    assert len(listed) <= 1
+    assert text_of(tokenizer, ids) == "Ho<extra_7>"  # it ends already, with a special token
+    assert text_of(tokenizer, encode_completion(tokenizer, "Ho", user("Hi"))) == f"Ho{END}"
+    assert text_of(tokenizer, encode_completion(tokenizer, "Ho<new>", user("Hi"))) == f"Ho<new>{END}"
+    tokenizer.add_tokens(["<new>"], special_tokens=True)
+    assert text_of(tokenizer, encode_completion(tokenizer, "Ho<new>", user("Hi"))) == "Ho<new>"
+
+
 def test_an_unknown_setting_of_the_template_is_refused() -> None:
     limits = Limits(chat_template_kwargs={"enable_thinkin": False})
     with pytest.raises(ValueError, match=r"never reads \['enable_thinkin'\]"):
@@ -415,7 +518,28 @@ def test_the_trained_model_keeps_the_settings_of_its_template(tmp_path: Path) ->
     )  # fmt: skip
     assert seen == [[prompt]]
     assert model.copy().encode([user("Hi")], ["x"]).prompt_ids.tolist() == [prompt]
-    assert load(model.save(tmp_path / "m")).encode([user("Hi")], ["x"]).prompt_ids.tolist() == [prompt]
+    folder = model.save(tmp_path / "m")
+    assert load(folder).encode([user("Hi")], ["x"]).prompt_ids.tolist() == [prompt]
+
+
+def test_adapters_keep_the_settings_of_their_template(tmp_path: Path) -> None:
+    """They are saved without a config of the model; the base keeps its own."""
+    pytest.importorskip("peft")
+    settings = {"enable_thinking": False}
+    base = tiny_model(byte_tokenizer(template=SWITCH, eos=END)).save(tmp_path / "base")
+    expected = encode_prompt(load(base).tokenizer, user("Hi"), **settings)
+    config = SFTConfig(updates=1, batch_size=1, chat_template_kwargs=settings)
+    data = [{"messages": [*user("Hi"), *assistant("Ho")]}]
+    result = train_sft(load(base, lora=LoRA(rank=2)), data, config, progress=False)
+
+    again = load(result.save(tmp_path / "adapters"))
+
+    assert again.chat_template_kwargs == settings
+    assert again.encode([user("Hi")], ["x"]).prompt_ids.tolist() == [expected]
+    assert again.merged().chat_template_kwargs == settings
+    assert load(base).chat_template_kwargs == {}
+    add_lora(load(base), LoRA(rank=2)).save(tmp_path / "adapters")
+    assert load(tmp_path / "adapters").chat_template_kwargs == {}
 
 
 def test_a_reward_model_and_generate_are_shown_the_tools() -> None:

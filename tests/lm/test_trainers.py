@@ -7,12 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from joint_runs import Setting
+from joint_runs import run as joint_run
 from lm_runs import (
     FORKED,
     SHORT,
@@ -63,7 +69,7 @@ from policyopt.lm.dpo import pair_loss
 from policyopt.lm.policies import PolicyNetwork
 from policyopt.lm.ppo import token_advantages
 from policyopt.lm.results import LMUpdate
-from policyopt.lm.training import Run
+from policyopt.lm.training import Run, SamplingRun
 
 SCRIPT = Path(__file__).with_name("lm_runs.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -143,6 +149,71 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(name: str, tmp_path: Pa
     assert seen == [3]
     assert furthest(weights(resumed), weights(whole)) == 0
     assert str(rows(resumed)) == str(rows(whole))
+
+
+@dataclass
+class Numbered:
+    """A batch whose rows are numbers."""
+
+    rows: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, rows: torch.Tensor) -> Numbered:
+        return Numbered(self.rows[rows])
+
+
+@given(
+    prompts=st.integers(1, 4),
+    world=st.sampled_from([1, 2, 3, 4]),
+    count=st.integers(1, 16),
+    group=st.integers(1, 3),
+    epochs=st.integers(1, 2),
+)
+def test_the_pieces_of_several_processes_are_those_of_one(
+    prompts: int, world: int, count: int, group: int, epochs: int
+) -> None:
+    """Drawn as no report has them: also more pieces than a process has prompts."""
+    every = torch.arange(prompts * world * group)
+    together: list[list[int]] = [[] for _ in range(count * epochs)]
+    for rank, share in enumerate(every.chunk(world)):
+        config = SimpleNamespace(minibatches=count, epochs_per_batch=epochs)
+        run: Any = SimpleNamespace(device="cpu", _group=group, config=config, rank=rank)
+        pieces = list(SamplingRun.minibatches(run, Numbered(share)))  # type: ignore[arg-type]
+        assert len(pieces) == len(together)
+        for joint, piece in zip(together, pieces, strict=True):
+            joint += piece.rows.tolist()  # type: ignore[attr-defined]
+    for number, joint in enumerate(together):
+        assert joint == [row for row in every.tolist() if row // group % count == number % count]
+
+
+@settings(max_examples=8, phases=[Phase.generate])
+@given(
+    trainer=st.sampled_from(["grpo", "ranking"]),
+    size=st.integers(1, 6),
+    micro=st.sampled_from([None, 1, 3]),
+    drops=st.booleans(),
+    data=st.data(),
+)
+def test_a_drawn_batch_without_signal_moves_nothing(
+    trainer: str, size: int, micro: int | None, drops: bool, data: st.DataObject
+) -> None:
+    """Where all rewards are equal, or nothing that counts has ended, Adam's momentum and the decay wait too."""
+    changes: dict[str, Any] = {
+        "batch_size": size,
+        "micro_batch_size": micro,
+        "weight_decay": 0.1,
+        "updates": 2,
+    }
+    if trainer == "grpo":
+        changes |= {"drop_unfinished": drops, "minibatches": data.draw(st.integers(1, size))}
+        changes["loss_mean"] = data.draw(st.sampled_from(["token", "sequence", "constant"]))
+    unfinished = trainer == "grpo" and drops and data.draw(st.booleans())
+    setting = Setting(trainer, changes, *(("all", 9, 1) if unfinished else ("all", 1, 9)))
+    outcome = joint_run(setting)
+    assert outcome.moved[1] == 0.0
+    assert outcome.rows[1]["gradient_norm"] == 0.0
 
 
 def test_a_checkpoint_knows_its_data(tmp_path: Path) -> None:
@@ -244,6 +315,16 @@ def test_dpo_starts_with_a_margin_of_exactly_zero() -> None:
     assert first.loss == pytest.approx(math.log(2), rel=1e-6)
     assert first.weight == pytest.approx(0.5 * DPOConfig().beta)
     assert result.history[1].margin != 0
+
+
+@pytest.mark.parametrize(("batch_size", "micro_batch_size", "seed"), [(5, 4, 2), (7, None, 2), (10, 4, 1)])
+def test_the_first_margin_is_zero_where_batches_do_not_divide_the_data(
+    batch_size: int, micro_batch_size: int | None, seed: int
+) -> None:
+    """The last batch of a pass holds pairs that the first one had, beside others: they round differently there."""
+    changes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "updates": 3}
+    first = run_dpo(tiny_model(seed), changes=changes, seed=seed).history[0]
+    assert first.margin == first.chosen_reward == first.rejected_reward == 0.0
 
 
 def test_the_implicit_reward_is_the_trained_log_ratio() -> None:

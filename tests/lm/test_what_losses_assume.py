@@ -129,6 +129,40 @@ def test_dropout_is_on_in_sft_and_the_reward_model_alone(name: str, build: Any) 
     assert equal == (name not in ("sft", "reward"))
 
 
+def with_dropped_layers(share: float) -> LanguageModel:
+    """OPT whose layers are left out at random, and no other dropout."""
+    torch.manual_seed(0)
+    config = OPTConfig(vocab_size=13, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2,
+                       max_position_embeddings=64, word_embed_proj_dim=16, init_std=0.5, layerdrop=share,
+                       dropout=0.0, bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
+    return LanguageModel(OPTForCausalLM(config).eval(), tiny_tokenizer(), "opt")
+
+
+def test_a_dropped_layer_is_dropped_for_prompt_and_completions() -> None:
+    """Where the first layer is dropped, what is left is a model of the second one."""
+    model, without = with_dropped_layers(0.5), with_dropped_layers(0.0)
+    without.model.model.decoder.layers = without.model.model.decoder.layers[1:]
+    sequences = model.encode(["one two"], ["three", "four five"])
+    model.model.train()
+    ids = sequences.prompt_ids.expand(2, -1)
+    torch.manual_seed(16)
+    assert [torch.rand([]).item() < 0.5 for _ in range(3)] == [True, False, False]
+    torch.manual_seed(16)
+    with torch.no_grad():
+        said = completion_log_probs(model.model, sequences).log_probs
+        whole = torch.cat([ids, sequences.completion_ids], 1)
+        logits = without.model(input_ids=whole, use_cache=False).logits.log_softmax(-1)
+    expected = logits[:, ids.shape[1] - 1 : -1].gather(2, sequences.completion_ids[..., None])[..., 0]
+    torch.testing.assert_close(said, expected.where(sequences.completion_mask, 0))
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_layers_are_dropped_in_sft_and_the_reward_model_alone(name: str) -> None:
+    first, second = (weights(TRAINERS[name](with_dropped_layers(share))) for share in (0.5, 1e-12))
+    equal = all(torch.equal(p, second[key]) for key, p in first.items())
+    assert equal == (name not in ("sft", "reward"))
+
+
 @pytest.mark.parametrize("name", ["sft", "dpo", "ranking", "grpo", "ppo"])
 @pytest.mark.parametrize(
     "build", [*(pytest.param(build, marks=pytest.mark.sweep) for build in (gpt2, opt)), adapters, tiny_model]
@@ -242,6 +276,8 @@ def other_adapters(kind: str) -> LanguageModel:
     return adapted
 
 
+# peft 0.18 says so of this model too, which ties nothing.
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize("kind", ["bias", "saved", "random", "pissa", "dora", "embedding", "frozen"])
 def test_the_reference_of_any_adapters_is_the_policy_at_the_start(kind: str) -> None:
     model = other_adapters(kind)

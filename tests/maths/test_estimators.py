@@ -299,6 +299,19 @@ def test_two_state_chain_by_hand(terminated: bool, truncated: bool, expected: li
     torch.testing.assert_close(advantages[:2].tolist(), expected)
 
 
+@pytest.mark.parametrize("unused", [math.nan, math.inf])
+def test_what_follows_a_terminal_state_has_no_say(unused: float) -> None:
+    """Buffers hold anything there; A = r − V, and 1 + 0.9 · 0.5 (4 − 3) one step before."""
+    yes, no = torch.tensor([True]), torch.tensor([False])
+    one = gae(torch.ones(1), torch.zeros(1), torch.tensor([unused]), yes, no, gamma=0.9, gae_lambda=0.5)
+    assert one.tolist() == [1.0]
+    two = gae(
+        torch.tensor([2.0, 4.0]), torch.tensor([1.9, 3.0]), torch.tensor([1.0, unused]), torch.tensor([False, True]),
+        torch.tensor([False, False]), gamma=0.9, gae_lambda=0.5,
+    )  # fmt: skip
+    torch.testing.assert_close(two, torch.tensor([1.45, 1.0]))
+
+
 def test_gae_in_single_precision_and_dtype() -> None:
     data = {k: v.float() if v.is_floating_point() else v for k, v in episode_data(0, 200, 3).items()}
     ours = gae(**data, gamma=0.99, gae_lambda=0.95)
@@ -547,6 +560,8 @@ def test_importance_weights_by_hand() -> None:
     torch.testing.assert_close(weights, ratio.clamp(max=2.0))
     assert not weights.requires_grad
     assert importance_weights(torch.tensor([800.0]), torch.zeros(1), cap=3.0).item() == 3.0
+    tiny = importance_weights(torch.tensor([-80.0, -800.0]), torch.zeros(2), cap=3.0).tolist()
+    assert tiny == [pytest.approx(math.exp(-80)), 0.0]
     with pytest.raises(ValueError, match="sampler_log_prob must have the shape of log_prob"):
         importance_weights(torch.zeros(3), torch.zeros(3, 1), cap=2.0)
     for cap in (0.99, math.nan):

@@ -295,6 +295,15 @@ def test_aggregate_without_a_mask() -> None:
     assert aggregate(VALUES, reduction="sum").item() == pytest.approx(VALUES.sum().item())
 
 
+def test_a_denominator_on_an_accelerator_is_not_waited_for() -> None:
+    """A tensor of the device "meta" has no value: to ask for one would raise."""
+    values = torch.empty(2, 3, device="meta")
+    total = aggregate(values, denominator=torch.empty((), device="meta"))
+    assert (total.shape, total.device.type) == ((), "meta")
+    with pytest.raises(ValueError, match=r"denominator must be > 0, got 0"):
+        aggregate(values, denominator=0)
+
+
 def test_aggregate_errors() -> None:
     nothing = torch.zeros_like(MASK)
     for reduction in ("mean", "sequence-mean"):

@@ -406,10 +406,13 @@ def test_done_transitions_never_bootstrap() -> None:
 
 
 def test_taxi_and_cliff_walking() -> None:
-    cliff = from_gymnasium(gym.make("CliffWalking-v1"), 1.0, allow_undiscounted=True)
+    newest = {
+        name: max(i for i in gym.registry if i.startswith(f"{name}-v")) for name in ("CliffWalking", "Taxi")
+    }
+    cliff = from_gymnasium(gym.make(newest["CliffWalking"]), 1.0, allow_undiscounted=True)
     assert cliff.n_states == 49  # the goal's own state is not terminal in the table
     assert mdp.policy_iteration(cliff).values[36] == -13.0  # Sutton and Barto, 2018, example 6.6
-    taxi = from_gymnasium(gym.make("Taxi-v4"), 1.0, allow_undiscounted=True)
+    taxi = from_gymnasium(gym.make(newest["Taxi"]), 1.0, allow_undiscounted=True)
     best = mdp.expected_return(taxi, mdp.policy_iteration(taxi).policy)
     assert math.isclose(best.item(), 7.93, abs_tol=0.01)
 

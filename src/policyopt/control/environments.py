@@ -41,6 +41,20 @@ def environment_name(env: EnvLike) -> str:
     return str(getattr(env, "__name__", None) or type(env).__name__)
 
 
+def describe(env: Any) -> list[str]:
+    """Say what can be told of a vector environment's task besides its spaces: id, time
+    limit and arguments of the first copy, its class and those of its wrappers with
+    their arguments. What a function computes cannot be told.
+    """
+    one = env.unwrapped.envs[0] if isinstance(env.unwrapped, SyncVectorEnv) else env
+    told = [one.spec and (one.spec.id, one.spec.max_episode_steps, one.spec.kwargs)]
+    while isinstance(one, gym.Env):
+        told.append((type(one).__name__, getattr(one, "_saved_kwargs", None)))
+        one = getattr(one, "env", None)
+    # Addresses of objects differ between runs.
+    return [str(item).split(" at 0x")[0] for item in told]
+
+
 def environment_seed(seed: int, stream: int = 0) -> int:
     """Derive the environment's seed from a run's seed.
 

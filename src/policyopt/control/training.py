@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from policyopt._checks import require
 from policyopt.checkpoint import optimizer_slots, optimizer_tensors
 from policyopt.control import environments, results
 from policyopt.control.config import build_networks
@@ -211,11 +212,14 @@ class Run(Frame[ConfigT, RowT]):
         tensors, state = results.parts_of(self.result())
         if self.unfinished:
             state["stop_reason"] = "unfinished"
+        state["task"] = environments.describe(self.env)
         if self._optimizer is not None:
             tensors |= optimizer_tensors(self._optimizer)
         return tensors, state
 
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        theirs, ours = state.get("task"), environments.describe(self.env)
+        require(theirs in (None, ours), f"in this folder env must be {theirs}", ours)
         results.load_networks(self.policy, self.critic, tensors)
         self._good = self._snapshot()
         if self._optimizer is not None:

@@ -6,7 +6,10 @@ import typing as _typing
 from importlib.util import find_spec as _find_spec
 
 if _find_spec("transformers") is None:
-    raise ImportError("policyopt.lm needs transformers: pip install 'policyopt[lm]'")
+    raise ImportError(
+        "policyopt.lm needs transformers: "
+        "pip install 'transformers>=5' 'accelerate>=1.0'"
+    )
 
 from policyopt import _public_names
 from policyopt.lm.batches import *

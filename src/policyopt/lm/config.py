@@ -47,7 +47,9 @@ class LMConfig(Settings):
     """Most completions in one forward and backward pass; None takes the batch in one
     piece. The gradient is the same: only memory and time differ."""
     learning_rate: Positive = 1e-5
-    """AdamW's step size, at its highest."""
+    """AdamW's step size, at its highest. With all weights of a pretrained model about
+    1e-6 (1e-5 in SFT), with adapters ten to thirty times that; tiny models such as the
+    book's take 1e-4 to 1e-3."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """The learning rate after the warm-up: constant, or falling to 0 at the end."""
     warmup_updates: Natural = 0

@@ -253,17 +253,22 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, **options: Any) -> list[
         If the prompt comes out empty, is no prompt, needs a chat template and the
         tokenizer has none, or holds something that the template does not show.
     """
+    return _first(tokenizer, prompt, options)[0]
+
+
+def _first(tokenizer: Tokenizer, prompt: Prompt, more: Record) -> tuple[list[int], str]:
+    """Token ids of a prompt, and its text as the chat template writes it."""
     if isinstance(prompt, str):
-        ids = _encode_plain(tokenizer, prompt)
+        text, ids = prompt, _encode_plain(tokenizer, prompt)
     elif _roles(prompt, "prompt")[-1] == "assistant":
         remedy = "make it the completion, or add the user's next message"
         raise ValueError(f"prompt must not end with the assistant's message; {remedy}")
     else:
-        ids = _ids(tokenizer, _render(tokenizer, options, prompt, True))
-    if not ids:
-        remedy = "begin the prompt with some text"
-        raise ValueError(f"the prompt is empty and the tokenizer adds no BOS; {remedy}")
-    return ids
+        text = _render(tokenizer, more, prompt, True)
+        ids = _ids(tokenizer, text)
+    rule = "the prompt is empty and the tokenizer adds no BOS"
+    require(bool(ids), rule, prompt, "begin the prompt with some text")
+    return ids, text
 
 
 def encode_completion(
@@ -301,7 +306,7 @@ def encode_completion(
         chat = _Chat(tokenizer, options, prompt)
         text = text if text.startswith(chat.opening) else chat.opening + text
         ending = chat.ending
-    if eos and ending and not text.endswith(tuple(_special_tokens(tokenizer))):
+    if eos and ending and not text.endswith(_special_tokens(tokenizer)):
         text += ending
     ids = _ids(tokenizer, text)
     if not eos or ending:
@@ -331,7 +336,17 @@ def _anchor(tokenizer: Tokenizer) -> tuple[str, list[int]]:
 
     It is empty where that is so at the beginning too (byte-level BPE), and where no
     text is decoded exactly (WordPiece).
+
+    Raises
+    ------
+    ValueError
+        If the tokenizer, of characters or bytes, has no decoder, and puts spaces
+        between them: set ``tokenizer.backend_tokenizer.decoder``.
     """
+    letter = r"[^\W_\u2e80-\U0010ffff]"  # Chinese and Japanese have no spaces to lose
+    for word in (2 * t for t in tokenizer.get_vocab() if re.fullmatch(letter, t)):
+        text = _decode(tokenizer, _tokenize(tokenizer, word))
+        require(text != " ".join(word), f"tokenizer needs a decoder for {word!r}", text)
     for mark, letter in product(("", ":", "\n", "a"), "aA1."):
         before = _tokenize(tokenizer, mark)
         after = _ids(tokenizer, f" {letter}") + _ids(tokenizer, letter)
@@ -419,12 +434,15 @@ class _Chat:
 
     An answer comes after ``before`` and begins with ``opening``. After its words comes
     ``after``, which is ``ending`` up to the token that stops. ``thoughts`` is an empty
-    block of thoughts in place of the opening.
+    block of thoughts in place of the opening. ``before`` need not be written again
+    where it is known.
     """
 
-    def __init__(self, tokenizer: Tokenizer, options: Record, prompt: Any) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, options: Record, prompt: Any, before: str = ""
+    ) -> None:
         self.render, self.prompt = partial(_render, tokenizer, options), prompt
-        self.before, words = self.render(prompt, True), "Words"
+        self.before, words = before or self.render(prompt, True), "Words"
         whole = self.render([*prompt, {"role": "assistant", "content": words}], False)
         start, _, self.after = whole.rpartition(words)
         opening = start.partition(self.before)[2]
@@ -475,10 +493,13 @@ def chat_end(tokenizer: Tokenizer) -> int | None:
     return next(reversed(_ids(tokenizer, chat.ending)), None)
 
 
-def _special_tokens(tokenizer: Tokenizer) -> list[str]:
-    added = tokenizer.added_tokens_decoder.values()
-    special = {token.content for token in added if token.special}
-    return sorted(special | set(tokenizer.all_special_tokens))
+def _special_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
+    return tuple(_added(tokenizer, len(tokenizer)).union(tokenizer.all_special_tokens))
+
+
+@lru_cache(maxsize=16)  # to list thousands of them takes milliseconds
+def _added(tokenizer: Tokenizer, _size: int) -> set[str]:
+    return {x.content for x in tokenizer.added_tokens_decoder.values() if x.special}
 
 
 def _roles(messages: Any, column: str) -> list[str]:
@@ -677,9 +698,9 @@ def _encode(
         If one of them is unusable, or two completions are the same tokens.
     """
     options = limits.chat_template_kwargs | {"tools": record.get("tools")}
-    prompt_ids = encode_prompt(tokenizer, prompt, **options)
+    prompt_ids, before = _first(tokenizer, prompt, options)
     chats = texts and isinstance(prompt, list)
-    chat = _Chat(tokenizer, options, prompt) if chats else None
+    chat = _Chat(tokenizer, options, prompt, before) if chats else None
     cut, encoded = limits.max_completion_tokens, dict[str, list[int]]()
     for name, text in texts.items():
         words = chat.answer(_message(text, name)) if chat else _text(text, name)

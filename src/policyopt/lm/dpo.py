@@ -263,7 +263,8 @@ def _reference_log_probs(
     ``[N, 2]``, on the CPU.
 
     The batches are those of the training's first pass, so that rounding is the same
-    too: the first margin is exactly 0.
+    too: the first margin is exactly 0. The last of them may hold pairs that an earlier
+    one had; what they were there is what counts.
     """
     config, pairs = run.config, run.items
     result = torch.zeros(len(pairs), 2)
@@ -271,7 +272,7 @@ def _reference_log_probs(
         return result
     frozen = run.reference(reference, copy=False)
     one_pass = min(run.total, -(-len(pairs) // config.batch_size))
-    for update in range(one_pass):
+    for update in reversed(range(one_pass)):
         batch = batch_indices(len(pairs), config.batch_size, update, run.seed)
         size = max(1, (config.micro_batch_size or 2 * len(batch)) // 2)
         for start in range(0, len(batch), size):

@@ -89,7 +89,7 @@ class LanguageModel:
     def chat_template_kwargs(self) -> dict[str, Any]:
         """What the chat template is given besides messages and tools, such as
         ``{"enable_thinking": False}``: the setting of that name that the model was
-        trained with, which is kept in the model's config.
+        trained with, which is kept in the model's config (and beside saved adapters).
         """
         return dict(getattr(self.model.config, "chat_template_kwargs", {}))
 
@@ -198,6 +198,8 @@ class LanguageModel:
         options = {"save_embedding_layers": False} if is_adapted(self.model) else {}
         self.model.save_pretrained(folder, **options)
         self.tokenizer.save_pretrained(folder)
+        if options and (kept := self.chat_template_kwargs):  # adapters have no config
+            (folder / "chat_settings.json").write_bytes(json.dumps(kept).encode())
 
 
 @contextmanager
@@ -286,7 +288,7 @@ def _peft() -> Iterator[Any]:
     try:
         import peft
     except ImportError as error:
-        raise ImportError("LoRA needs peft: pip install 'policyopt[lora]'") from error
+        raise ImportError("LoRA needs peft: pip install 'peft>=0.18'") from error
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         yield peft
@@ -326,8 +328,8 @@ def load(
     Raises
     ------
     ValueError
-        If there is no such model (or no base model for the adapters), or nothing stops
-        its completions.
+        If there is no such model (or no base model for the adapters), if nothing stops
+        its completions, or if the installed transformers misreads GGUF files.
     """
     folder = Path(name_or_path)
     if (folder / "adapter_config.json").exists():
@@ -347,10 +349,15 @@ def load(
     if attention is not None:
         weights["attn_implementation"] = attention
     if gguf:
+        version = transformers.__version__
+        if tuple(map(int, version.split(".")[:2])) < (5, 18):
+            # They take BOS for EOS and give Llama's tokenizer tokens beyond the model.
+            why = f"has a tokenizer that transformers {version} misreads"
+            remedy = "install 5.18 or newer: pip install -U transformers"
+            raise ValueError(f"{name_or_path} {why}; {remedy}")
         options["gguf_file"] = folder.name
-        if hasattr(transformers, "GgufConfig"):  # versions without it always unpack
-            # Packed weights could be neither trained nor saved.
-            weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        # Packed weights could be neither trained nor saved.
+        weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
         weights["use_safetensors"] = True
     try:
@@ -392,6 +399,8 @@ def _load_adapters(folder: Path, **options: Any) -> LanguageModel:
         except ValueError as error:
             what = f"{folder} holds adapters for {name!r}, which cannot be loaded"
             raise ValueError(f"{what} (see adapter_config.json): {error}") from error
+        if (kept := folder / "chat_settings.json").exists():
+            base.config.chat_template_kwargs = json.loads(kept.read_bytes())
         model = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=True)
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     return LanguageModel(model.eval(), tokenizer, folder.resolve().name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import chain, count
@@ -100,12 +100,12 @@ def compute_rewards(
     return Rewards(total.float(), parts)
 
 
-def _by_name(functions: RewardFunctions) -> dict[str, RewardFunction]:
+def _by_name(functions: Any) -> dict[str, RewardFunction]:
     if isinstance(functions, Mapping):
         named = {str(name): function for name, function in functions.items()}
     else:
-        named = {}
-        for function in [functions] if callable(functions) else list(functions):
+        named, alone = {}, callable(functions) or not isinstance(functions, Iterable)
+        for function in [functions] if alone else list(functions):
             inner = getattr(function, "func", function)  # of functools.partial
             base = getattr(inner, "__name__", type(inner).__name__)
             names = chain([base], (f"{base}_{i}" for i in count(2)))
@@ -114,8 +114,8 @@ def _by_name(functions: RewardFunctions) -> dict[str, RewardFunction]:
         raise ValueError("there are no reward functions; give at least one")
     for name, function in named.items():
         if not callable(function):
-            kind = type(function).__name__
-            raise TypeError(f"reward function {name!r} must be callable, got {kind}")
+            rule = f"reward function {name!r} must be callable"
+            raise TypeError(f"{rule}, got {quote(function)}; write {_FORM}")
     return named
 
 

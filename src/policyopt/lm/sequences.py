@@ -181,8 +181,8 @@ def hidden_states(
         Run each prompt once and let all its completions read its keys and values. The
         result is the same up to rounding, for less work. With dropout, completions of
         one prompt then share the prompt's noise. Models for which that is not so
-        (:func:`policyopt.lm.cache.check_cache`), and gradient checkpointing, run the
-        prompt again for each completion.
+        (:func:`policyopt.lm.cache.check_cache`), layers that are dropped at random, and
+        gradient checkpointing run the prompt again for each completion.
 
     Returns
     -------
@@ -206,9 +206,11 @@ def hidden_states(
 
 
 def _can_share(model: nn.Module, backbone: nn.Module) -> bool:
-    # With it transformers switches the cache off in training mode. In evaluation mode
+    # In training mode transformers switches the cache off with checkpointing, and with
+    # layerdrop leaves out layers, which then have read no prompt. In evaluation mode
     # the passes are the same, so that they round alike.
-    if any(getattr(m, "gradient_checkpointing", False) for m in backbone.modules()):
+    names = ("gradient_checkpointing", "layerdrop")
+    if any(getattr(m, name, False) for m in backbone.modules() for name in names):
         return False
     return check_cache(model).shares
 

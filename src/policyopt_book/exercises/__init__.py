@@ -61,8 +61,8 @@ class Exercise:
         with respect to each of them as well.
     constants : tuple of str
         The other tensors of numbers, where there is a ``gradient``: what the method
-        holds constant, so that an answer may detach it or not. Each is named, lest one
-        be forgotten.
+        holds constant, so that an answer may detach it or not. Each must be named, so
+        that none is forgotten.
     verify : callable, optional
         For questions with many right answers: called with the answer to the first case;
         returns what is wrong with it, or None. There is no reference then.
