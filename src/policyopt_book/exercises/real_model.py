@@ -238,7 +238,7 @@ def _losses(
     for _ in range(updates):
         loss = loss_now()
         adam.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         adam.step()
         losses.append((loss_now() if after else loss).item())
     return losses
