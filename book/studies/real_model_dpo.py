@@ -39,7 +39,7 @@ STUDY = Study(
     "real_model_dpo",
     run,
     [{"learning_rate": rate} for rate in (1e-4, 5e-4, 5e-3)],
-    seeds=1,
+    seeds=3,
     sample={"learning_rate": 5e-4},
     minutes=True,
 )

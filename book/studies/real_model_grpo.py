@@ -76,7 +76,7 @@ def run(*, seed: int, method: str, learning_rate: float) -> dict[str, Any]:
 STUDY = Study(
     "real_model_grpo",
     run,
-    [{"method": method, "learning_rate": 5e-4} for method in ("GRPO",)],
+    [{"method": method, "learning_rate": 5e-4} for method in ("GRPO", "online ranking")],
     seeds=3,
     minutes=True,
 )
