@@ -57,7 +57,13 @@ def run(*, seed: int, method: str, steps: int, rate: float) -> dict[str, Any]:
     """Train once."""
     options, loss = METHODS[method]
     config = GRPOConfig(
-        updates=24, batch_size=16, group_size=8, minibatches=steps, learning_rate=rate, sampling=SAMPLING, **options
+        updates=24,
+        batch_size=16,
+        group_size=8,
+        minibatches=steps,
+        learning_rate=rate,
+        sampling=SAMPLING,
+        **options,
     )
     model = load_model("addition-base", device="cpu")
     sums = addition.prompt_records(addition.make_problems(4_096, seed=7))

@@ -41,7 +41,11 @@ class StaleSampler:
             self.copy.model.load_state_dict(self.waiting.popleft())
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], samples_per_prompt: int, config: SamplingConfig, **options: Any
+        self,
+        prompts: Sequence[Sequence[int]],
+        samples_per_prompt: int,
+        config: SamplingConfig,
+        **options: Any,
     ) -> Any:
         """Draw completions with the old weights."""
         return self.sampler.sample(prompts, samples_per_prompt, config, **options)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from policyopt.estimators import kl_estimate
-from policyopt.losses import aggregate, ranking_loss
 from policyopt_book.exercises import Exercise
 
 __all__ = ["EXERCISES"]
@@ -167,54 +166,58 @@ def _batch_case(moved: bool) -> dict[str, Any]:
     }
 
 
-def _token_weights(lengths: Tensor, denominator: str, longest: int) -> Tensor:
-    """Return the slope of the package's mean with respect to each token."""
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    ones = torch.ones(mask.shape, dtype=torch.float64, requires_grad=True)
-    if denominator == "sequence":
-        mean = aggregate(ones, mask, reduction="sequence-mean")
-    elif denominator == "token":
-        mean = aggregate(ones, mask)
-    else:
-        mean = aggregate(ones, mask, denominator=len(lengths) * longest)
-    (weights,) = torch.autograd.grad(mean, ones)
-    return weights
-
-
-def _longest_of_the_batch(lengths: Tensor, denominator: str, longest: int) -> Tensor:
-    return _token_weights(lengths, denominator, int(lengths.max()))
-
-
-def _sequences_added(lengths: Tensor, denominator: str, longest: int) -> Tensor:
-    scale = len(lengths) if denominator == "sequence" else 1
-    return scale * _token_weights(lengths, denominator, longest)
-
-
-def _sequence_and_token_exchanged(
-    lengths: Tensor, denominator: str, longest: int
+def _loop_loss(
+    log_probs: list[Tensor],
+    old: list[Tensor],
+    masks: list[Tensor],
+    rewards: list[Tensor],
+    clip: float,
+    *,
+    deviation: Any = statistics.stdev,
+    which: Any = min,
+    mean: str = "written",
 ) -> Tensor:
-    other = {"sequence": "token", "token": "sequence"}.get(denominator, denominator)
-    return _token_weights(lengths, other, longest)
+    """Token by token, group by group."""
+    total, groups = [], len(rewards)
+    for now, before, mask, r in zip(log_probs, old, masks, rewards, strict=True):
+        numbers = r.tolist()
+        middle, spread = statistics.mean(numbers), deviation(numbers)
+        terms = []
+        for i, t in mask.nonzero().tolist():
+            A = (numbers[i] - middle) / (spread + 1e-4)
+            ratio = (now[i, t] - before[i, t]).exp()
+            edge = min(max(ratio.item(), 1 - clip), 1 + clip)
+            inside = ratio.item() == edge
+            terms.append(-which(ratio * A, (ratio if inside else edge + 0 * ratio) * A))
+        share = groups * mask.numel() if mean == "padded" else 1
+        total.append(torch.stack(terms).sum() / share)
+    written = 1 if mean == "padded" else sum(int(mask.sum()) for mask in masks)
+    return torch.stack(total).sum() / written
 
 
-def _pushes(log_prob: Tensor, beta: float) -> Tensor:
-    probe = log_prob.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(-ranking_loss(probe, beta=beta).loss.sum(), probe)
-    assert isinstance(slope, Tensor)
-    return slope
-
-
-def _neighbours_only(log_prob: Tensor, beta: float) -> Tensor:
-    pushes = torch.zeros_like(log_prob)
-    for i in range(len(log_prob) - 1):
-        force = beta * torch.sigmoid(-beta * (log_prob[i] - log_prob[i + 1]))
-        pushes[i] += force
-        pushes[i + 1] -= force
-    return pushes
-
-
-def _pulled_where_right(log_prob: Tensor, beta: float) -> Tensor:
-    return _pushes(-log_prob, beta)
+def _loop_case(seed: int) -> dict[str, Any]:
+    """Return two groups of four completions, after the policy has moved."""
+    generator = torch.Generator().manual_seed(seed)
+    log_probs, old, masks = [], [], []
+    for longest in (3, 5):
+        before = -3 * torch.rand(4, longest, generator=generator, dtype=torch.float64)
+        step = torch.randn(4, longest, generator=generator, dtype=torch.float64)
+        lengths = torch.randint(1, longest + 1, (4,), generator=generator)
+        lengths[0] = longest
+        log_probs.append(before + 0.4 * step)
+        old.append(before)
+        masks.append(torch.arange(longest) < lengths[:, None])
+    rewards = [
+        torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64),
+        torch.tensor([0.0, 0.0, 1.0, 0.0], dtype=torch.float64),
+    ]
+    return {
+        "log_probs": log_probs,
+        "old": old,
+        "masks": masks,
+        "rewards": rewards,
+        "clip": 0.2,
+    }
 
 
 EXERCISES: tuple[Exercise, ...] = (
@@ -306,53 +309,27 @@ EXERCISES: tuple[Exercise, ...] = (
         },
     ),
     Exercise(
-        name="grpo.token-weights",
-        reference=_token_weights,
-        cases=tuple(
-            {
-                "lengths": torch.tensor([4, 1, 2]),
-                "denominator": denominator,
-                "longest": 6,
-            }
-            for denominator in ("sequence", "token", "constant")
-        ),
+        name="grpo.loop",
+        reference=_loop_loss,
+        cases=(_loop_case(0), _loop_case(1)),
+        gradient="log_probs",
+        constants=("old", "rewards"),
         mistakes={
-            "The constant is the longest length allowed; the longest of the batch is "
-            "no constant": (_longest_of_the_batch),
-            "The sequence mean is also divided by the number of "
-            "completions": _sequences_added,
-            "Sequence mean and token mean are exchanged": _sequence_and_token_exchanged,
-        },
-    ),
-    Exercise(
-        name="grpo.pushes",
-        reference=_pushes,
-        cases=(
-            {
-                "log_prob": torch.tensor(
-                    [-67.4, -58.9, -32.1, -18.2], dtype=torch.float64
-                ),
-                "beta": 0.3,
-            },
-            {
-                "log_prob": torch.tensor([-1.0, -3.0, -2.0], dtype=torch.float64),
-                "beta": 1.0,
-            },
-            {"log_prob": torch.tensor([-4.0, -4.5], dtype=torch.float64), "beta": 2.0},
-        ),
-        mistakes={
-            "The signs are reversed: the best must be pushed up": (
-                lambda log_prob, beta: -_pushes(log_prob, beta)
+            "The standard deviation of (2) has the denominator K - 1": (
+                lambda *batch: _loop_loss(*batch, deviation=statistics.pstdev)
             ),
-            "The list is read from the worst to the best; the best comes first": (
-                lambda log_prob, beta: _pushes(log_prob.flip(0), beta).flip(0)
+            "That is the maximum; the minimum is the pessimistic one": (
+                lambda *batch: _loop_loss(*batch, which=max)
             ),
-            "Only neighbours are compared; the loss takes every pair": _neighbours_only,
-            "The factor beta before the sigmoid is missing": (
-                lambda log_prob, beta: _pushes(log_prob, beta) / beta
+            "Divide by the tokens that were written, of all groups together; you "
+            "average over the groups, or over the padding": (
+                lambda *batch: _loop_loss(*batch, mean="padded")
             ),
-            "A pair pushes most where it is in the wrong order; yours pushes most "
-            "where it is right": (_pulled_where_right),
+            "The loop as it was given has three mistakes": (
+                lambda *batch: _loop_loss(
+                    *batch, deviation=statistics.pstdev, which=max, mean="padded"
+                )
+            ),
         },
     ),
 )
