@@ -167,10 +167,10 @@ def _batch_case(moved: bool) -> dict[str, Any]:
 
 
 def _loop_loss(
-    log_probs: list[Tensor],
-    old: list[Tensor],
-    masks: list[Tensor],
-    rewards: list[Tensor],
+    log_probs: Tensor,
+    old: Tensor,
+    masks: Tensor,
+    rewards: Tensor,
     clip: float,
     *,
     deviation: Any = statistics.stdev,
@@ -178,7 +178,7 @@ def _loop_loss(
     mean: str = "written",
 ) -> Tensor:
     """Token by token, group by group."""
-    total, groups = [], len(rewards)
+    total = []
     for now, before, mask, r in zip(log_probs, old, masks, rewards, strict=True):
         numbers = r.tolist()
         middle, spread = statistics.mean(numbers), deviation(numbers)
@@ -186,36 +186,26 @@ def _loop_loss(
         for i, t in mask.nonzero().tolist():
             A = (numbers[i] - middle) / (spread + 1e-4)
             ratio = (now[i, t] - before[i, t]).exp()
-            edge = min(max(ratio.item(), 1 - clip), 1 + clip)
-            inside = ratio.item() == edge
-            terms.append(-which(ratio * A, (ratio if inside else edge + 0 * ratio) * A))
-        share = groups * mask.numel() if mean == "padded" else 1
+            edge = ratio.detach().clamp(1 - clip, 1 + clip)
+            inside = bool(ratio.detach() == edge)
+            terms.append(-which(ratio * A, (ratio if inside else edge) * A))
+        share = len(rewards) * int(mask.sum()) if mean == "group" else 1
         total.append(torch.stack(terms).sum() / share)
-    written = 1 if mean == "padded" else sum(int(mask.sum()) for mask in masks)
+    written = int(masks.sum()) if mean == "written" else 1
     return torch.stack(total).sum() / written
 
 
 def _loop_case(seed: int) -> dict[str, Any]:
     """Return two groups of four completions, after the policy has moved."""
     generator = torch.Generator().manual_seed(seed)
-    log_probs, old, masks = [], [], []
-    for longest in (3, 5):
-        before = -3 * torch.rand(4, longest, generator=generator, dtype=torch.float64)
-        step = torch.randn(4, longest, generator=generator, dtype=torch.float64)
-        lengths = torch.randint(1, longest + 1, (4,), generator=generator)
-        lengths[0] = longest
-        log_probs.append(before + 0.4 * step)
-        old.append(before)
-        masks.append(torch.arange(longest) < lengths[:, None])
-    rewards = [
-        torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64),
-        torch.tensor([0.0, 0.0, 1.0, 0.0], dtype=torch.float64),
-    ]
+    old = -3 * torch.rand(2, 4, 5, generator=generator, dtype=torch.float64)
+    step = torch.randn(2, 4, 5, generator=generator, dtype=torch.float64)
+    lengths = torch.tensor([[5, 3, 4, 5], [1, 2, 1, 3]])
     return {
-        "log_probs": log_probs,
+        "log_probs": old + 0.4 * step,
         "old": old,
-        "masks": masks,
-        "rewards": rewards,
+        "masks": torch.arange(5) < lengths[..., None],
+        "rewards": torch.tensor([[1, 0, 0, 1], [0, 0, 1, 0]], dtype=torch.float64),
         "clip": 0.2,
     }
 
@@ -321,13 +311,13 @@ EXERCISES: tuple[Exercise, ...] = (
             "That is the maximum; the minimum is the pessimistic one": (
                 lambda *batch: _loop_loss(*batch, which=max)
             ),
-            "Divide by the tokens that were written, of all groups together; you "
-            "average over the groups, or over the padding": (
-                lambda *batch: _loop_loss(*batch, mean="padded")
+            "Divide by the tokens of all groups together; you average within each "
+            "group first, and its length then decides what a token counts": (
+                lambda *batch: _loop_loss(*batch, mean="group")
             ),
             "The loop as it was given has three mistakes": (
                 lambda *batch: _loop_loss(
-                    *batch, deviation=statistics.pstdev, which=max, mean="padded"
+                    *batch, deviation=statistics.pstdev, which=max, mean="group"
                 )
             ),
         },
