@@ -89,83 +89,6 @@ def _update_factor(
     return total
 
 
-def _grpo_loss(
-    log_prob: Tensor,
-    old_log_prob: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip_ratio: float,
-    *,
-    which: Any = min,
-    mean: str = "sequence",
-) -> Tensor:
-    """Token by token; ``which`` chooses between the plain and the clipped term."""
-    rows, counts = [], []
-    for i in range(len(advantages)):
-        A, row = float(advantages[i]), log_prob.new_zeros(())
-        for t in range(mask.shape[1]):
-            if mask[i, t]:
-                ratio = (log_prob[i, t] - old_log_prob[i, t]).exp()
-                low, high = 1 - clip_ratio, 1 + clip_ratio
-                edge = (
-                    ratio
-                    if low <= ratio.item() <= high
-                    else log_prob.new_tensor(low if ratio < low else high)
-                )
-                row = row - which(ratio * A, edge * A)
-        rows.append(row)
-        counts.append(int(mask[i].sum()))
-    if mean == "token":
-        return torch.stack(rows).sum() / sum(counts)
-    if mean == "padded":
-        return torch.stack(rows).sum() / mask.numel()
-    return torch.stack([row / n for row, n in zip(rows, counts, strict=True)]).mean()
-
-
-def _always_on_policy(
-    log_prob: Tensor,
-    old_log_prob: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip_ratio: float,
-) -> Tensor:
-    return _grpo_loss(log_prob, log_prob.detach(), advantages, mask, clip_ratio)
-
-
-def _batch_case(moved: bool) -> dict[str, Any]:
-    """Return a batch of four completions, right after sampling or after the policy has
-    moved.
-    """
-    generator = torch.Generator().manual_seed(0)
-    mask = torch.tensor(
-        [
-            [True] * 4,
-            [True, False, False, False],
-            [True] * 3 + [False],
-            [True, True, False, False],
-        ]
-    )
-    old = -3 * torch.rand(4, 4, generator=generator, dtype=torch.float64)
-    step = torch.tensor(
-        [
-            [0.5, -0.5, 0.1, -0.1],
-            [0.4, 0.0, 0.0, 0.0],
-            [0.6, -0.7, 0.05, 0.0],
-            [-0.3, 0.3, 0.0, 0.0],
-        ],
-        dtype=torch.float64,
-    )
-    return {
-        "log_prob": torch.where(
-            mask, old + step if moved else old, 2.0
-        ),  # whatever is after the end
-        "old_log_prob": torch.where(mask, old, 1.0),
-        "advantages": torch.tensor([1.2, 0.3, -0.9, -0.6], dtype=torch.float64),
-        "mask": mask,
-        "clip_ratio": 0.2,
-    }
-
-
 def _loop_loss(
     log_probs: Tensor,
     old: Tensor,
@@ -268,34 +191,6 @@ EXERCISES: tuple[Exercise, ...] = (
             "failure by -1/(1-p)": (lambda p, K: _update_factor(p, K, slope=False)),
             "That is the factor of the policy gradient, 1: which completion is kept "
             "depends on the rewards": (lambda p, K: 1.0),
-        },
-    ),
-    Exercise(
-        name="grpo.loss",
-        reference=_grpo_loss,
-        cases=(_batch_case(moved=False), _batch_case(moved=True)),
-        gradient="log_prob",
-        constants=("old_log_prob", "advantages"),
-        mistakes={
-            "You clip and do not take the minimum: then a bad token that became "
-            "likelier is let go": (
-                lambda *batch: _grpo_loss(*batch, which=lambda plain, clipped: clipped)
-            ),
-            "That is the maximum; the minimum is the pessimistic one": (
-                lambda *batch: _grpo_loss(*batch, which=max)
-            ),
-            "Nothing is clipped": lambda *batch: _grpo_loss(
-                *batch, which=lambda plain, clipped: plain
-            ),
-            "The sign is wrong: minimising this makes good completions rare": (
-                lambda *batch: -_grpo_loss(*batch)
-            ),
-            "All tokens count the same; (3) averages over the tokens of each "
-            "completion first": (lambda *batch: _grpo_loss(*batch, mean="token")),
-            "You divide by the length of the padded row, not by that of the "
-            "completion": (lambda *batch: _grpo_loss(*batch, mean="padded")),
-            "The ratio is always 1: compare with the policy that drew the batch, not "
-            "with the present one": (_always_on_policy),
         },
     ),
     Exercise(
