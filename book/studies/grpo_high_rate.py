@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from grpo_group_and_rate import SAMPLING, measure
+
 from policyopt.lm import GRPOConfig, train_grpo
 from policyopt_book import load_model
 from policyopt_book.studies import Study

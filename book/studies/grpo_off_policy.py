@@ -17,9 +17,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from grpo_group_and_rate import SAMPLING, measure
 from torch import Tensor
 
-from grpo_group_and_rate import SAMPLING, measure
 from policyopt.lm import GRPOConfig, train_grpo
 from policyopt.lm.batches import Completions
 from policyopt_book import load_model

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from grpo_group_and_rate import SAMPLING, measure
 from torch import nn
 
-from grpo_group_and_rate import SAMPLING, measure
 from policyopt.estimators import kl_estimate
 from policyopt.lm import GRPOConfig, SamplingConfig, TransformersSampler, train_grpo
 from policyopt.lm.batches import Completions
