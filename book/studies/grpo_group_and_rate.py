@@ -31,7 +31,9 @@ def measure(model: Any) -> dict[str, float]:
     """Answer 64 unseen sums eight times each."""
     unseen = addition.make_problems(64, seed=99)
     texts = generate(model, [p.prompt for p in unseen], SAMPLING, samples_per_prompt=8, seed=1)
-    right = np.array([[addition.final_answer(t) == p.answer for t in row] for row, p in zip(texts, unseen)])
+    right = np.array(
+        [[addition.final_answer(t) == p.answer for t in row] for row, p in zip(texts, unseen, strict=True)]
+    )
     pad = np.array([[addition.uses_scratchpad(t) for t in row] for row in texts])
     return {
         "right": right.mean(),
