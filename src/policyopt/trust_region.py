@@ -69,7 +69,9 @@ class TrustRegionStep:
     """First-order prediction gᵀΔθ of the full step's improvement."""
     gradient_norm: float
     residual: float
-    """‖g − F x‖ / ‖g‖ after conjugate gradient: 0 is an exact solve."""
+    """‖g − (F + damping·I) x‖ / ‖g‖ after conjugate gradient, by its recursion: near 0
+    the damped system is solved.
+    """
 
 
 def _flat_gradient(

@@ -1060,7 +1060,7 @@ def gae_lambda() -> Interactive:
     by = ("values", "lam")
     curves = {
         "bias": ("squared bias", _VERMILLION, "dash"),
-        "variance": ("variance", _BLUE, "dot"),
+        "variance": ("variance", OKABE_ITO["orange"], "dot"),
     }
     data = (
         _bars("weight", later, [0.0] * 16, color=_BLUE, showlegend=False, width=0.7),
@@ -1106,8 +1106,8 @@ def gae_lambda() -> Interactive:
         alt="Three panels for lambda 0.9 and a value function with errors. Left, the "
         "weights of later TD errors decay geometrically. Middle, TD errors and "
         "estimated advantages along an episode of nine steps, beside the true "
-        "advantages. Right, squared bias falls with lambda while the variance rises; "
-        "their sum is smallest in between.",
+        "advantages. Right, squared bias falls with lambda; the variance falls a "
+        "little, then rises; their sum is smallest in between.",
         controls=(
             Control("lam", "λ", _LAMBDAS, _LAMBDAS.index("0.9")),
             Control("values", "V(s) is", tuple(guesses), 1, kind="select"),

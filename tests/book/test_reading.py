@@ -16,12 +16,9 @@ FOLDED = {"hide-cell", "hide-input", "remove-input", "remove-cell"}
 # Chapters whose minutes are still an estimate; the list is to become empty.
 ESTIMATED = {
     "comparison",
-    "dpo",
     "grpo",
-    "ppo",
     "real-model",
     "rlhf",
-    "trpo",
 }
 
 

@@ -117,7 +117,11 @@ def test_ci_runs_every_check_to_its_end_and_names_those_that_failed(tmp_path: Pa
     """In a copy of the Makefile whose targets fail or pass at once."""
     text = (ROOT / "Makefile").read_text()
     (targets,) = re.findall(r"(?m)^CHECKS := (.*)$", text)
-    assert set(targets.split()) == {"lint", "web-test", "test-quick", "sweep-quick", "oldest-quick", "colab-test"} <= TARGETS
+    assert (
+        set(targets.split())
+        == {"lint", "web-test", "test-quick", "sweep-quick", "oldest-quick", "colab-test"}
+        <= TARGETS
+    )
     body = "\\1:\n\t@echo ran $@; test $@ != '$(BAD)'\n"
     fake = re.sub(rf"(?ms)^({'|'.join(targets.split())}):.*?(?=^\n)", body, text)
     (tmp_path / "Makefile").write_text(fake)

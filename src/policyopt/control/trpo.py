@@ -76,7 +76,9 @@ class TRPOUpdate(Update):
     line_search: str
     """"accepted", or why the step was refused."""
     cg_residual: float
-    """‖g − F x‖ / ‖g‖ after conjugate gradient."""
+    """Of the damped system, ‖g − (F + damping·I) x‖ / ‖g‖ after conjugate gradient, as
+    its recursion has it: below about 1e-7 it is not that of x, which float32 rounds.
+    """
     gradient_norm: float
     entropy: float
     """Mean entropy of the old policy over the batch's states, nats."""

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from policyopt.losses import DPO, dpo_loss
 from policyopt_book.exercises import Exercise
 
 __all__ = ["EXERCISES"]
@@ -173,67 +172,113 @@ def _beta_for(
     return 1 / low
 
 
-def _where_the_pull_vanishes(loss: Callable[[Tensor], DPO], p: float) -> float:
-    """Return the log-ratio between whose two pulls, of one label and of the other,
-    there is balance.
-    """
-    low, high = -1e3, 1e3
-    for _ in range(60):
-        z = (low + high) / 2
-        weights = loss(torch.tensor([z, -z], dtype=torch.float64)).weight.tolist()
-        low, high = (z, high) if p * weights[0] > (1 - p) * weights[1] else (low, z)
-    return low if high < 999 else math.inf
+def _changes(reference: Tensor, reward: Tensor, beta: float) -> tuple[float, float]:
+    """Go through all pairs of texts, one by one."""
+    q, r = reference.tolist(), reward.tolist()
+    best = _tilted(reference, reward, beta)
+    change = [math.log(p / a) for p, a in zip(best, q, strict=True)]
+    chosen = rejected = 0.0
+    for i in range(len(q)):
+        for j in range(len(q)):
+            wins = q[i] * q[j] / (1 + math.exp(r[j] - r[i]))  # i is drawn first
+            chosen += 2 * wins * change[i]
+            rejected += 2 * wins * change[j]
+    return chosen, rejected
 
 
-def _minimisers(p: float, beta: float, epsilon: float) -> tuple[float, float, float]:
-    def at(**options: Any) -> float:
-        return _where_the_pull_vanishes(
-            lambda z: dpo_loss(z, torch.zeros_like(z), beta=beta, **options), p
+def _changes_of_one_order(
+    reference: Tensor, reward: Tensor, beta: float
+) -> tuple[float, float]:
+    chosen, rejected = _changes(reference, reward, beta)
+    return chosen / 2, rejected / 2
+
+
+def _changes_of_own_samples(
+    reference: Tensor, reward: Tensor, beta: float
+) -> tuple[float, float]:
+    """Draw the pairs from the optimum, and weigh its changes."""
+    best = torch.tensor(_tilted(reference, reward, beta), dtype=torch.float64)
+    chosen, rejected = _changes(best, reward, -beta)  # from the optimum back
+    return -chosen, -rejected
+
+
+def _changes_without_labels(
+    reference: Tensor, reward: Tensor, beta: float
+) -> tuple[float, float]:
+    mean = sum(_changes(reference, reward, beta)) / 2
+    return mean, mean
+
+
+def _batch_loss(
+    policy: Tensor, reference: Tensor, ids: Tensor, mask: Tensor, beta: float
+) -> Tensor:
+    """Score text by text, and compare pair by pair."""
+    return _loss_of_scores(
+        _text_log_prob(policy, ids, mask), _text_log_prob(reference, ids, mask), beta
+    )
+
+
+def _loss_of_scores(ours: Tensor, theirs: Tensor, beta: float) -> Tensor:
+    losses = [
+        _pair_loss(ours[i], ours[i + 1], theirs[i], theirs[i + 1], beta)
+        for i in range(0, len(ours), 2)
+    ]
+    return torch.stack(losses).mean()
+
+
+def _in_halves(
+    policy: Tensor, reference: Tensor, ids: Tensor, mask: Tensor, beta: float
+) -> Tensor:
+    half = len(ids) // 2
+    order = torch.arange(len(ids)).view(2, half).T.flatten()
+    return _batch_loss(policy[order], reference[order], ids[order], mask[order], beta)
+
+
+def _beta_on_one_half(
+    policy: Tensor, reference: Tensor, ids: Tensor, mask: Tensor, beta: float
+) -> Tensor:
+    ours, theirs = (_text_log_prob(x, ids, mask) for x in (policy, reference))
+    return _loss_of_scores(beta * ours, theirs, 1.0)
+
+
+def _scored_by(
+    score: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Callable[..., Tensor]:
+    def loss(
+        policy: Tensor, reference: Tensor, ids: Tensor, mask: Tensor, beta: float
+    ) -> Tensor:
+        return _loss_of_scores(
+            score(policy, ids, mask), score(reference, ids, mask), beta
         )
 
-    return at(), at(label_smoothing=epsilon), at(kind="ipo")
+    return loss
 
 
-def _without_smoothing(
-    p: float, beta: float, epsilon: float
-) -> tuple[float, float, float]:
-    sigmoid, _, ipo = _minimisers(p, beta, epsilon)
-    return sigmoid, sigmoid, ipo
-
-
-def _certain_ipo(p: float, beta: float, epsilon: float) -> tuple[float, float, float]:
-    return *_minimisers(p, beta, epsilon)[:2], 1 / (2 * beta)
-
-
-def _as_margins(p: float, beta: float, epsilon: float) -> tuple[float, float, float]:
-    sigmoid, smoothed, ipo = _minimisers(p, beta, epsilon)
-    return beta * sigmoid, beta * smoothed, beta * ipo
-
-
-def _smoothed_by_certainty(
-    p: float, beta: float, epsilon: float
-) -> tuple[float, float, float]:
-    sigmoid, _, ipo = _minimisers(p, beta, epsilon)
-    return sigmoid, math.log((1 - epsilon) / epsilon) / beta, ipo
-
-
-def _unflipped_loss(margin: Tensor, epsilon: float) -> Tensor:
-    """Solve the two equations for the two factors."""
-    mixing = torch.tensor(
-        [[1 - epsilon, epsilon], [epsilon, 1 - epsilon]], dtype=margin.dtype
+def _the_colleague(
+    policy: Tensor, reference: Tensor, ids: Tensor, mask: Tensor, beta: float
+) -> Tensor:
+    """Return what the version with four bugs does, as the chapter prints it."""
+    ours, theirs = (
+        (x.log_softmax(-1).gather(-1, ids[..., None])[..., 0] * mask).mean(1)
+        for x in (policy, reference)
     )
-    own, other = map(
-        float, torch.linalg.solve(mixing, torch.tensor([1.0, 0.0], dtype=margin.dtype))
-    )
-    zero = torch.zeros_like(margin)
-    return (
-        own * dpo_loss(margin, zero, beta=1.0).loss
-        + other * dpo_loss(zero, margin, beta=1.0).loss
-    )
+    half = len(ours) // 2
+    margin = beta * (ours[:half] - ours[half:]) - (theirs[:half] - theirs[half:])
+    return -margin.sigmoid().log().mean()
 
 
-def _margin_case(margins: list[float], epsilon: float) -> dict[str, Any]:
-    return {"margin": torch.tensor(margins, dtype=torch.float64), "epsilon": epsilon}
+def _batch_case(
+    seed: int, prompts: list[int], lengths: list[int], beta: float
+) -> dict[str, Any]:
+    """Make logits of two models; the texts of a pair share the prompt's length."""
+    case = _logits_case(seed, prompts, lengths)
+    return {
+        "policy": case["logits"],
+        "reference": _logits_case(seed + 100, prompts, lengths)["logits"],
+        "ids": case["ids"],
+        "mask": case["mask"],
+        "beta": beta,
+    }
 
 
 EXERCISES: tuple[Exercise, ...] = (
@@ -371,64 +416,49 @@ EXERCISES: tuple[Exercise, ...] = (
         },
     ),
     Exercise(
-        name="dpo.minimisers",
-        reference=_minimisers,
-        cases=(
-            {"p": 1.0, "beta": 0.5, "epsilon": 0.1},
-            {"p": 0.8, "beta": 0.1, "epsilon": 0.2},
-            {"p": 0.3, "beta": 1.5, "epsilon": 0.05},
-        ),
+        name="dpo.changes",
+        reference=_changes,
+        cases=(_texts_case(5, 3, 1.0), _texts_case(6, 5, 0.3), _texts_case(7, 4, 5.0)),
         mistakes={
-            "These are margins; the question is about log-ratios": _as_margins,
-            "The smoothing is missing in the second value": _without_smoothing,
-            "The second value holds for p = 1 only: mix p and "
-            "epsilon": _smoothed_by_certainty,
-            "The third value holds for p = 1 only: IPO's target is the "
-            "mean over both labels": _certain_ipo,
+            "A pair can be drawn in two orders: your weights add up to one "
+            "half": _changes_of_one_order,
+            "You draw the pairs from the optimum; they are samples of the "
+            "reference": _changes_of_own_samples,
+            "Chosen and rejected are not alike: the label weighs the "
+            "pairs": _changes_without_labels,
+            "Chosen and rejected are exchanged": (
+                lambda reference, reward, beta: _changes(reference, reward, beta)[::-1]
+            ),
         },
     ),
     Exercise(
-        name="dpo.flips",
-        reference=_unflipped_loss,
+        name="dpo.step",
+        reference=_batch_loss,
         cases=(
-            _margin_case([-2.0, 0.0, 3.0], 0.2),
-            _margin_case([0.5], 0.4),
-            _margin_case([-1.0, 4.0], 0.0),
+            _batch_case(10, [2, 2], [3, 2], 0.5),
+            _batch_case(11, [1, 1, 3, 3], [4, 2, 1, 3], 0.1),
         ),
-        gradient="margin",
+        gradient="policy",
+        constants=("reference",),
         mistakes={
-            "That is label smoothing; it lowers the margin that is asked for and "
-            "does not undo a flip": (
-                lambda margin, epsilon: (
-                    dpo_loss(
-                        margin,
-                        torch.zeros_like(margin),
-                        beta=1.0,
-                        label_smoothing=epsilon,
-                    ).loss
+            "All four bugs are still there": _the_colleague,
+            "Not shifted: the logits at position t say what comes at t + 1": _scored_by(
+                _not_shifted
+            ),
+            "That is a mean over the tokens of the completion; the log-probability of "
+            "a text is their sum": _scored_by(_mean_of_tokens),
+            "That is a mean over all positions; the log-probability of a text is the "
+            "sum over its tokens": _scored_by(
+                lambda logits, ids, mask: (
+                    _text_log_prob(logits, ids, mask) / ids.shape[1]
                 )
             ),
-            "The factors are in the right proportion, but too small: divide by 1 - 2 "
-            "epsilon": (
-                lambda margin, epsilon: (
-                    (1 - 2 * epsilon) * _unflipped_loss(margin, epsilon)
-                )
-            ),
-            "The other label's loss must be subtracted, not added": (
-                lambda margin, epsilon: (
-                    dpo_loss(
-                        margin,
-                        torch.zeros_like(margin),
-                        beta=1.0,
-                        label_smoothing=epsilon,
-                    ).loss
-                    / (1 - 2 * epsilon)
-                )
-            ),
-            "That is the plain loss: its mean over flipped labels is not that over "
-            "clean ones": (
-                lambda margin, epsilon: (
-                    dpo_loss(margin, torch.zeros_like(margin), beta=1.0).loss
+            "The rows are chosen, rejected, chosen, …; you take them in "
+            "halves": _in_halves,
+            "The factor beta multiplies one half of the margin only": _beta_on_one_half,
+            "The reference is missing": (
+                lambda policy, reference, ids, mask, beta: _batch_loss(
+                    policy, torch.zeros_like(reference), ids, mask, beta
                 )
             ),
         },

@@ -2,16 +2,166 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from policyopt.losses import clipped_surrogate_loss
+from policyopt.control import PPOConfig, ppo_loss, train_ppo
+from policyopt.control.steps import Steps
+from policyopt.losses import ClippedSurrogate, clipped_surrogate_loss
 from policyopt_book.exercises import Exercise
 
-__all__ = ["EXERCISES"]
+__all__ = ["EXERCISES", "four_logs"]
+
+_LOGGED = (
+    "return_mean",
+    "entropy",
+    "kl",
+    "clip_fraction",
+    "ratio_max",
+    "explained_variance",
+)
+
+
+def four_logs(
+    seed: int = 0, updates: tuple[int, ...] = (1, 2, 4, 8, 14)
+) -> dict[str, list[dict[str, float]]]:
+    """Train PPO on CartPole four times, each with a bug, and return some rows of the
+    logs.
+    """
+    noise = torch.Generator().manual_seed(seed)
+
+    def first(steps: Steps) -> ClippedSurrogate:
+        items = ppo_loss(steps, config)
+        return items._replace(loss=0 * items.loss)
+
+    def second(steps: Steps) -> ClippedSurrogate:
+        old = steps.log_prob.detach()
+        return ppo_loss(dataclasses.replace(steps, old_log_prob=old), config)
+
+    def third(steps: Steps) -> ClippedSurrogate:
+        old = steps.old_log_prob
+        old = old + 0.15 * torch.randn(old.shape, generator=noise)
+        return ppo_loss(dataclasses.replace(steps, old_log_prob=old), config)
+
+    def fourth(steps: Steps) -> ClippedSurrogate:
+        wrong = dataclasses.replace(steps, advantages=-steps.advantages)
+        return ppo_loss(wrong, config)
+
+    many = PPOConfig(
+        total_steps=14_000,
+        num_envs=16,
+        gamma=0.98,
+        gae_lambda=0.9,
+        minibatch_size=256,
+        device="cpu",
+    )
+    once = dataclasses.replace(many, epochs_per_batch=1, minibatch_size=1024)
+    logs = {}
+    for name, loss in {"A": first, "B": second, "C": third, "D": fourth}.items():
+        config = once if name == "C" else many
+        history = train_ppo(
+            "CartPole-v1", config, seed=seed, loss=loss, progress=False
+        ).history
+        logs[name] = [
+            {"update": row.update, **{key: getattr(row, key) for key in _LOGGED}}
+            for row in history
+            if row.update in updates
+        ]
+    return logs
+
+
+def _largest_kl_of(clip_ratio: float) -> float:
+    """Return KL(π_old ‖ π) where half of the old probability has each of the extreme
+    ratios.
+    """
+    return -0.5 * (math.log(1 + clip_ratio) + math.log(1 - clip_ratio))
+
+
+def _clip_for(kl_limit: float) -> float:
+    """Bisect."""
+    low, high = 0.0, 1.0 - 1e-12
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (
+            (middle, high) if _largest_kl_of(middle) < kl_limit else (low, middle)
+        )
+    return low
+
+
+def _update_case(
+    seed: int, ratios: list[float], advantages: list[float], clip_ratio: float
+) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    n = len(ratios)
+    logits = torch.randn(n, 3, generator=generator, dtype=torch.float64)
+    actions = torch.randint(3, (n,), generator=generator)
+    log_prob = torch.stack(
+        [logits[t, a] - logits[t].logsumexp(0) for t, a in enumerate(actions.tolist())]
+    )
+    return {
+        "logits": logits,
+        "values": torch.randn(n, generator=generator, dtype=torch.float64),
+        "actions": actions,
+        "old_log_prob": log_prob - torch.tensor(ratios, dtype=torch.float64).log(),
+        "advantages": torch.tensor(advantages, dtype=torch.float64),
+        "targets": torch.randn(n, generator=generator, dtype=torch.float64),
+        "clip_ratio": clip_ratio,
+    }
+
+
+def _minibatch_loss(
+    logits: Tensor,
+    values: Tensor,
+    actions: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    targets: Tensor,
+    clip_ratio: float,
+) -> Tensor:
+    """Add up the steps one by one."""
+    total = torch.zeros((), dtype=logits.dtype)
+    for t, action in enumerate(actions.tolist()):
+        log_prob = logits[t, action] - logits[t].exp().sum().log()
+        total = total - _objective(
+            log_prob, old_log_prob[t].item(), advantages[t].item(), clip_ratio
+        )
+        total = total + 0.25 * (values[t] - targets[t]) ** 2
+    return total / len(actions)
+
+
+def _wrong_minibatch(
+    *,
+    over_batch: bool = False,
+    no_minimum: bool = False,
+    detached: bool = False,
+    sign: float = 1.0,
+) -> Callable[..., Tensor]:
+    """Return the loss of a minibatch with some things wrong."""
+
+    def loss(
+        logits: Tensor,
+        values: Tensor,
+        actions: Tensor,
+        old_log_prob: Tensor,
+        advantages: Tensor,
+        targets: Tensor,
+        clip_ratio: float,
+    ) -> Tensor:
+        log_probs = logits.log_softmax(0 if over_batch else -1)
+        log_prob = log_probs[torch.arange(len(actions)), actions]
+        ratio = (log_prob - old_log_prob).exp()
+        objective = ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantages
+        if not no_minimum:
+            objective = torch.minimum(ratio * advantages, objective)
+        error = (values.detach() if detached else values) - targets
+        return -sign * objective.mean() + 0.25 * error.square().mean()
+
+    return loss
 
 
 def _four_samples() -> tuple[list[float], list[float]]:
@@ -386,6 +536,70 @@ EXERCISES: tuple[Exercise, ...] = (
             "+ 1]": (_wrong_gae(next_row=True)),
             "The λ is missing": _wrong_gae(no_lambda=True),
             "The trace decays with γλ, not with λ alone": _wrong_gae(no_gamma=True),
+        },
+    ),
+    Exercise(
+        name="ppo.minibatch-loss",
+        reference=_minibatch_loss,
+        gradient=("logits", "values"),
+        constants=("old_log_prob", "advantages", "targets"),
+        cases=(
+            _update_case(0, [1.0, 1.0, 1.0], [1.0, -1.0, 0.5], 0.2),
+            _update_case(1, [1.3, 1.3, 0.7, 0.7], [2.0, -2.0, 2.0, -2.0], 0.2),
+            _update_case(
+                2, [4.0, 0.5, 1.05, 0.2, 1.0], [-3.0, 1.0, 1.0, -1.0, 0.0], 0.1
+            ),
+        ),
+        mistakes={
+            "All three faults are still there": _wrong_minibatch(
+                over_batch=True, no_minimum=True, detached=True
+            ),
+            "The softmax runs over the batch: each row of logits is a distribution "
+            "over actions": _wrong_minibatch(over_batch=True),
+            "The softmax runs over the batch, and the minimum is missing": (
+                _wrong_minibatch(over_batch=True, no_minimum=True)
+            ),
+            "The softmax runs over the batch, and the critic never learns": (
+                _wrong_minibatch(over_batch=True, detached=True)
+            ),
+            "The minimum is missing: a sample that has gone the wrong way must keep "
+            "its gradient": _wrong_minibatch(no_minimum=True),
+            "The critic never learns: its values are detached": _wrong_minibatch(
+                detached=True
+            ),
+            "The minimum is missing, and the critic never learns": _wrong_minibatch(
+                no_minimum=True, detached=True
+            ),
+            "The policy descends its objective: the minus sign is missing": (
+                _wrong_minibatch(sign=-1.0)
+            ),
+        },
+    ),
+    Exercise(
+        name="ppo.clip-for-a-kl",
+        reference=_clip_for,
+        cases=({"kl_limit": 0.02}, {"kl_limit": 0.01}, {"kl_limit": 0.5}),
+        mistakes={
+            "That is the approximation for small ε; the exact bound is asked for": (
+                lambda kl_limit: math.sqrt(2 * kl_limit)
+            ),
+            "That solves for a bound on the total variation, ε / 2": (
+                lambda kl_limit: 2 * kl_limit
+            ),
+            "The factor ½ of the bound is missing": (
+                lambda kl_limit: math.sqrt(1 - math.exp(-kl_limit))
+            ),
+        },
+    ),
+    Exercise(
+        name="ppo.four-logs",
+        reference=lambda: {"A": "d", "B": "b", "C": "c", "D": "a"},
+        mistakes={
+            "A and B: in both every ratio is 1, but only in one does the entropy "
+            "move": lambda: {"A": "b", "B": "d", "C": "c", "D": "a"},
+            "C makes one step per batch, so there is nothing to clip; yet its ratios "
+            "are not 1": lambda: {"A": "d", "B": "b", "C": "f", "D": "a"},
+            "D learns, but to fall": lambda: {"A": "d", "B": "b", "C": "c", "D": "f"},
         },
     ),
 )

@@ -48,38 +48,6 @@ def _diagonals(
     return fisher
 
 
-def _step_case(seed: int, size: int, factor: float, kl_limit: float) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    root = torch.randn(size, size, generator=generator, dtype=torch.float64)
-    gradient = factor * torch.randn(size, generator=generator, dtype=torch.float64)
-    identity = torch.eye(size, dtype=torch.float64)
-    return {
-        "gradient": gradient,
-        "fisher": root @ root.T + 0.1 * identity,
-        "kl_limit": kl_limit,
-    }
-
-
-def _trust_region_step(gradient: Tensor, fisher: Tensor, kl_limit: float) -> Tensor:
-    """Return the lowest point of a linear loss in the ellipsoid, which is a ball in the
-    right coordinates.
-    """
-    eigenvalues, vectors = torch.linalg.eigh(fisher)
-    slope = (vectors.T @ gradient) / eigenvalues.sqrt()
-    in_ball = -((2 * kl_limit) ** 0.5) * slope / slope.norm()
-    step: Tensor = vectors @ (in_ball / eigenvalues.sqrt())
-    return step
-
-
-def _along_gradient(gradient: Tensor, fisher: Tensor, kl_limit: float) -> Tensor:
-    return -gradient * torch.sqrt(2 * kl_limit / (gradient @ fisher @ gradient))
-
-
-def _without_root(gradient: Tensor, fisher: Tensor, kl_limit: float) -> Tensor:
-    x: Tensor = torch.linalg.solve(fisher, gradient)
-    return -x * (2 * kl_limit / (gradient @ x))
-
-
 def _features_case(seed: int, states: int, actions: int, size: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     shapes = {"features": (states, actions, size), "theta": (size,), "v": (size,)}
@@ -117,11 +85,11 @@ def _uniform_fisher(features: Tensor, theta: Tensor, v: Tensor) -> Tensor:
 
 
 def _system_case(seed: int, size: int, iterations: int) -> dict[str, Any]:
-    return {
-        "A": _step_case(seed, size, 1.0, 0.0)["fisher"],
-        "b": _step_case(seed, size, 1.0, 0.0)["gradient"],
-        "iterations": iterations,
-    }
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    b = torch.randn(size, generator=generator, dtype=torch.float64)
+    A = root @ root.T + 0.1 * torch.eye(size, dtype=torch.float64)
+    return {"A": A, "b": b, "iterations": iterations}
 
 
 def _softmax_system() -> dict[str, Any]:
@@ -178,45 +146,69 @@ def _iterated(
     return solve
 
 
-def _line_case(seed: int, states: int, actions: int, kl_limit: float) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    logits, x = torch.randn(
-        2, states, actions, generator=generator, dtype=torch.float64
-    )
-    return {"logits": logits, "x": x, "kl_limit": kl_limit}
+def _update_case(
+    seed: int, states: int, actions: int, size: int, kl_limit: float
+) -> dict[str, Any]:
+    case = _features_case(seed, states, actions, size)
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return {
+        "features": case["features"],
+        "theta": case["theta"],
+        "actions": torch.randint(actions, (states,), generator=generator),
+        "weights": torch.randn(states, generator=generator, dtype=torch.float64),
+        "kl_limit": kl_limit,
+    }
 
 
-def _longest(
-    logits: Tensor,
-    x: Tensor,
-    kl_limit: float,
+def _update(
     *,
-    forward: bool = True,
-    mean: bool = True,
-    sign: float = -1.0,
-) -> float:
-    """Narrow a grid of factors round the place where the KL crosses the limit."""
-    p = logits.softmax(-1)
-    low, high = 0.0, 100.0
-    for _ in range(8):
-        factors = torch.linspace(low, high, 101, dtype=logits.dtype)
-        q = (logits + sign * factors[:, None, None] * x).log_softmax(-1)
-        by_state = (
-            (p * (p.log() - q)).sum(-1)
-            if forward
-            else (q.exp() * (q - p.log())).sum(-1)
-        )
-        kl = by_state.mean(-1) if mean else by_state.amax(-1)
-        inside = int((kl <= kl_limit).sum()) - 1  # the KL grows along the line
-        low, high = float(factors[inside]), float(factors[inside + 1])
-    return low
+    damping: float = 0.1,
+    natural: bool = True,
+    sign: float = 1.0,
+    trials: int = 10,
+    checks_kl: bool = True,
+    checks_loss: bool = True,
+    moves: bool = True,
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]:
+    """Return TRPO's step from the closed forms of a softmax policy: its scores, its
+    Fisher matrix, its gradient; or one with a fault.
+    """
+
+    def update(
+        features: Tensor, theta: Tensor, actions: Tensor, weights: Tensor, limit: float
+    ) -> Tensor:
+        states, size = len(actions), len(theta)
+        p = (features @ theta).softmax(-1)
+        scores = features - torch.einsum("sa,sai->si", p, features)[:, None]
+        fisher = torch.einsum("sa,sai,saj->ij", p, scores, scores) / states
+        damped = fisher + damping * torch.eye(size, dtype=theta.dtype)
+        taken = torch.arange(states)
+        uphill = (weights[:, None] * scores[taken, actions]).mean(0)
+        direction = torch.linalg.solve(damped, uphill) if natural else uphill
+        curvature = direction @ damped @ direction
+        full = sign * torch.sqrt(2 * limit / curvature) * direction
+        if trials == 0:
+            return theta + full
+        for k in range(trials):
+            step = 0.8**k * full
+            q = (features @ (theta + step)).softmax(-1)
+            kl = (p * (p / q).log()).sum(-1).mean()
+            ratio = (q / p)[taken, actions]
+            gain = (weights * (ratio - 1)).mean() if moves else 0 * kl
+            near = not checks_kl or kl <= limit
+            better = not checks_loss or gain >= 0.1 * (uphill @ step) > 0
+            if near and better:
+                return theta + step
+        return theta
+
+    return update
 
 
-def _model_length(logits: Tensor, x: Tensor, kl_limit: float) -> Tensor:
-    p = logits.softmax(-1)
-    variance = (p * x**2).sum(-1) - (p * x).sum(-1) ** 2
-    return torch.sqrt(2 * kl_limit / variance.mean())
-
+_UPDATES: tuple[dict[str, Any], ...] = (
+    _update_case(0, 6, 3, 4, 0.01),
+    _update_case(1, 4, 3, 6, 1.0),  # the full step leaves the trust region
+    _update_case(0, 3, 3, 3, 4.0),  # and here it promises too much
+)
 
 EXERCISES: tuple[Exercise, ...] = (
     Exercise(
@@ -237,35 +229,6 @@ EXERCISES: tuple[Exercise, ...] = (
             ),
             "The entry of μ is 1 over the variance, not over the standard deviation": (
                 _diagonals(lambda sigma: 2.0, lambda sigma: 2 / sigma**2, power=1.0)
-            ),
-        },
-    ),
-    Exercise(
-        name="trpo.step",
-        reference=_trust_region_step,
-        cases=(
-            _step_case(0, 3, 1.0, 0.01),
-            _step_case(
-                0, 3, 1000.0, 0.01
-            ),  # the same step: the scale of the rewards must not matter
-            _step_case(1, 5, 1.0, 0.5),
-        ),
-        mistakes={
-            "That steps uphill: the gradient is that of a loss": (
-                lambda gradient, fisher, kl_limit: (
-                    -_trust_region_step(gradient, fisher, kl_limit)
-                )
-            ),
-            "That is the ordinary gradient, with the right length": _along_gradient,
-            "The square root is missing, so the step shrinks when the "
-            "rewards grow": _without_root,
-            "The KL is half of Δ·FΔ, so the root must hold 2 δ": (
-                lambda gradient, fisher, kl_limit: _trust_region_step(
-                    gradient, fisher, kl_limit / 2
-                )
-            ),
-            "The length does not depend on the KL limit: that is −F⁻¹g": (
-                lambda gradient, fisher, kl_limit: -torch.linalg.solve(fisher, gradient)
             ),
         },
     ),
@@ -316,25 +279,26 @@ EXERCISES: tuple[Exercise, ...] = (
         },
     ),
     Exercise(
-        name="trpo.longest-step",
-        reference=_longest,
-        cases=(
-            _line_case(0, 4, 3, 0.01),
-            _line_case(1, 3, 4, 0.3),
-            _line_case(2, 1, 2, 1.0),
-        ),
+        name="trpo.minimal-loop",
+        reference=_update(),
+        cases=_UPDATES,
         mistakes={
-            "The arguments of the KL are exchanged: the old policy comes first": (
-                lambda logits, x, kl_limit: _longest(logits, x, kl_limit, forward=False)
+            "Nothing moves: is the old policy recomputed in every trial, so that the "
+            "ratio is always 1? It must stay that of the data": _update(moves=False),
+            "That goes uphill: the gradient is that of a loss": _update(
+                sign=-1.0, checks_loss=False
             ),
-            "The limit is on the mean KL over states, not on the largest": (
-                lambda logits, x, kl_limit: _longest(logits, x, kl_limit, mean=False)
+            "That is the full step: where is the line search?": _update(trials=0),
+            "The KL of a trial is not compared with the limit": _update(
+                checks_kl=False
             ),
-            "That goes along +x; the step is downhill, along −x": (
-                lambda logits, x, kl_limit: _longest(logits, x, kl_limit, sign=1.0)
+            "The loss of a trial is not compared with the old one": _update(
+                checks_loss=False
             ),
-            "That is the length by the quadratic model (11); measure "
-            "the KL instead": _model_length,
+            "That goes along the ordinary gradient: solve with F": _update(
+                natural=False
+            ),
+            "The damping is missing: solve with F + 0.1 I": _update(damping=1e-9),
         },
     ),
 )

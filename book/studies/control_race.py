@@ -1,0 +1,64 @@
+"""CartPole: each method at a grid of step sizes, the same steps for all."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from _control import measure
+
+from policyopt.control import (
+    PPOConfig,
+    ReinforceConfig,
+    TRPOConfig,
+    train_ppo,
+    train_reinforce,
+    train_trpo,
+)
+from policyopt_book.studies import Study
+
+STEPS, THRESHOLD = 40_000, 300.0
+
+
+def run(*, seed: int, method: str, factor: float) -> dict[str, Any]:
+    """Train once, with a step ``factor`` times that of the method's chapter.
+
+    TRPO's limit is of the KL divergence, which grows with the square of the step.
+    """
+    common: dict[str, Any] = {"total_steps": STEPS, "num_envs": 16, "gamma": 0.98, "device": "cpu"}
+    batch: dict[str, Any] = {"rollout_steps": 64, "gae_lambda": 0.9}
+    options: dict[str, Any] = {"seed": seed, "progress": False}
+    start, result = time.process_time(), None
+    if method.startswith("REINFORCE"):
+        baseline: Any = "learned" if "critic" in method else "mean"
+        reinforce = ReinforceConfig(learning_rate=1e-2 * factor, baseline=baseline, **common)
+        result = train_reinforce("CartPole-v1", reinforce, **options)
+    elif method == "TRPO":
+        trpo = TRPOConfig(kl_limit=0.01 * factor**2, critic_learning_rate=3e-3, **common, **batch)
+        result = train_trpo("CartPole-v1", trpo, **options)
+    else:
+        ppo = PPOConfig(
+            learning_rate=3e-3 * factor,
+            epochs_per_batch=10,
+            minibatch_size=256,
+            **common,
+            **batch,
+        )
+        result = train_ppo("CartPole-v1", ppo, **options)
+    return {
+        **measure(result, STEPS, threshold=THRESHOLD),
+        "cpu_seconds": time.process_time() - start,
+    }
+
+
+METHODS = ("REINFORCE", "REINFORCE, critic", "TRPO", "PPO")
+STUDY = Study(
+    name="control_race",
+    run=run,
+    settings=[{"method": method, "factor": factor} for factor in (1.0, 2.0, 0.5, 4.0) for method in METHODS],
+    seeds=10,
+    sample={"method": "REINFORCE", "factor": 1.0},
+)
+
+if __name__ == "__main__":
+    STUDY.main()
