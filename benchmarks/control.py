@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from policyopt_book.studies import processor
+
 ENVIRONMENT = "CartPole-v1"
 BUDGET = 100_000
 THRESHOLD = 475.0
@@ -133,17 +135,6 @@ def measure(contestant: str, algorithm: str, seed: int) -> dict[str, Any]:
         raise RuntimeError(f"{contestant} {algorithm} seed {seed} failed:\n{done.stderr[-2000:]}")
     figures: dict[str, Any] = json.loads(lines[-1].removeprefix("RESULT "))
     return figures
-
-
-def processor() -> str:
-    """Name the processor, without naming the machine."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def spread(values: list[float], digits: int = 1) -> str:

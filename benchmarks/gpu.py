@@ -23,8 +23,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from control import processor
 from gpu_jobs import FULL, PARTS, TINY, Job, work
+from policyopt_book.studies import processor
 
 PAGE = Path(__file__).resolve().parent.parent / "book" / "benchmarks-gpu.md"
 RAW = Path(__file__).with_suffix(".json")

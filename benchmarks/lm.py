@@ -36,7 +36,8 @@ from typing import Any
 
 import numpy as np
 
-from control import processor, spread
+from control import spread
+from policyopt_book.studies import processor
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RAW = Path(__file__).with_suffix(".json")

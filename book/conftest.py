@@ -21,6 +21,7 @@ from nbval.plugin import IPyNbCell, IPyNbFile
 
 from notebooks import KERNEL_ENVIRONMENT, committed_problem
 
+collect_ignore = ["studies"]  # scripts: what they hold is tested by tests/book/test_studies.py
 REL_TOL, ABS_TOL = 1e-5, 1e-8
 FLOAT = re.compile(r"[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE][-+]?\d))(?:[eE][-+]?\d+)?")
 SECONDS_PER_CHAPTER = 150

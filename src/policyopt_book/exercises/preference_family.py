@@ -74,6 +74,11 @@ def _unflipped_loss(margin: Tensor, epsilon: float) -> Tensor:
     )
 
 
+def _smoothed_loss(margin: Tensor, epsilon: float) -> Tensor:
+    zero = torch.zeros_like(margin)
+    return dpo_loss(margin, zero, beta=1.0, label_smoothing=epsilon).loss
+
+
 def _margin_case(margins: list[float], epsilon: float) -> dict[str, Any]:
     return {"margin": torch.tensor(margins, dtype=torch.float64), "epsilon": epsilon}
 
@@ -158,16 +163,7 @@ EXERCISES: tuple[Exercise, ...] = (
         gradient="margin",
         mistakes={
             "That is label smoothing; it lowers the margin that is asked for and "
-            "does not undo a flip": (
-                lambda margin, epsilon: (
-                    dpo_loss(
-                        margin,
-                        torch.zeros_like(margin),
-                        beta=1.0,
-                        label_smoothing=epsilon,
-                    ).loss
-                )
-            ),
+            "does not undo a flip": (_smoothed_loss),
             "The factors are in the right proportion, but too small: divide by 1 - 2 "
             "epsilon": (
                 lambda margin, epsilon: (
@@ -176,13 +172,7 @@ EXERCISES: tuple[Exercise, ...] = (
             ),
             "The other label's loss must be subtracted, not added": (
                 lambda margin, epsilon: (
-                    dpo_loss(
-                        margin,
-                        torch.zeros_like(margin),
-                        beta=1.0,
-                        label_smoothing=epsilon,
-                    ).loss
-                    / (1 - 2 * epsilon)
+                    _smoothed_loss(margin, epsilon) / (1 - 2 * epsilon)
                 )
             ),
             "That is the plain loss: its mean over flipped labels is not that over "

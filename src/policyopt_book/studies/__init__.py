@@ -4,8 +4,8 @@ A study is a script of the folder ``book/studies``. It says what one run is, and
 settings and seeds are run. The results are the ``.json`` files beside this module, so
 that a chapter can draw from them wherever it runs::
 
-    race = load_study("control-race")
-    race.values("steps", method="PPO")  # one number per seed
+    race = load_study("control_race")
+    race.values("last", method="PPO", factor=1.0)  # one number per seed
 
 ``make studies`` runs what is missing.
 """
@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from policyopt._checks import require
 
-__all__ = ["Study", "StudyResults", "load_study"]
+__all__ = ["Study", "StudyResults", "load_study", "processor"]
 
 Setting: TypeAlias = Mapping[str, Any]
 Result: TypeAlias = Mapping[str, Any]
@@ -155,10 +155,8 @@ class Study:
         again = _one_thread(self.run, seed, setting)
         runs = [run for run in stored.runs if run["setting"] == setting]
         run = next(run for run in runs if run["seed"] == seed)
-        same = {**stored.made[run["made"]], "date": ""} == {
-            **_circumstances(),
-            "date": "",
-        }
+        made, here = dict(stored.made[run["made"]]), _circumstances()
+        same = {**made, "date": ""} == {**here, "date": ""}
         wrong = []
         for key, value in run["result"].items():
             if "seconds" in key:
@@ -189,36 +187,36 @@ class Study:
                 raise SystemExit(f"{self.name}: " + "; ".join(wrong))
             return
         path = FOLDER / f"{self.name}.json"
-        wanted: list[dict[str, Any]] = [
-            {"setting": dict(setting), "seed": seed}
-            for seed in range(self.seeds)
-            for setting in self.settings
-        ]
-        made, runs = [], []
+        jobs = [(dict(x), seed) for seed in range(self.seeds) for x in self.settings]
+        place = {_key(setting, seed): i for i, (setting, seed) in enumerate(jobs)}
+        made: list[Any] = []
+        runs: dict[int, Any] = {}  # by their place; those that went are left out
         if path.exists() and not options.again:
             stored = json.loads(path.read_text(encoding="utf-8"))
             made = stored["made"]
-            runs = [r for r in stored["runs"] if _job(r) in wanted]  # none that went
-        if not made or made[-1] != (now := _circumstances()):
-            made.append(now if made else _circumstances())
-        done = [_job(run) for run in runs]
-        missing = [job for job in wanted if job not in done]
+            kept = {_key(run["setting"], run["seed"]): run for run in stored["runs"]}
+            runs = {place[key]: run for key, run in kept.items() if key in place}
+        now = _circumstances()
+        if made[-1:] != [now]:
+            made.append(now)
+        missing = [i for i in range(len(jobs)) if i not in runs]
         start = time.perf_counter()
         with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
-            futures = {
-                pool.submit(_one_thread, self.run, job["seed"], job["setting"]): job
-                for job in missing
-            }
+            futures = {}
+            for i in missing:
+                setting, seed = jobs[i]
+                futures[pool.submit(_one_thread, self.run, seed, setting)] = i
             for count, future in enumerate(as_completed(futures), 1):
-                job = futures[future]
-                runs.append({**job, "result": future.result(), "made": len(made) - 1})
-                _write(path, made, sorted(runs, key=lambda r: wanted.index(_job(r))))
+                setting, seed = jobs[futures[future]]
+                run = {"setting": setting, "seed": seed, "result": future.result()}
+                runs[futures[future]] = {**run, "made": len(made) - 1}
+                _write(path, made, [runs[i] for i in sorted(runs)])
                 seconds = time.perf_counter() - start
                 print(f"{self.name}: {count} of {len(missing)}, {seconds:.0f} s")
 
 
-def _job(run: Mapping[str, Any]) -> dict[str, Any]:
-    return {"setting": run["setting"], "seed": run["seed"]}
+def _key(setting: Setting, seed: int) -> str:
+    return json.dumps([setting, seed], sort_keys=True)
 
 
 def _one_thread(
@@ -244,15 +242,19 @@ def _short(value: Any) -> Any:
     return float(f"{value:.6g}") if np.isfinite(value) else None
 
 
-def _circumstances() -> dict[str, str]:
-    processor = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text(encoding="utf-8").splitlines():
+def processor() -> str:
+    """Name the processor, without naming the machine."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
-                processor = line.partition(":")[2].strip()
-                break
-    made = {"date": time.strftime("%Y-%m-%d"), "processor": processor}
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _circumstances() -> dict[str, str]:
+    made = {"date": time.strftime("%Y-%m-%d"), "processor": processor()}
     made["python"] = platform.python_version()
     for package in _PACKAGES:
         try:
