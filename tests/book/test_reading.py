@@ -18,7 +18,6 @@ ESTIMATED = {
     "comparison",
     "grpo",
     "real-model",
-    "rlhf",
 }
 
 
