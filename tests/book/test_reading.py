@@ -17,7 +17,6 @@ FOLDED = {"hide-cell", "hide-input", "remove-input", "remove-cell"}
 ESTIMATED = {
     "comparison",
     "real-model",
-    "rlhf",
 }
 
 
