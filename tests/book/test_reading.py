@@ -16,7 +16,6 @@ FOLDED = {"hide-cell", "hide-input", "remove-input", "remove-cell"}
 # Chapters whose minutes are still an estimate; the list is to become empty.
 ESTIMATED = {
     "comparison",
-    "real-model",
 }
 
 

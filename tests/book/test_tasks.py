@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policyopt_book.tasks import addition, news
+from policyopt_book.tasks import addition, assistant, news
 from policyopt_book.tasks.addition import Problem
 from policyopt_book.tasks.grids import grid_world
 from policyopt_book.tasks.news import Facts, Item, Quality
@@ -322,3 +322,23 @@ def test_a_bad_map_is_refused() -> None:
         grid_world([".."], slip=2)
     with pytest.raises(ValueError, match="to start in"):
         grid_world(["G#"])
+
+
+# --- questions for an instruct model ----------------------------------------------------------------------------
+
+
+def test_what_is_held_out_is_in_no_training_of_the_real_model() -> None:
+    trained, held_out = (
+        {pair["prompt"][0]["content"] for pair in pairs} for pairs in (assistant.PAIRS, assistant.HELD_OUT)
+    )
+    assert len(trained) == len(held_out) == len(assistant.NAMES) == 5
+    assert not trained & held_out
+    assert not trained & set(assistant.UNRELATED)
+    assert not set(assistant.NEW_TOPICS) & set(assistant.TOPICS)
+    assert all(len(set(record["ranked"])) == 4 for record in assistant.RANKED)
+
+
+def test_one_short_sentence() -> None:
+    ten = "one two three four five six seven eight nine ten."
+    texts = [ten, ten, ten.rstrip("."), f"now {ten}", "Purr."]
+    assert assistant.short_sentence(texts, [True, False, True, True, True]) == [1, 0, 0, 0, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -176,6 +177,73 @@ def _largest(memory: float, adapters: bool, frozen_bytes: int) -> float:
     return memory / sum(pieces.values())
 
 
+class Adapted(nn.Module):
+    """A small policy with adapters: one question per row, one answer per column."""
+
+    adapters = True
+
+    def __init__(
+        self, seed: int, chosen: list[int], rejected: list[int], *, trained: bool
+    ) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        sizes, rows = (len(chosen), 5), range(len(chosen))
+        self.chosen, self.rejected, self.rows = chosen, rejected, rows
+        W, A, B = (
+            torch.randn(*shape, generator=generator, dtype=torch.float64)
+            for shape in (sizes, (2, sizes[1]), (sizes[0], 2))
+        )
+        self.W = nn.Parameter(W, requires_grad=False)
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B if trained else B * 0)
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The adapters."""
+        return [self.A, self.B]
+
+    def log_prob(self) -> Tensor:
+        """Return log π of the chosen and the rejected answer of each question."""
+        correction = 2 * self.B @ self.A if self.adapters else 0.0
+        rows = (self.W + correction).log_softmax(-1)
+        return torch.stack(
+            [rows[self.rows, self.chosen], rows[self.rows, self.rejected]], 1
+        )
+
+
+def _losses(
+    model: Adapted,
+    beta: float,
+    rate: float,
+    updates: int,
+    *,
+    reference_on: bool = False,
+    moving: bool = False,
+    mean: bool = True,
+    after: bool = False,
+) -> list[float]:
+    """Train as asked, or with one of the mistakes."""
+    plain = model.W.detach().log_softmax(-1)
+    start = [plain[model.rows, model.chosen], plain[model.rows, model.rejected]]
+    if reference_on:
+        start = list(model.log_prob().detach().T)
+    adam = torch.optim.AdamW(model.trained, rate, weight_decay=0.0)
+    losses: list[float] = []
+
+    def loss_now() -> Tensor:
+        now = model.log_prob().T
+        reference = list(now.detach()) if moving else start
+        each = dpo_loss(*now, *reference, beta=beta).loss
+        return each.mean() if mean else each.sum()
+
+    for _ in range(updates):
+        loss = loss_now()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        losses.append((loss_now() if after else loss).item())
+    return losses
+
+
 _SQUARE = [(576, 576)] * 30
 _LAYER = [(576, 576), (192, 576), (1536, 576), (576, 1536)]
 
@@ -258,6 +326,30 @@ EXERCISES: tuple[Exercise, ...] = (
                     chosen - rejected, beta * _sigmoid(rejected - chosen)
                 )
             ),
+        },
+    ),
+    Exercise(
+        name="real-model.loop",
+        reference=_losses,
+        cases=tuple(
+            {"model": model, "beta": 0.3, "rate": 0.1, "updates": 4}
+            for model in (
+                Adapted(0, [0, 1, 2], [3, 4, 0], trained=False),
+                Adapted(1, [2, 2], [0, 1], trained=True),
+            )
+        ),
+        mistakes={
+            "The reference is the model with its adapters off. Ask it before the first "
+            "update, with model.adapters = False, and turn them on again": (
+                partial(_losses, reference_on=True)
+            ),
+            "Every loss is log 2: the reference moves with the policy. Ask it once, "
+            "before the loop": partial(_losses, moving=True),
+            "The loss is the mean over the pairs, not their sum": (
+                partial(_losses, mean=False)
+            ),
+            "These are the losses after each step; the loss of an update is the one "
+            "that it descends": partial(_losses, after=True),
         },
     ),
     Exercise(
