@@ -30,7 +30,7 @@ from policyopt_book.tasks import news
 
 UPDATES, PROMPTS, K, WARMUP = 8, 16, 8, 2  # 8 × 16 × 8 = 1,024 completions are judged
 SAMPLING = SamplingConfig(max_new_tokens=40)
-RATES = (4e-4, 8e-4, 1.6e-3, 3.2e-3)
+RATES, EDGES = (8e-4, 1.6e-3), (4e-4, 3.2e-3)  # every method's best is one of the first two
 BETA = 0.1
 COMMON: dict[str, Any] = {
     "updates": UPDATES,

@@ -43,7 +43,7 @@ def run(*, seed: int, method: str, times: float) -> dict[str, Any]:
 STUDY = Study(
     name="control_stress",
     run=run,
-    settings=[{"method": "PPO", "times": 1.0}, *({"method": m, "times": 10.0} for m in BEST)],
+    settings=[*({"method": m, "times": 10.0} for m in BEST), {"method": "PPO", "times": 1.0}],
     seeds=10,
     sample={"method": "REINFORCE", "times": 10.0},
 )
