@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from _text import K, RATES, compare, train
+from _text import RATES, K, compare, train
 from torch import Tensor
 
 from policyopt.lm import PPOConfig, train_ppo
@@ -74,9 +74,7 @@ def run(*, seed: int, method: str, learning_rate: float) -> dict[str, Any]:
 STUDY = Study(
     name="text_race",
     run=run,
-    settings=[
-        {"method": method, "learning_rate": rate} for rate in RATES for method in METHODS
-    ],
+    settings=[{"method": method, "learning_rate": rate} for rate in RATES for method in METHODS],
     seeds=5,
     sample={"method": "GRPO", "learning_rate": 8e-4},
 )

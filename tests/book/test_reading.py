@@ -15,7 +15,6 @@ CODE_LINES_A_MINUTE = 10
 FOLDED = {"hide-cell", "hide-input", "remove-input", "remove-cell"}
 # Chapters whose minutes are still an estimate; the list is to become empty.
 ESTIMATED = {
-    "comparison",
     "grpo",
     "real-model",
     "rlhf",
