@@ -38,7 +38,7 @@ STUDY = Study(
         for method in (*PAIRS, "GRPO, noisy grades")
         for fixed in (True, False)
     ],
-    seeds=10,
+    seeds=5,
     sample={"method": "DPO, all pairs", "fixed": True, "learning_rate": 8e-4},
 )
 

@@ -75,7 +75,7 @@ STUDY = Study(
     name="text_race",
     run=run,
     settings=[{"method": method, "learning_rate": rate} for rate in RATES for method in METHODS],
-    seeds=5,
+    seeds=3,
     sample={"method": "GRPO", "learning_rate": 8e-4},
 )
 
