@@ -1316,7 +1316,7 @@ def kl_estimators() -> Interactive:
         for kind in _KINDS
     }
     colours = dict(zip(_KINDS, (_VERMILLION, _GREEN, _BLUE), strict=True))
-    dashes = dict(zip(_KINDS, ("dash", "dot", ""), strict=True))
+    dashes = dict(zip(_KINDS, ("", "dot", "dash"), strict=True))  # k3 covers k1
 
     rugs, markers, said = [], [], []
     curves: list[dict[str, tuple[list[float], list[float]]]] = []

@@ -12,7 +12,10 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 
@@ -133,26 +136,46 @@ def stage(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", CHAPTERS)
-def test_a_chapter_runs_where_there_is_only_what_colab_has(name: str, stage: Path) -> None:
-    """Every cell runs, and prints what the committed notebook says."""
+def run_chapter(name: str, stage: Path) -> subprocess.CompletedProcess[str]:
     alone = stage / name
     alone.mkdir()
     shutil.copy(notebooks.notebook_path(name), alone)
     options = "--import-mode=importlib --nbval --nbval-kernel-name=colab"
     arguments = ["-q", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT]
     arguments += ["-o", f"addopts={options}", alone / f"{name}.ipynb"]
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", "pytest", *arguments],
         cwd=stage,
         env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         | {"JUPYTER_PATH": str(stage / "jupyter")},
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=1800,
         check=False,
     )
+
+
+Runs: TypeAlias = dict[str, Future[subprocess.CompletedProcess[str]]]
+
+
+@pytest.fixture(scope="module")
+def runs(stage: Path, request: pytest.FixtureRequest) -> Iterator[Runs]:
+    """The chosen chapters, two at a time: those on language models, the last ones, use one core each."""
+    chosen = [
+        item.callspec.params["name"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and "runs" in item.fixturenames
+    ]
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        yield {name: pool.submit(run_chapter, name, stage) for name in chosen}
+        pool.shutdown(wait=False, cancel_futures=True)  # what has not begun when a run is broken off
+
+
+@pytest.mark.parametrize("name", CHAPTERS[::-1])
+def test_a_chapter_runs_where_there_is_only_what_colab_has(name: str, runs: Runs, stage: Path) -> None:
+    """Every cell runs, and prints what the committed notebook says."""
+    done = runs[name].result()
     print(done.stdout[-6000:], done.stderr[-2000:])
     assert done.returncode == 0
-    left = {path.name for path in alone.iterdir()} - {f"{name}.ipynb"}
+    left = {path.name for path in (stage / name).iterdir()} - {f"{name}.ipynb"}
     assert not left, "the chapter leaves files behind"

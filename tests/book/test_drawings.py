@@ -14,6 +14,8 @@ from repository import ROOT
 
 FOLDER = ROOT / "src" / "policyopt_book" / "drawings"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.svg"))
+MAP = ROOT / "book" / "_static" / "methods.svg"  # not in a chapter but on a page
+EVERY = [*NAMES, MAP.stem]
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -27,9 +29,13 @@ def shown(name: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+def text_of(name: str) -> str:
+    return MAP.read_text(encoding="utf-8") if name == MAP.stem else drawing(name)._repr_svg_()
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_a_drawing_stands_by_itself(name: str) -> None:
-    text = drawing(name)._repr_svg_()
+    text = text_of(name)
     root = ET.fromstring(text)
     assert root.tag == f"{SVG}svg"
     width, height = (float(root.attrib[key]) for key in ("width", "height"))
@@ -48,9 +54,9 @@ def test_a_drawing_stands_by_itself(name: str) -> None:
     assert min(sizes) >= 14
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_drawing_is_described(name: str) -> None:
-    root = ET.fromstring(drawing(name).svg)
+    root = ET.fromstring(text_of(name))
     said = [root.findtext(f"{SVG}{part}", "") for part in ("title", "desc")]
     assert len(said[0]) > 5
     assert len(said[1]) > 60

@@ -46,9 +46,6 @@ def posed(chapter: str) -> Iterator[Posed]:
             yield Posed(chapter, *asked, setup, cell.source, solution and solution[1])
 
 
-# Exercises whose printed solution still fails a case: at n = 100 it computes 0 · log 0. Write the KL divergence with
-# torch.xlogy(chosen, chosen / p), and delete the entry.
-UNFIXED = {"rlhf.best-of-n"}
 POSED = [p for chapter in CHAPTERS for p in posed(chapter)]
 EXERCISES = exercises()
 
@@ -81,7 +78,7 @@ def test_every_exercise_of_the_package_is_posed_once() -> None:
 
 @pytest.mark.parametrize(
     "p",
-    [pytest.param(p, marks=pytest.mark.xfail) if p.name in UNFIXED else p for p in POSED],
+    POSED,
     ids=lambda p: p.name,
 )
 def test_the_stub_fails_and_the_solution_passes(p: Posed) -> None:

@@ -13,12 +13,6 @@ WORDS_A_MINUTE = 200
 MINUTES_A_FORMULA = 1.5  # one with a number
 CODE_LINES_A_MINUTE = 10
 FOLDED = {"hide-cell", "hide-input", "remove-input", "remove-cell"}
-# Chapters whose minutes are still an estimate; the list is to become empty.
-ESTIMATED = {
-    "comparison",
-    "grpo",
-    "rlhf",
-}
 
 
 def reading_minutes(cells: list[NotebookNode]) -> float:
@@ -53,8 +47,6 @@ def test_the_minutes_for_reading_are_counted(name: str) -> None:
     counted = reading_minutes(cells)
     found = re.search(r"^\*About (\d+) minutes to read", cells[0].source, re.M)
     assert found is not None
-    if name in ESTIMATED:
-        pytest.skip(f"{name} says {found[1]} minutes, counted are {counted:.0f}")
     assert int(found[1]) % 5 == 0
     assert abs(int(found[1]) - counted) <= 5, f"counted are {counted:.0f} minutes"
 

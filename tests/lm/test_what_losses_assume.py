@@ -34,14 +34,19 @@ from transformers import (
 from policyopt.estimators import kl_estimate
 from policyopt.lm import (
     DPOConfig,
+    GRPOConfig,
     ImplicitReward,
     LanguageModel,
     LoRA,
     OnlineRankingConfig,
+    PPOConfig,
+    RewardModel,
     SamplingConfig,
     add_lora,
     completion_log_probs,
     train_dpo,
+    train_grpo,
+    train_ppo,
     train_ranking,
 )
 from policyopt.lm.policies import Reference
@@ -315,6 +320,28 @@ def test_an_implicit_reward_asks_what_training_started_from() -> None:
     now, bare = (completion_log_probs(m.model, sequences).log_probs for m in (policy, tiny_model()))
     reward = ImplicitReward(policy, "base", beta=0.5)
     assert reward(texts, prompts) == pytest.approx((0.5 * (now - bare).sum(1)).tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("train", [train_grpo, train_ppo, train_ranking])
+def test_a_judge_that_would_move_with_the_policy_is_refused(train: Any) -> None:
+    configs = {train_grpo: GRPOConfig, train_ppo: PPOConfig, train_ranking: OnlineRankingConfig}
+    config, prompts = configs[train](updates=1, sampling=SHORT, micro_batch_size=4), [{"prompt": "one"}] * 4
+    policy = tiny_model()
+    judges = {
+        "reference": ImplicitReward(policy.copy(), policy),
+        "policy": ImplicitReward(policy, policy.copy()),
+        "backbone": RewardModel(policy),
+    }
+    for name, judge in judges.items():
+        given = {"count": count_ones, name: judge}
+        with pytest.raises(
+            ValueError, match=rf"'{name}' must not hold the model that is trained.*model\.copy\(\)"
+        ):
+            train(policy, prompts, reward_functions=given, config=config, progress=False)
+    # A copy is right.
+    before = judges["reference"](["two"], ["one"])
+    train(policy.copy(), prompts, reward_functions=judges, config=config, progress=False)
+    assert judges["reference"](["two"], ["one"]) == before
 
 
 # --- the KL divergence to the reference under filters ---

@@ -137,8 +137,7 @@ class ImplicitReward:
         off = reference == "base" and is_adapted(policy.model)
         rule = "reference must be the model that DPO started from, or 'base'"
         remedy = "'base' needs a policy whose adapters DPO trained from fresh"
-        known = off or isinstance(reference, LanguageModel)
-        require(known, rule, reference, remedy)
+        require(off or isinstance(reference, LanguageModel), rule, reference, remedy)
         self.language_model = self.policy = policy
         self.beta, self.batch_size = beta, batch_size
         self.reference = Reference(policy, reference, copy=False)

@@ -82,9 +82,7 @@ def backbone_and_head(model: nn.Module) -> Head:
     active = getattr(model, "active_peft_config", None)
     if getattr(active, "is_prompt_learning", False):
         name = type(active).__name__
-        raise ValueError(
-            f"{name} adds virtual tokens, which is not supported; use LoRA"
-        )
+        raise ValueError(f"{name} adds virtual tokens, not supported; use LoRA")
     causal = base_model(model)
     name = type(causal).__name__
     head = getattr(causal, "get_output_embeddings", lambda: None)()

@@ -117,10 +117,8 @@ class Reference:
             If no copy was kept and the training has begun.
         """
         if self.model is None:
-            raise RuntimeError(
-                "this reference kept no copy of the policy, whose training has begun: "
-                "ask it before, or make it with copy=True"
-            )
+            lost = "this reference kept no copy of the policy, whose training has begun"
+            raise RuntimeError(f"{lost}: ask it before, or make it with copy=True")
         filtered = bool(options.get("top_k")) or options.get("top_p", 1.0) < 1.0
         score = self._restricted if filtered else self._score
         asked = self._policy if filtered else self.model

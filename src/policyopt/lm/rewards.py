@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from policyopt._checks import require
 from policyopt.lm.data import Prompt, quote
 
 __all__ = ["RewardFunction", "RewardFunctions", "Rewards", "compute_rewards"]
@@ -89,15 +90,26 @@ def compute_rewards(
     """
     named = _by_name(functions)
     factors = [1.0] * len(named) if weights is None else [float(w) for w in weights]
-    if len(factors) != len(named) or not all(map(math.isfinite, factors)):
-        each = f"each of the {len(named)} reward functions {list(named)}"
-        raise ValueError(f"weights must be one finite number for {each}, got {weights}")
+    fits = len(factors) == len(named) and all(map(math.isfinite, factors))
+    each = f"each of the {len(named)} reward functions {list(named)}"
+    require(fits, f"weights must be one finite number for {each}", weights)
     available = {"completions": completions, "prompts": prompts, **(columns or {})}
     parts = {name: _score(name, named[name], available) for name in named}
     total = torch.zeros(len(completions), dtype=torch.float64)
     for factor, part in zip(factors, parts.values(), strict=True):
         total += factor * part.double()
     return Rewards(total.float(), parts)
+
+
+def refuse_trained(functions: RewardFunctions, trained: torch.nn.Module) -> None:
+    """Refuse a reward function that computes with the weights that are trained."""
+    weights = {p for p in trained.parameters() if p.requires_grad}
+    for name, function in _by_name(functions).items():
+        reference = getattr(getattr(function, "reference", None), "model", None)
+        rule = f"reward function {name!r} must not hold the model that is trained"
+        for held in (getattr(function, "network", None), reference):
+            ours = isinstance(held, torch.nn.Module) and weights & {*held.parameters()}
+            require(not ours, rule, function, "train a copy of the model: model.copy()")
 
 
 def _by_name(functions: Any) -> dict[str, RewardFunction]:
@@ -110,8 +122,7 @@ def _by_name(functions: Any) -> dict[str, RewardFunction]:
             base = getattr(inner, "__name__", type(inner).__name__)
             names = chain([base], (f"{base}_{i}" for i in count(2)))
             named[next(name for name in names if name not in named)] = function
-    if not named:
-        raise ValueError("there are no reward functions; give at least one")
+    require(bool(named), "there must be at least one reward function", functions)
     for name, function in named.items():
         if not callable(function):
             rule = f"reward function {name!r} must be callable"

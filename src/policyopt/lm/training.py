@@ -27,7 +27,7 @@ from policyopt.lm.models import LanguageModel
 from policyopt.lm.policies import Reference
 from policyopt.lm.processes import Processes
 from policyopt.lm.results import ConfigT, LMResult, LoggedSample, RowT
-from policyopt.lm.rewards import RewardFunctions, compute_rewards
+from policyopt.lm.rewards import RewardFunctions, compute_rewards, refuse_trained
 from policyopt.lm.sequences import Sequences, evaluating, widen
 from policyopt.losses import Loss, item_losses
 from policyopt.runs import derive_seed
@@ -384,6 +384,7 @@ class SamplingRun(Run[ConfigT, RowT]):
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
+        refuse_trained(reward_functions, self.language_model.model)
         self._reward_functions, self._group = reward_functions, group_size
         self._sampler = sampler or sampling.TransformersSampler(self.language_model)
         self._sampling: sampling.SamplingConfig = self.config.sampling

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
-from itertools import pairwise, permutations
+from functools import partial
+from itertools import combinations, permutations
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from policyopt.losses import clipped_surrogate_loss, ranking_loss
+from policyopt.losses import clipped_surrogate_loss
 from policyopt_book.exercises import Exercise
 
 __all__ = ["EXERCISES"]
@@ -36,81 +37,116 @@ def _gigabytes(weights: float, trained: int, frozen: int) -> float:
     return 4 * floats / 1e9
 
 
-def _minus_slope(loss: Callable[[Tensor], Tensor], log_probs: Tensor) -> Tensor:
-    leaf = log_probs.detach().clone().requires_grad_()
-    (slope,) = torch.autograd.grad(loss(leaf).mean(), leaf)
-    return -slope
+def _silent_weights(actions: Tensor, p: float) -> Tensor:
+    """Divide 1 by each score, found by differentiating log π at the logit."""
+    logit = torch.tensor(math.log(p / (1 - p)), dtype=actions.dtype, requires_grad=True)
+    weights = []
+    for action in actions:
+        sign = 1.0 if action == 1 else -1.0
+        log_prob = torch.nn.functional.logsigmoid(sign * logit)
+        (score,) = torch.autograd.grad(log_prob, logit)
+        weights.append(1 / score)
+    return torch.stack(weights)
 
 
-def _clipped_case(
-    ratios: list[float], advantages: list[float], clip_ratio: float
-) -> dict[str, Any]:
-    old = torch.linspace(-3.0, -0.5, len(ratios), dtype=torch.float64)
+def _actions(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _pairs_of(
+    log_ratios: Tensor,
+    grades: Tensor,
+    beta: float,
+    *,
+    chosen: Callable[[int], list[tuple[int, int]]],
+    sign: float = 1.0,
+    total: bool = False,
+    size: bool = False,
+) -> Tensor:
+    """Go through the groups and the pairs one by one, better completion first."""
+    costs = []
+    for group, given in zip(log_ratios, grades.tolist(), strict=True):
+        for i, j in chosen(len(given)):
+            if given[i] == given[j]:
+                continue
+            better, worse = (i, j) if given[i] > given[j] else (j, i)
+            gap = abs(given[i] - given[j]) if size else 1.0
+            margin = sign * gap * beta * (group[better] - group[worse])
+            costs.append(torch.nn.functional.softplus(-margin))
+    stacked = torch.stack(costs)
+    return stacked.sum() if total else stacked.mean()
+
+
+def _every(size: int) -> list[tuple[int, int]]:
+    return list(combinations(range(size), 2))
+
+
+def _disjoint(size: int) -> list[tuple[int, int]]:
+    return [(i, i + 1) for i in range(0, size - 1, 2)]
+
+
+def _with_ties(log_ratios: Tensor, grades: Tensor, beta: float) -> Tensor:
+    size = grades.shape[1]
+    one, two = torch.triu_indices(size, size, 1)
+    better = (grades[:, one] - grades[:, two]).sign()
+    margins = beta * better * (log_ratios[:, one] - log_ratios[:, two])
+    return torch.nn.functional.softplus(-margins).mean()
+
+
+def _groups_case(seed: int, groups: int, size: int, beta: float) -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(seed)
+    grades = torch.randint(0, 4, (groups, size), generator=draw).double()
+    ratios = torch.randn(groups, size, generator=draw, dtype=torch.float64)
+    return {"log_ratios": 5 * ratios, "grades": grades, "beta": beta}
+
+
+def _offline(
+    now: Tensor,
+    start: Tensor,
+    mask: Tensor,
+    grades: Tensor,
+    clip: float,
+    *,
+    scale: bool = True,
+    token_mean: bool = False,
+    present: bool = False,
+) -> Tensor:
+    """Take the library's surrogate of each token, and the means in two loops."""
+    groups, size = grades.shape
+    advantages = grades - grades.mean(1, keepdim=True)
+    if scale:
+        advantages = advantages / grades.std(1, keepdim=True)
+    advantages = advantages.reshape(groups * size, 1).expand_as(now)
+    old = now.detach() if present else start
+    items = clipped_surrogate_loss(now, old, advantages, clip_ratio=clip).loss
+    if token_mean:
+        return items[mask].mean()
+    return torch.stack(
+        [row[m].mean() for row, m in zip(items, mask, strict=True)]
+    ).mean()
+
+
+def _unclipped(
+    now: Tensor, start: Tensor, mask: Tensor, grades: Tensor, clip: float
+) -> Tensor:
+    return _offline(now, start, mask, grades, 1e6)
+
+
+def _offline_case(seed: int, groups: int, size: int, clip: float) -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(seed)
+    rows, T = groups * size, 5
+    lengths = torch.randint(1, T + 1, (rows, 1), generator=draw)
+    mask = torch.arange(T) < lengths
+    start = -3 * torch.rand(rows, T, generator=draw, dtype=torch.float64)
+    moved = 0.5 * torch.randn(rows, T, generator=draw, dtype=torch.float64)
+    grades = torch.randn(groups, size, generator=draw, dtype=torch.float64)
     return {
-        "log_prob": old + torch.tensor(ratios, dtype=torch.float64).log(),
-        "old_log_prob": old,
-        "advantages": torch.tensor(advantages, dtype=torch.float64),
-        "clip_ratio": clip_ratio,
+        "now": torch.where(mask, start + moved, 0.0),
+        "start": torch.where(mask, start, 0.0),
+        "mask": mask,
+        "grades": grades,
+        "clip": clip,
     }
-
-
-def _clipped_weights(
-    log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_ratio: float
-) -> Tensor:
-    def loss(leaf: Tensor) -> Tensor:
-        return clipped_surrogate_loss(
-            leaf, old_log_prob, advantages, clip_ratio=clip_ratio
-        ).loss
-
-    return _minus_slope(loss, log_prob)
-
-
-def _without_ratio(
-    log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_ratio: float
-) -> Tensor:
-    weights = _clipped_weights(log_prob, old_log_prob, advantages, clip_ratio)
-    return weights / torch.exp(log_prob - old_log_prob)
-
-
-def _off_on_both_sides(
-    log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_ratio: float
-) -> Tensor:
-    ratio = torch.exp(log_prob - old_log_prob)
-    inside = (ratio > 1 - clip_ratio) & (ratio < 1 + clip_ratio)
-    return torch.where(inside, ratio * advantages, 0.0) / len(ratio)
-
-
-def _never_off(
-    log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_ratio: float
-) -> Tensor:
-    return torch.exp(log_prob - old_log_prob) * advantages / len(log_prob)
-
-
-def _list_case(log_probs: list[float], beta: float) -> dict[str, Any]:
-    return {"log_probs": torch.tensor(log_probs, dtype=torch.float64), "beta": beta}
-
-
-def _list_weights(log_probs: Tensor, beta: float) -> Tensor:
-    return _minus_slope(lambda leaf: ranking_loss(leaf, beta=beta).loss, log_probs)
-
-
-def _neighbours_only(log_probs: Tensor, beta: float) -> Tensor:
-    def loss(leaf: Tensor) -> Tensor:
-        margins = [beta * (better - worse) for better, worse in pairwise(leaf)]
-        return -torch.nn.functional.logsigmoid(torch.stack(margins))
-
-    return _minus_slope(loss, log_probs)
-
-
-def _praise_what_is_right(log_probs: Tensor, beta: float) -> Tensor:
-    """σ(margin) where it should be σ(−margin): that is the list with all
-    log-probabilities turned round.
-    """
-    return _list_weights(-log_probs, beta)
-
-
-def _pairs(log_probs: Tensor) -> float:
-    return len(log_probs) * (len(log_probs) - 1) / 2
 
 
 def _bits(gaps: Tensor) -> float:
@@ -205,57 +241,51 @@ EXERCISES: tuple[Exercise, ...] = (
         },
     ),
     Exercise(
-        name="comparison.clipped-weights",
-        reference=_clipped_weights,
+        name="comparison.silent-weights",
+        reference=_silent_weights,
         cases=(
-            _clipped_case([1.0, 1.0, 1.0], [2.0, -1.0, 0.0], 0.2),
-            _clipped_case(
-                [1.5, 0.5, 1.5, 0.5, 1.1, 0.9], [1.0, 1.0, -1.0, -1.0, 2.0, -2.0], 0.2
-            ),
-            _clipped_case([1.25, 0.75, 0.3], [1.0, -1.0, 3.0], 0.3),
+            {"actions": _actions(1, 0, 0, 1), "p": 0.5},
+            {"actions": _actions(0, 1, 1), "p": 0.9},
+            {"actions": _actions(0, 0, 0, 0), "p": 0.25},
         ),
         mistakes={
-            "A sample that comes back towards ρ = 1 keeps its "
-            "weight: for A > 0 only ρ > 1 + ε is off, for A < 0 "
-            "only ρ < 1 − ε": _off_on_both_sides,
-            "Nothing is clipped": _never_off,
-            "The factor ρ is missing: the derivative of ρ with respect "
-            "to log π is ρ": _without_ratio,
-            "The sign is turned round: w is minus the slope of the loss": (
-                lambda *arguments: -_clipped_weights(*arguments)
+            "Those are the scores; the weight times the score must be 1": (
+                lambda actions, p: actions - p
             ),
-            "The loss of the batch is a mean, so each weight is divided by N": (
-                lambda log_prob, *others: (
-                    len(log_prob) * _clipped_weights(log_prob, *others)
-                )
+            "With ±1 the product is the same for both actions only at p = 1/2": (
+                lambda actions, p: 2 * (2 * actions - 1)
+            ),
+            "The sign of action 0 is wrong: its score is −p, so praise would make it "
+            "likelier": (lambda actions, p: _silent_weights(actions, p).abs()),
+            "Divided by the probability of the action taken; its score is 1 − p for "
+            "action 1 and −p for action 0": (
+                lambda actions, p: torch.where(actions == 1, 1 / p, -1 / (1 - p))
             ),
         },
     ),
     Exercise(
-        name="comparison.list-weights",
-        reference=_list_weights,
+        name="comparison.all-pairs",
+        reference=partial(_pairs_of, chosen=_every),
+        gradient="log_ratios",
+        constants=("grades",),
         cases=(
-            _list_case([-10.0, -10.0, -10.0, -10.0], 0.1),
-            _list_case([-8.0, -12.0, -9.0], 0.5),
-            _list_case([-20.0, -5.0], 0.1),
+            _groups_case(0, 2, 4, 0.1),
+            _groups_case(1, 3, 8, 0.5),
+            _groups_case(2, 1, 3, 1.0),
         ),
         mistakes={
-            "Pairs in the right order pull most in your answer; a pair weighs "
-            "σ(−margin), not σ(margin)": (_praise_what_is_right),
-            "Only neighbours are compared; the loss has every pair "
-            "of the list": _neighbours_only,
-            "The factor β in front of σ is missing": (
-                lambda log_probs, beta: _list_weights(log_probs, beta) / beta
+            "Only neighbours 1–2, 3–4, … are compared: that is the loop that you "
+            "were to repair": partial(_pairs_of, chosen=_disjoint),
+            "The worse completion is praised": partial(
+                _pairs_of, chosen=_every, sign=-1.0
             ),
-            "These are the weights of the sum over pairs; the loss is their mean": (
-                lambda log_probs, beta: (
-                    _list_weights(log_probs, beta) * _pairs(log_probs)
-                )
+            "A pair of equal grades says nothing: leave it out, and out of the "
+            "number of pairs too": _with_ties,
+            "That is the sum over pairs; the loss is their mean": partial(
+                _pairs_of, chosen=_every, total=True
             ),
-            "You divide by the number of completions; the loss is a mean over pairs": (
-                lambda log_probs, beta: (
-                    _list_weights(log_probs, beta) * _pairs(log_probs) / len(log_probs)
-                )
+            "The annotator tells which is better, not by how much": partial(
+                _pairs_of, chosen=_every, size=True
             ),
         },
     ),
@@ -303,6 +333,27 @@ EXERCISES: tuple[Exercise, ...] = (
             "That is one standard error, not two": lambda a, b: _seeds(
                 a, b, scale=1 / 4
             ),
+        },
+    ),
+    Exercise(
+        name="comparison.offline-grpo",
+        reference=_offline,
+        gradient="now",
+        constants=("start", "grades"),
+        cases=(
+            _offline_case(0, 2, 4, 0.2),
+            _offline_case(1, 3, 8, 0.2),
+            _offline_case(2, 1, 3, 0.5),
+        ),
+        mistakes={
+            "The ratio is to the policy that sampled, start, and not to the "
+            "current one": partial(_offline, present=True),
+            "Nothing is clipped": _unclipped,
+            "The advantages are not divided by the group's standard deviation": (
+                partial(_offline, scale=False)
+            ),
+            "Long completions weigh more in your mean; take the mean of each "
+            "completion's tokens first": partial(_offline, token_mean=True),
         },
     ),
 )

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from policyopt.estimators import kl_estimate
-from policyopt.losses import aggregate, ranking_loss
 from policyopt_book.exercises import Exercise
 
 __all__ = ["EXERCISES"]
@@ -90,131 +89,48 @@ def _update_factor(
     return total
 
 
-def _grpo_loss(
-    log_prob: Tensor,
-    old_log_prob: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip_ratio: float,
+def _loop_loss(
+    log_probs: Tensor,
+    old: Tensor,
+    masks: Tensor,
+    rewards: Tensor,
+    clip: float,
     *,
+    deviation: Any = statistics.stdev,
     which: Any = min,
-    mean: str = "sequence",
+    mean: str = "written",
 ) -> Tensor:
-    """Token by token; ``which`` chooses between the plain and the clipped term."""
-    rows, counts = [], []
-    for i in range(len(advantages)):
-        A, row = float(advantages[i]), log_prob.new_zeros(())
-        for t in range(mask.shape[1]):
-            if mask[i, t]:
-                ratio = (log_prob[i, t] - old_log_prob[i, t]).exp()
-                low, high = 1 - clip_ratio, 1 + clip_ratio
-                edge = (
-                    ratio
-                    if low <= ratio.item() <= high
-                    else log_prob.new_tensor(low if ratio < low else high)
-                )
-                row = row - which(ratio * A, edge * A)
-        rows.append(row)
-        counts.append(int(mask[i].sum()))
-    if mean == "token":
-        return torch.stack(rows).sum() / sum(counts)
-    if mean == "padded":
-        return torch.stack(rows).sum() / mask.numel()
-    return torch.stack([row / n for row, n in zip(rows, counts, strict=True)]).mean()
+    """Token by token, group by group."""
+    total = []
+    for now, before, mask, r in zip(log_probs, old, masks, rewards, strict=True):
+        numbers = r.tolist()
+        middle, spread = statistics.mean(numbers), deviation(numbers)
+        terms = []
+        for i, t in mask.nonzero().tolist():
+            A = (numbers[i] - middle) / (spread + 1e-4)
+            ratio = (now[i, t] - before[i, t]).exp()
+            edge = ratio.detach().clamp(1 - clip, 1 + clip)
+            inside = bool(ratio.detach() == edge)
+            terms.append(-which(ratio * A, (ratio if inside else edge) * A))
+        share = len(rewards) * int(mask.sum()) if mean == "group" else 1
+        total.append(torch.stack(terms).sum() / share)
+    written = int(masks.sum()) if mean == "written" else 1
+    return torch.stack(total).sum() / written
 
 
-def _always_on_policy(
-    log_prob: Tensor,
-    old_log_prob: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip_ratio: float,
-) -> Tensor:
-    return _grpo_loss(log_prob, log_prob.detach(), advantages, mask, clip_ratio)
-
-
-def _batch_case(moved: bool) -> dict[str, Any]:
-    """Return a batch of four completions, right after sampling or after the policy has
-    moved.
-    """
-    generator = torch.Generator().manual_seed(0)
-    mask = torch.tensor(
-        [
-            [True] * 4,
-            [True, False, False, False],
-            [True] * 3 + [False],
-            [True, True, False, False],
-        ]
-    )
-    old = -3 * torch.rand(4, 4, generator=generator, dtype=torch.float64)
-    step = torch.tensor(
-        [
-            [0.5, -0.5, 0.1, -0.1],
-            [0.4, 0.0, 0.0, 0.0],
-            [0.6, -0.7, 0.05, 0.0],
-            [-0.3, 0.3, 0.0, 0.0],
-        ],
-        dtype=torch.float64,
-    )
+def _loop_case(seed: int) -> dict[str, Any]:
+    """Return two groups of four completions, after the policy has moved."""
+    generator = torch.Generator().manual_seed(seed)
+    old = -3 * torch.rand(2, 4, 5, generator=generator, dtype=torch.float64)
+    step = torch.randn(2, 4, 5, generator=generator, dtype=torch.float64)
+    lengths = torch.tensor([[5, 3, 4, 5], [1, 2, 1, 3]])
     return {
-        "log_prob": torch.where(
-            mask, old + step if moved else old, 2.0
-        ),  # whatever is after the end
-        "old_log_prob": torch.where(mask, old, 1.0),
-        "advantages": torch.tensor([1.2, 0.3, -0.9, -0.6], dtype=torch.float64),
-        "mask": mask,
-        "clip_ratio": 0.2,
+        "log_probs": old + 0.4 * step,
+        "old": old,
+        "masks": torch.arange(5) < lengths[..., None],
+        "rewards": torch.tensor([[1, 0, 0, 1], [0, 0, 1, 0]], dtype=torch.float64),
+        "clip": 0.2,
     }
-
-
-def _token_weights(lengths: Tensor, denominator: str, longest: int) -> Tensor:
-    """Return the slope of the package's mean with respect to each token."""
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    ones = torch.ones(mask.shape, dtype=torch.float64, requires_grad=True)
-    if denominator == "sequence":
-        mean = aggregate(ones, mask, reduction="sequence-mean")
-    elif denominator == "token":
-        mean = aggregate(ones, mask)
-    else:
-        mean = aggregate(ones, mask, denominator=len(lengths) * longest)
-    (weights,) = torch.autograd.grad(mean, ones)
-    return weights
-
-
-def _longest_of_the_batch(lengths: Tensor, denominator: str, longest: int) -> Tensor:
-    return _token_weights(lengths, denominator, int(lengths.max()))
-
-
-def _sequences_added(lengths: Tensor, denominator: str, longest: int) -> Tensor:
-    scale = len(lengths) if denominator == "sequence" else 1
-    return scale * _token_weights(lengths, denominator, longest)
-
-
-def _sequence_and_token_exchanged(
-    lengths: Tensor, denominator: str, longest: int
-) -> Tensor:
-    other = {"sequence": "token", "token": "sequence"}.get(denominator, denominator)
-    return _token_weights(lengths, other, longest)
-
-
-def _pushes(log_prob: Tensor, beta: float) -> Tensor:
-    probe = log_prob.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(-ranking_loss(probe, beta=beta).loss.sum(), probe)
-    assert isinstance(slope, Tensor)
-    return slope
-
-
-def _neighbours_only(log_prob: Tensor, beta: float) -> Tensor:
-    pushes = torch.zeros_like(log_prob)
-    for i in range(len(log_prob) - 1):
-        force = beta * torch.sigmoid(-beta * (log_prob[i] - log_prob[i + 1]))
-        pushes[i] += force
-        pushes[i + 1] -= force
-    return pushes
-
-
-def _pulled_where_right(log_prob: Tensor, beta: float) -> Tensor:
-    return _pushes(-log_prob, beta)
 
 
 EXERCISES: tuple[Exercise, ...] = (
@@ -278,81 +194,27 @@ EXERCISES: tuple[Exercise, ...] = (
         },
     ),
     Exercise(
-        name="grpo.loss",
-        reference=_grpo_loss,
-        cases=(_batch_case(moved=False), _batch_case(moved=True)),
-        gradient="log_prob",
-        constants=("old_log_prob", "advantages"),
+        name="grpo.loop",
+        reference=_loop_loss,
+        cases=(_loop_case(0), _loop_case(1)),
+        gradient="log_probs",
+        constants=("old", "rewards"),
         mistakes={
-            "You clip and do not take the minimum: then a bad token that became "
-            "likelier is let go": (
-                lambda *batch: _grpo_loss(*batch, which=lambda plain, clipped: clipped)
+            "The standard deviation of (2) has the denominator K - 1": (
+                lambda *batch: _loop_loss(*batch, deviation=statistics.pstdev)
             ),
             "That is the maximum; the minimum is the pessimistic one": (
-                lambda *batch: _grpo_loss(*batch, which=max)
+                lambda *batch: _loop_loss(*batch, which=max)
             ),
-            "Nothing is clipped": lambda *batch: _grpo_loss(
-                *batch, which=lambda plain, clipped: plain
+            "Divide by the tokens of all groups together; you average within each "
+            "group first, and its length then decides what a token counts": (
+                lambda *batch: _loop_loss(*batch, mean="group")
             ),
-            "The sign is wrong: minimising this makes good completions rare": (
-                lambda *batch: -_grpo_loss(*batch)
+            "The loop as it was given has three mistakes": (
+                lambda *batch: _loop_loss(
+                    *batch, deviation=statistics.pstdev, which=max, mean="group"
+                )
             ),
-            "All tokens count the same; (3) averages over the tokens of each "
-            "completion first": (lambda *batch: _grpo_loss(*batch, mean="token")),
-            "You divide by the length of the padded row, not by that of the "
-            "completion": (lambda *batch: _grpo_loss(*batch, mean="padded")),
-            "The ratio is always 1: compare with the policy that drew the batch, not "
-            "with the present one": (_always_on_policy),
-        },
-    ),
-    Exercise(
-        name="grpo.token-weights",
-        reference=_token_weights,
-        cases=tuple(
-            {
-                "lengths": torch.tensor([4, 1, 2]),
-                "denominator": denominator,
-                "longest": 6,
-            }
-            for denominator in ("sequence", "token", "constant")
-        ),
-        mistakes={
-            "The constant is the longest length allowed; the longest of the batch is "
-            "no constant": (_longest_of_the_batch),
-            "The sequence mean is also divided by the number of "
-            "completions": _sequences_added,
-            "Sequence mean and token mean are exchanged": _sequence_and_token_exchanged,
-        },
-    ),
-    Exercise(
-        name="grpo.pushes",
-        reference=_pushes,
-        cases=(
-            {
-                "log_prob": torch.tensor(
-                    [-67.4, -58.9, -32.1, -18.2], dtype=torch.float64
-                ),
-                "beta": 0.3,
-            },
-            {
-                "log_prob": torch.tensor([-1.0, -3.0, -2.0], dtype=torch.float64),
-                "beta": 1.0,
-            },
-            {"log_prob": torch.tensor([-4.0, -4.5], dtype=torch.float64), "beta": 2.0},
-        ),
-        mistakes={
-            "The signs are reversed: the best must be pushed up": (
-                lambda log_prob, beta: -_pushes(log_prob, beta)
-            ),
-            "The list is read from the worst to the best; the best comes first": (
-                lambda log_prob, beta: _pushes(log_prob.flip(0), beta).flip(0)
-            ),
-            "Only neighbours are compared; the loss takes every pair": _neighbours_only,
-            "The factor beta before the sigmoid is missing": (
-                lambda log_prob, beta: _pushes(log_prob, beta) / beta
-            ),
-            "A pair pushes most where it is in the wrong order; yours pushes most "
-            "where it is right": (_pulled_where_right),
         },
     ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -212,6 +213,74 @@ def _logits_case(
     }
 
 
+def _rlhf_loss(
+    log_prob: Tensor,
+    old: Tensor,
+    reference: Tensor,
+    scores: Tensor,
+    mask: Tensor,
+    beta: float,
+    eps: float,
+    *,
+    signed: float = -1.0,
+    last_column: bool = False,
+    whole_return: bool = False,
+    over_padding: bool = False,
+    per_completion: bool = False,
+    clips: bool = True,
+    pessimistic: bool = True,
+    moving: bool = False,
+) -> Tensor:
+    """Go through the tokens one by one; the options are mistakes."""
+    count, width = log_prob.shape
+    lengths = [int(n) for n in mask.sum(1)]
+    to_go = torch.zeros_like(log_prob)
+    now = log_prob if moving else old.detach()
+    for i, length in enumerate(lengths):
+        following = torch.zeros((), dtype=log_prob.dtype)
+        for t in reversed(range(length)):
+            reward = signed * beta * (now[i, t] - reference[i, t])
+            if t == (width if last_column else length) - 1:
+                reward = reward + scores[i]
+            following = reward + following
+            to_go[i, t] = following
+        if whole_return:
+            to_go[i, :length] = to_go[i, 0].clone()
+    known = to_go.flatten() if over_padding else to_go[mask]
+    shift, scale = known.mean(), known.std(correction=0)
+    total = torch.zeros((), dtype=log_prob.dtype)
+    for i, length in enumerate(lengths):
+        for t in range(length):
+            advantage = (to_go[i, t] - shift) / scale
+            ratio = (log_prob[i, t] - old[i, t].detach()).exp()
+            term = ratio * advantage
+            if clips:
+                clipped = ratio.clamp(1 - eps, 1 + eps) * advantage
+                term = torch.minimum(term, clipped) if pessimistic else clipped
+            share = count * length if per_completion else sum(lengths)
+            total = total - term / share
+    return total
+
+
+def _loop_case(seed: int, beta: float, moved: float) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    old, reference, change = torch.randn(
+        3, 3, 4, generator=generator, dtype=torch.float64
+    )
+    mask = torch.tensor(
+        [[True] * 4, [True, True, True, False], [True, False, False, False]]
+    )
+    return {
+        "log_prob": torch.where(mask, old - 2 + moved * change, 0.0),
+        "old": torch.where(mask, old - 2, 0.0),
+        "reference": torch.where(mask, reference - 2, 0.0),
+        "scores": torch.randn(3, generator=generator, dtype=torch.float64),
+        "mask": mask,
+        "beta": beta,
+        "eps": 0.2,
+    }
+
+
 EXERCISES: tuple[Exercise, ...] = (
     Exercise(
         name="rlhf.token-rewards",
@@ -362,6 +431,37 @@ EXERCISES: tuple[Exercise, ...] = (
             ),
             "The temperature divides the logits, before the softmax, not the "
             "log-probabilities": (_tempered_too_late),
+        },
+    ),
+    Exercise(
+        name="rlhf.loop",
+        reference=_rlhf_loss,
+        cases=(
+            _loop_case(0, 0.3, 0.3),
+            _loop_case(1, 0.1, 0.5),
+            _loop_case(2, 0.5, 0.0),
+        ),
+        gradient="log_prob",
+        constants=("old", "reference", "scores"),
+        mistakes={
+            "The sign of the KL is reversed: the policy is paid for distance": (
+                partial(_rlhf_loss, signed=1.0)
+            ),
+            "The score is in the last column: shorter completions never get it": (
+                partial(_rlhf_loss, last_column=True)
+            ),
+            "Every token gets the whole return; what came before a token is no "
+            "consequence of it": partial(_rlhf_loss, whole_return=True),
+            "The mean and the deviation count the padding": (
+                partial(_rlhf_loss, over_padding=True)
+            ),
+            "That is a mean over completions of their means; divide by the number of "
+            "tokens of the batch": partial(_rlhf_loss, per_completion=True),
+            "The clip is missing": partial(_rlhf_loss, clips=False),
+            "The minimum is missing: a ratio that is clipped where it does harm could "
+            "not come back": partial(_rlhf_loss, pessimistic=False),
+            "The reward is computed from log_prob, and the gradient flows through it; "
+            "use old": partial(_rlhf_loss, moving=True),
         },
     ),
 )
