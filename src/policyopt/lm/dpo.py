@@ -112,6 +112,7 @@ class ImplicitReward:
         π_ref, the model that DPO started from. "base" is the policy with its adapters
         off, so LoRA needs no second model: right where DPO started from fresh adapters,
         and wrong where these had been trained before, say by SFT.
+        Not copied either: trainers refuse a reward that holds the model they train.
     beta : float
         The β of the training.
     batch_size : int
