@@ -160,7 +160,7 @@ Runs: TypeAlias = dict[str, Future[subprocess.CompletedProcess[str]]]
 
 @pytest.fixture(scope="module")
 def runs(stage: Path, request: pytest.FixtureRequest) -> Iterator[Runs]:
-    """The chosen chapters, two at a time: those on language models, the last ones, use one core each."""
+    """The chosen chapters, two at a time: those on language models use one core each."""
     chosen = [
         item.callspec.params["name"]
         for item in request.session.items
@@ -171,7 +171,7 @@ def runs(stage: Path, request: pytest.FixtureRequest) -> Iterator[Runs]:
         pool.shutdown(wait=False, cancel_futures=True)  # what has not begun when a run is broken off
 
 
-@pytest.mark.parametrize("name", CHAPTERS[::-1])
+@pytest.mark.parametrize("name", CHAPTERS)
 def test_a_chapter_runs_where_there_is_only_what_colab_has(name: str, runs: Runs, stage: Path) -> None:
     """Every cell runs, and prints what the committed notebook says."""
     done = runs[name].result()
