@@ -1,4 +1,7 @@
-"""What the studies of the comparison share: the task, the budget, one trainer, one loss for each method."""
+"""What the studies on the news briefs share: the start, and how a model is judged.
+
+And, of those of the comparison, the budget, one trainer and one loss for each method.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ def start() -> LanguageModel:
 
 @torch.no_grad()
 def examine(model: LanguageModel, count: int, samples: int) -> dict[str, float]:
-    """Sample summaries of unseen items, and judge them."""
+    """Sample summaries of unseen items, and judge them; KL to the start in nats per completion, the k1 estimate."""
     items = news.make_items(count, seed=999)
     prompts = [encode_prompt(model.tokenizer, item.prompt) for item in items]
     drawn = TransformersSampler(model).sample(prompts, samples, SAMPLING, seed=7)
@@ -66,6 +69,7 @@ def examine(model: LanguageModel, count: int, samples: int) -> dict[str, float]:
         "right": float(right),
         "wrong": float(wrong),
         "tokens": float(np.mean(lengths)),
+        "unfinished": 1 - float(drawn.finished.float().mean()),
     }
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _text import start
 from numpy.typing import NDArray
 
 from policyopt.lm import (
@@ -35,7 +36,6 @@ from policyopt.lm import (
     train_reward_model,
     train_sft,
 )
-from policyopt_book import load_model
 from policyopt_book.studies import Study
 from policyopt_book.tasks import news
 
@@ -46,12 +46,6 @@ BETA_R = 0.3
 MEASURED = ("score", "held-out head", "held-out likelihood", "utility", "wrong", "stated")
 
 
-@functools.cache
-def _start() -> LanguageModel:
-    """Return the policy that everything starts from."""
-    return load_model("news-sft", device="cpu")
-
-
 def _complete(model: LanguageModel, items: list[news.Item], each: int, seed: int) -> list[list[str]]:
     return generate(model, [i.prompt for i in items], SAMPLING, samples_per_prompt=each, seed=seed)
 
@@ -59,7 +53,7 @@ def _complete(model: LanguageModel, items: list[news.Item], each: int, seed: int
 @functools.lru_cache(maxsize=1)
 def _comparisons(seed: int) -> list[dict[str, Any]]:
     items = news.make_items(4_500, seed=20_000 + seed)
-    return news.preference_pairs(items, _complete(_start(), items, 2, seed), seed=seed)
+    return news.preference_pairs(items, _complete(start(), items, 2, seed), seed=seed)
 
 
 @functools.lru_cache(maxsize=4)
@@ -71,16 +65,16 @@ def _judge(kind: str, half: int, seed: int) -> Any:
     }  # fmt: skip
     if kind == "head":
         config = RewardConfig(epochs=2, **shared)
-        return train_reward_model(_start(), pairs, config, seed=seed, progress=False).reward_model
+        return train_reward_model(start(), pairs, config, seed=seed, progress=False).reward_model
     fit = train_dpo(
-        _start().copy(),
+        start().copy(),
         pairs,
         DPOConfig(beta=BETA_R, **shared),
-        reference=_start(),
+        reference=start(),
         seed=seed,
         progress=False,
     )
-    return ImplicitReward(fit.language_model, _start(), beta=BETA_R)
+    return ImplicitReward(fit.language_model, start(), beta=BETA_R)
 
 
 def _measures(kind: str, seed: int) -> dict[str, Any]:
@@ -127,7 +121,7 @@ def _ppo(seed: int, kind: str, beta: float) -> dict[str, Any]:
     )  # fmt: skip
     prompts = news.prompt_records(news.make_items(1_000, seed=40_000 + seed))
     history = train_ppo(
-        _start().copy(), prompts, _measures(kind, seed), config, reference=_start(), seed=seed, progress=False
+        start().copy(), prompts, _measures(kind, seed), config, reference=start(), seed=seed, progress=False
     ).history
     rewards = history.column("rewards")
     return {"kl": history.column("kl"), **{name: [row[name] for row in rewards] for name in MEASURED}}
@@ -135,7 +129,7 @@ def _ppo(seed: int, kind: str, beta: float) -> dict[str, Any]:
 
 def _best_of(seed: int, kind: str) -> dict[str, Any]:
     items = news.make_items(32, seed=70_000 + seed)
-    texts = [text for group in _complete(_start(), items, 192, seed) for text in group]
+    texts = [text for group in _complete(start(), items, 192, seed) for text in group]
     found = {name: v.reshape(len(items), -1) for name, v in _measure(texts, items, kind, seed).items()}
     rows: dict[str, list[float]] = {name: [] for name in ("kl", *MEASURED)}
     for n in SIZES:
@@ -160,7 +154,7 @@ def _best_of(seed: int, kind: str) -> dict[str, Any]:
 
 def _rejection(seed: int, kind: str, rate: float) -> dict[str, Any]:
     items = news.make_items(112, seed=40_000 + seed)
-    groups = _complete(_start(), items, 8, seed)
+    groups = _complete(start(), items, 8, seed)
     flat = [text for group in groups for text in group]
     scores = np.array(_judge(kind, 0, seed)(flat, [i.prompt for i in items for _ in range(8)])).reshape(-1, 8)
     kept = [
@@ -168,13 +162,13 @@ def _rejection(seed: int, kind: str, rate: float) -> dict[str, Any]:
         for i, group, k in zip(items, groups, scores.argmax(1), strict=True)
     ]
     config = SFTConfig(batch_size=16, epochs=4, learning_rate=rate, warmup_updates=3, schedule="linear")
-    policy = train_sft(_start().copy(), kept, config, seed=seed, progress=False).language_model
+    policy = train_sft(start().copy(), kept, config, seed=seed, progress=False).language_model
     tested = news.make_items(64, seed=80_000 + seed)
     ids = [policy.tokenizer(i.prompt).input_ids for i in tested]
     drawn = TransformersSampler(policy).sample(ids, 4, SAMPLING, seed=seed).sequences
     with torch.no_grad():
         now = completion_log_probs(policy.model, drawn).log_probs
-        then = completion_log_probs(_start().model, drawn).log_probs
+        then = completion_log_probs(start().model, drawn).log_probs
     kl = ((now - then) * drawn.completion_mask).sum(1).mean()
     rows = drawn.completion_ids.tolist()
     texts = [policy.decode(row[:n]) for row, n in zip(rows, drawn.lengths.tolist(), strict=True)]

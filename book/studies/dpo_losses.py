@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from dpo_rate_beta import SAMPLING, measure, pairs_of, start
+from _text import SAMPLING, start
+from dpo_rate_beta import measure, pairs_of
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 

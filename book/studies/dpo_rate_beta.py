@@ -13,33 +13,15 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
+from _text import SAMPLING, examine, start
 
-from policyopt.estimators import sequence_log_prob
-from policyopt.lm import (
-    DPOConfig,
-    LanguageModel,
-    SamplingConfig,
-    TransformersSampler,
-    completion_log_probs,
-    generate,
-    train_dpo,
-)
-from policyopt.lm.data import encode_prompt
-from policyopt_book import load_model
+from policyopt.lm import DPOConfig, LanguageModel, generate, train_dpo
 from policyopt_book.studies import Study
 from policyopt_book.tasks import news
 
-SAMPLING = SamplingConfig(max_new_tokens=40)
 PAIRS = 600
 RATES = (3e-4, 1e-3, 3e-3)
 BETAS = (0.03, 0.1, 0.3, 1.0)
-
-
-@lru_cache(maxsize=1)
-def start() -> LanguageModel:
-    """Load the model that all runs start from; it is their reference, too."""
-    return load_model("news-sft", device="cpu")
 
 
 @lru_cache(maxsize=1)
@@ -52,26 +34,8 @@ def pairs_of(seed: int) -> list[dict[str, Any]]:
 
 
 def measure(policy: LanguageModel) -> dict[str, float]:
-    """Sample one summary of each unseen item, and judge it."""
-    items = news.make_items(128, seed=999)
-    prompts = [encode_prompt(policy.tokenizer, item.prompt) for item in items]
-    samples = TransformersSampler(policy).sample(prompts, 1, SAMPLING, seed=7)
-    sequences = samples.sequences
-    with torch.no_grad():
-        reference = completion_log_probs(start().model, sequences).log_probs
-    nats = sequence_log_prob(samples.log_probs - reference, sequences.completion_mask)
-    rows = zip(sequences.completion_ids.tolist(), sequences.lengths.tolist(), strict=True)
-    texts = [policy.decode(row[:length]) for row, length in rows]
-    pieces = list(zip(texts, items, strict=True))
-    right, wrong = np.mean([news.count_facts(t, i) for t, i in pieces], axis=0)
-    return {
-        "utility": float(np.mean([news.utility(t, i) for t, i in pieces])),
-        "kl": float(nats.mean()),
-        "right": float(right),
-        "wrong": float(wrong),
-        "tokens": float(sequences.lengths.float().mean()),
-        "unfinished": 1 - float(samples.finished.float().mean()),
-    }
+    """Judge one summary of each of 128 unseen items."""
+    return examine(policy, 128, 1)
 
 
 def run(*, seed: int, learning_rate: float, beta: float) -> dict[str, Any]:

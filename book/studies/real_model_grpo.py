@@ -1,10 +1,10 @@
 """GRPO and online ranking with the rule "one short sentence", SmolLM2-135M-Instruct with adapters.
 
 The chapter's settings: eight updates of four questions, six replies to each, at most 24 tokens, adapters of rank 16.
-``run`` can also make online ranking, which an article calls GRPO: the policy draws a group, the reward ranks it, every
-ordered pair costs −log σ(β (log π(better) − log π(worse))), with the article's β of 0.3 and no reference; no run of it
-is stored yet. A seed draws the adapters, the order of the questions and the replies. At the end: greedy replies to four
-new questions, as tokens, and the share that the rule accepts; what else moved, as in real_model_dpo.
+Online ranking is what an article calls GRPO: the policy draws a group, the reward ranks it, every ordered pair costs
+−log σ(β (log π(better) − log π(worse))), with the article's β of 0.3 and no reference. A seed draws the adapters, the
+order of the questions and the replies. At the end: greedy replies to four new questions, as tokens, and the share that
+the rule accepts; what else moved, as in real_model_dpo.
 
 About 150 CPU seconds a run.
 """
@@ -61,7 +61,6 @@ def run(*, seed: int, method: str, learning_rate: float) -> dict[str, Any]:
     rows = [row[:last] for row, last in zip(replies.sequences.completion_ids.tolist(), lasts, strict=True)]
     texts = [policy.decode(row) for row in rows]
     end = policy.tokenizer.eos_token_id
-    print(seed, method, texts, flush=True)
     accepted = short_sentence(texts, replies.finished.tolist())
     return {
         "reward": history.column("reward"),
