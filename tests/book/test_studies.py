@@ -86,9 +86,28 @@ def test_runs_are_stored_and_only_missing_ones_are_made(die: Study, tmp_path: Pa
     assert stored.values("curve", sides=20).shape == (3, 2)
     assert np.isnan(stored.values("never", sides=20)).all()
     assert [line[:11] for line in die.check()] == ["value: 6.0 "]
+    text = (tmp_path / "die.json").read_text()
+    (tmp_path / "die.json").write_text(text.replace('"date": "', '"date": "before '))
     die.main(["--again", "--workers", "1"])
     assert die.check() == []
-    assert "2 settings, 3 seeds each" in repr(load_study("die"))
+    again = load_study("die")
+    assert "before" not in again.made[-1]["date"] and len(again.made) == 1
+    assert "2 settings, 3 seeds each" in repr(again)
+    assert max(map(len, repr(again).splitlines())) <= 78
+
+
+def test_what_breaks_off_while_all_is_made_again_loses_no_run(die: Study) -> None:
+    die.main(["--workers", "1"])
+    with pytest.raises(RuntimeError, match="broke off"):
+        replace(die, run=breaks_off).main(["--again", "--workers", "1"])
+    assert len(load_study("die").runs) == 6
+
+
+def breaks_off(*, seed: int, sides: int) -> dict[str, Any]:
+    """A run that ends in an error from the second seed on."""
+    if seed:
+        raise RuntimeError("broke off")
+    return throw(seed=seed, sides=sides)
 
 
 def test_another_processor_may_round_otherwise_but_not_leave_the_range(die: Study, tmp_path: Path) -> None:

@@ -47,8 +47,8 @@ class GRPOConfig(OnlineConfig):
     term, and a correction for the sampler capped at 2. Dr. GRPO:
     ``scale_rewards=False``, ``loss_mean="constant"``. DAPO's loss:
     ``clip_ratio_high=0.28``, ``loss_mean="token"``, ``beta=0``,
-    ``drop_unfinished=True``. GSPO: ``ratio="sequence"``, ``loss_mean="sequence"``.
-    RLOO: ``baseline="leave-one-out"``.
+    ``drop_unfinished=True``. GSPO: ``ratio="sequence"``, ``loss_mean="sequence"``,
+    ``clip_ratio=3e-4``, ``clip_ratio_high=4e-4``. RLOO: ``baseline="leave-one-out"``.
     """
 
     batch_size: int = 16

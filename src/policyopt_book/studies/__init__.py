@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -95,9 +96,11 @@ class StudyResults:
         last = dict(self.made[-1])
         date, processor = last.pop("date"), last.pop("processor")
         versions = ", ".join(f"{name} {version}" for name, version in last.items())
-        return (
-            f"{self.name}: {len(self.settings)} settings, {self.seeds} seeds each; "
-            f"{date}, {processor}, {versions}"
+        seeds = f"{self.seeds} seeds each" if self.seeds > 1 else "seed 0"
+        return textwrap.fill(
+            f"{self.name}: {len(self.settings)} settings, {seeds}; "
+            f"{date}, {processor}, {versions}",
+            78,
         )
 
 
@@ -191,7 +194,7 @@ class Study:
         place = {_key(setting, seed): i for i, (setting, seed) in enumerate(jobs)}
         made: list[Any] = []
         runs: dict[int, Any] = {}  # by their place; those that went are left out
-        if path.exists() and not options.again:
+        if path.exists():
             stored = json.loads(path.read_text(encoding="utf-8"))
             made = stored["made"]
             kept = {_key(run["setting"], run["seed"]): run for run in stored["runs"]}
@@ -199,7 +202,7 @@ class Study:
         now = _circumstances()
         if made[-1:] != [now]:
             made.append(now)
-        missing = [i for i in range(len(jobs)) if i not in runs]
+        missing = [i for i in range(len(jobs)) if options.again or i not in runs]
         start = time.perf_counter()
         with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
             futures = {}
@@ -266,8 +269,11 @@ def _circumstances() -> dict[str, str]:
 
 def _write(path: Path, made: Sequence[Any], runs: Sequence[Any]) -> None:
     """Replace the file in one step, one run a line."""
-    lines = ",\n".join(json.dumps(run) for run in runs)
-    text = f'{{"made": {json.dumps(list(made), indent=1)},\n"runs": [\n{lines}\n]}}\n'
+    used = sorted({run["made"] for run in runs})
+    rows = [{**run, "made": used.index(run["made"])} for run in runs]
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    heads = json.dumps([made[i] for i in used], indent=1)
+    text = f'{{"made": {heads},\n"runs": [\n{lines}\n]}}\n'
     draft = path.with_suffix(".tmp")
     draft.write_text(text, encoding="utf-8")
     draft.replace(path)
