@@ -52,8 +52,8 @@ class FiniteMDP:
         ``s``.
     gamma : float
         Discount γ in [0, 1]. γ = 1 is accepted only if *every* policy ends with
-        probability 1 from every state, because otherwise some return is an infinite
-        sum.
+        probability 1 from every state, because otherwise a return need not be
+        finite.
     initial : Tensor
         ``[S]``, the distribution μ of the first state; sums to 1.
     allow_undiscounted : bool
