@@ -622,13 +622,7 @@ def _axis(title: str, **more: Any) -> dict[str, Any]:
 _POWERS: dict[str, Any] = {
     "type": "log",
     "tickvals": [0.0001, 0.001, 0.01, 0.1, 1.0, 10.0],
-    "ticktext": ["10⁻⁴", "10⁻³", "10⁻²", "10⁻¹", "1", "10"],
-}
-
-_TENS: dict[str, Any] = {
-    "type": "log",
-    "tickvals": [0.0001, 0.001, 0.01, 0.1, 1.0, 10.0],
-    "ticktext": ["10⁻⁴", "10⁻³", "0.01", "0.1", "1", "10"],
+    "ticktext": ["10⁻⁴", "10⁻³", "10⁻²", "10⁻¹", "10⁰", "10¹"],
 }
 
 
@@ -1125,7 +1119,7 @@ def gae_lambda() -> Interactive:
             "xaxis2": _axis("step t of the episode", range=[-0.7, 8.7]),
             "yaxis2": _axis("reward units", range=[-1.1, 1.1]),
             "xaxis3": _axis("λ", range=[-0.04, 1.04]),
-            "yaxis3": _axis("reward units squared", range=[-4.0, 0.3], **_TENS),
+            "yaxis3": _axis("reward units squared", range=[-4.0, 0.3], **_POWERS),
         },
         readout=(
             Readout(("lam",), tuple(f"At λ = {lam}:" for lam in _LAMBDAS)),
