@@ -514,7 +514,8 @@ def learning_curves(
     -------
     dict from str to ndarray
         For each label the aligned runs, ``[n_seeds, points]``, so that a claim about
-        the picture can be asserted.
+        the picture can be asserted. They are NaN where no curve is drawn: beyond the
+        last episode of the label.
 
     Raises
     ------
@@ -549,6 +550,7 @@ def learning_curves(
             resamples=resamples,
             seed=seed,
         )
+        table[:, ~shown] = np.nan  # not its last value, carried to another's end
         aligned[label] = table
     if threshold is not None:
         ax.axhline(

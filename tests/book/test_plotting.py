@@ -137,6 +137,7 @@ def test_learning_curves_draw_the_mean_of_each_label_and_return_the_runs(ax: Axe
     assert first.get_linestyle() != second.get_linestyle()
     assert first.get_color() != second.get_color()
     assert second.get_xdata()[-1] == 50  # a curve stops with its own last episode
+    np.testing.assert_array_equal(aligned["slow"][0, 4:], [np.nan, 1.0] + 5 * [np.nan])  # and so do its runs
     assert list(threshold.get_ydata()) == [15, 15]
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["quick", "slow"]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("environment steps", "return (mean of last 1 episodes)")
