@@ -110,6 +110,7 @@ TEXT, GRID, SHADE = "@text", "@grid", "@shade"  # colours of the page's theme
 _BLUE, _VERMILLION, _GREEN, _PURPLE = (
     OKABE_ITO[name] for name in ("blue", "vermillion", "green", "purple")
 )
+_GREY = "#8C8C8C"  # neither light nor dark, for pages of both kinds
 _F64 = torch.float64
 
 
@@ -1057,7 +1058,7 @@ def gae_lambda() -> Interactive:
         "variance": ("variance", OKABE_ITO["orange"], "dot"),
     }
     data = (
-        _bars("weight", later, [0.0] * 16, color=_BLUE, showlegend=False, width=0.7),
+        _bars("weight", later, [0.0] * 16, color=_GREY, showlegend=False, width=0.7),
         _bars(
             "TD error δ",
             steps,

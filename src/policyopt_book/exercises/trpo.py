@@ -169,6 +169,8 @@ def _update(
     checks_kl: bool = True,
     checks_loss: bool = True,
     moves: bool = True,
+    forward: bool = True,
+    refuses: bool = True,
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]:
     """Return TRPO's step from the closed forms of a softmax policy: its scores, its
     Fisher matrix, its gradient; or one with a fault.
@@ -192,14 +194,15 @@ def _update(
         for k in range(trials):
             step = 0.8**k * full
             q = (features @ (theta + step)).softmax(-1)
-            kl = (p * (p / q).log()).sum(-1).mean()
+            first, second = (p, q) if forward else (q, p)
+            kl = (first * (first / second).log()).sum(-1).mean()
             ratio = (q / p)[taken, actions]
             gain = (weights * (ratio - 1)).mean() if moves else 0 * kl
             near = not checks_kl or kl <= limit
             better = not checks_loss or gain >= 0.1 * (uphill @ step) > 0
             if near and better:
                 return theta + step
-        return theta
+        return theta if refuses else theta + step
 
     return update
 
@@ -208,6 +211,10 @@ _UPDATES: tuple[dict[str, Any], ...] = (
     _update_case(0, 6, 3, 4, 0.01),
     _update_case(1, 4, 3, 6, 1.0),  # the full step leaves the trust region
     _update_case(0, 3, 3, 3, 4.0),  # and here it promises too much
+    _update_case(1, 3, 3, 3, 0.3),  # the two directions of the KL disagree
+    _update_case(13, 4, 3, 6, 1.0),  # a smaller or larger gain asked for: another trial
+    _update_case(7, 3, 3, 3, 100.0),  # the tenth trial passes
+    _update_case(20, 3, 3, 3, 100.0),  # ten trials fail, the eleventh would pass
 )
 
 EXERCISES: tuple[Exercise, ...] = (
@@ -299,6 +306,8 @@ EXERCISES: tuple[Exercise, ...] = (
                 natural=False
             ),
             "The damping is missing: solve with F + 0.1 I": _update(damping=1e-9),
+            "That limits KL(new‖old); TRPO limits KL(old‖new)": _update(forward=False),
+            "If every trial fails, nothing moves": _update(refuses=False),
         },
     ),
 )

@@ -1,0 +1,76 @@
+"""PPO on CartPole: its details, changed one at a time.
+
+The run that they are compared with is stored in ``ppo_clip_epochs_rate``: a clip range of 0.2, four epochs, and a
+learning rate of 0.003.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from _control import measure
+
+from policyopt.control import PPOConfig, ppo_loss, train_ppo
+from policyopt.control.steps import Steps
+from policyopt.losses import ClippedSurrogate
+from policyopt_book.studies import Study
+
+STEPS = 14_000
+REFERENCE = PPOConfig(
+    total_steps=STEPS,
+    num_envs=16,
+    minibatch_size=256,
+    epochs_per_batch=4,
+    gamma=0.98,
+    gae_lambda=0.9,
+    clip_ratio=0.2,
+    learning_rate=3e-3,
+    device="cpu",
+)
+CHANGES: dict[str, dict[str, Any]] = {
+    "λ = 0": {"gae_lambda": 0.0},
+    "λ = 1": {"gae_lambda": 1.0},
+    "raw advantages": {"normalize_advantages": False},
+    "normalised per minibatch": {"normalize_advantages": False},  # and by the loss, see below
+    "default initialisation": {"orthogonal_init": False},
+    "constant learning rate": {"anneal_learning_rate": False},
+    "entropy bonus 0.01": {"entropy_coef": 0.01},
+    "no gradient limit": {"max_gradient_norm": None},
+    "value clip 0.2": {"value_clip": 0.2},
+}
+
+
+def per_minibatch(steps: Steps) -> ClippedSurrogate:
+    """Normalise the advantages of each minibatch instead of the batch."""
+    A = steps.advantages
+    A = (A - A.mean()) / (A.std() + 1e-8)
+    return ppo_loss(replace(steps, advantages=A), REFERENCE)
+
+
+def run(*, seed: int, variant: str) -> dict[str, Any]:
+    """Train once; batches of 16 copies times 64 steps, minibatches of 256."""
+    config = replace(REFERENCE, **CHANGES[variant])
+    loss = per_minibatch if variant == "normalised per minibatch" else None
+    result = train_ppo("CartPole-v1", config, seed=seed, loss=loss, progress=False)
+    rows = result.history
+    return {
+        **measure(result, STEPS, points=10),
+        "second_half": np.nanmean(measure(result, STEPS, points=200)["curve"][100:]),
+        "kl": np.mean([row.kl for row in rows]),
+        "ratio_max": max(row.ratio_max for row in rows),
+        "clip_fraction": np.mean([row.clip_fraction for row in rows]),
+    }
+
+
+STUDY = Study(
+    name="ppo_details",
+    run=run,
+    settings=[{"variant": label} for label in CHANGES],
+    seeds=20,
+    sample={"variant": "normalised per minibatch"},
+)
+
+if __name__ == "__main__":
+    STUDY.main()
