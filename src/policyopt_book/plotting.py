@@ -27,6 +27,7 @@ from matplotlib.rcsetup import cycler
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
+    "METHOD_COLOURS",
     "OKABE_ITO",
     "Drawing",
     "SourceListing",
@@ -35,6 +36,7 @@ __all__ = [
     "drawing",
     "interquartile_mean",
     "learning_curves",
+    "method_style",
     "plot_band",
     "plot_grid",
     "show_source",
@@ -70,6 +72,84 @@ _LINE_STYLES: tuple[Any, ...] = (
     (0, (4, 1, 1, 1, 1, 1)),
     "-",
 )
+
+METHOD_COLOURS: dict[str, str] = {
+    "REINFORCE": OKABE_ITO["orange"],
+    "REINFORCE, critic": OKABE_ITO["vermillion"],
+    "TRPO": OKABE_ITO["sky"],
+    "PPO": OKABE_ITO["blue"],
+    "DPO": OKABE_ITO["purple"],
+    "DPO, 4 pairs": "#882255",
+    "GRPO": OKABE_ITO["green"],
+    "GRPO, noisy grades": "#44AA99",
+    "Dr. GRPO, RLOO": "#117733",
+    "DAPO's loss": "#999933",
+    "GSPO": "#EE3377",
+    "CISPO": "#332288",
+    "ranking": OKABE_ITO["black"],
+    "ranking, online": "#888888",
+    "expert iteration": "#8C5A2B",
+}
+"""One colour per method, in the order in which the book's figures list methods.
+
+The methods with a chapter of their own have a colour of the Okabe–Ito palette; their
+variants have other colours, mostly of Tol's palettes. See :func:`method_style`.
+
+References
+----------
+P. Tol, *Colour Schemes*, SRON/EPS/TN/09-002, 2021.
+"""
+
+_METHOD_LINES: dict[str, Any] = {
+    "REINFORCE": ":",
+    "REINFORCE, critic": "-.",
+    "TRPO": "--",
+    "PPO": "-",
+    "DPO": "--",
+    "DPO, 4 pairs": ":",
+    "GRPO": (0, (7, 2)),
+    "GRPO, noisy grades": (0, (7, 2)),
+    "Dr. GRPO, RLOO": "-",
+    "DAPO's loss": "--",
+    "GSPO": "-.",
+    "CISPO": ":",
+    "ranking": "-.",
+    "ranking, online": "-.",
+    "expert iteration": (0, (4, 1, 1, 1, 1, 1)),
+}
+
+
+def method_style(label: str) -> dict[str, Any]:
+    """Colour and line style of a method, the same in every figure.
+
+    Parameters
+    ----------
+    label : str
+        A key of :data:`METHOD_COLOURS`, or one with something after a comma, such as
+        ``"DPO, all pairs"``, which looks as ``"DPO"`` does.
+
+    Returns
+    -------
+    dict
+        ``color`` and ``linestyle``, to be handed on to ``ax.plot`` or
+        :func:`plot_band`.
+
+    Raises
+    ------
+    ValueError
+        If no method has this name.
+
+    Examples
+    --------
+    >>> method_style("DPO, all pairs") == method_style("DPO")
+    True
+    """
+    name = label if label in METHOD_COLOURS else label.split(",")[0]
+    if name not in METHOD_COLOURS:
+        raise ValueError(
+            f"label must begin with one of {list(METHOD_COLOURS)}, got {label!r}"
+        )
+    return {"color": METHOD_COLOURS[name], "linestyle": _METHOD_LINES[name]}
 
 
 def use_book_style() -> None:
@@ -345,7 +425,8 @@ def plot_band(
     seed : int
         Seed of the bootstrap.
     **line
-        Passed on to ``ax.plot``.
+        Passed on to ``ax.plot``: ``color``, for instance, which the band takes too, or
+        ``**method_style(label)``.
 
     Returns
     -------

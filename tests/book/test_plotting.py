@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import combinations
 from types import SimpleNamespace
 
 import matplotlib as mpl
@@ -156,6 +157,39 @@ def test_book_style_is_legible_and_opaque(ax: Axes) -> None:
     assert min(float(mpl.rcParams[size]) for size in sizes) >= 10.5
     styles = [(c["color"], str(c["linestyle"])) for c in mpl.rcParams["axes.prop_cycle"]]
     assert len(set(styles)) == len(styles) == 7
+
+
+def test_each_method_has_a_colour_of_its_own_in_every_figure(ax: Axes) -> None:
+    colours = {label: np.array(mpl.colors.to_rgb(c)) for label, c in plotting.METHOD_COLOURS.items()}
+    for (a, first), (b, second) in combinations(colours.items(), 2):
+        assert np.linalg.norm(first - second) > 0.25, f"{a} and {b} look alike"
+    assert list(colours)[:7] == [
+        "REINFORCE",
+        "REINFORCE, critic",
+        "TRPO",
+        "PPO",
+        "DPO",
+        "DPO, 4 pairs",
+        "GRPO",
+    ]
+    line = plotting.plot_band(
+        ax, [0, 1], np.zeros((3, 2)), "DPO, all pairs", **plotting.method_style("DPO, all pairs")
+    )
+    band = ax.collections[-1].get_facecolor()[0]
+    assert (
+        mpl.colors.to_hex(line.get_color())
+        == mpl.colors.to_hex(band)
+        == plotting.METHOD_COLOURS["DPO"].lower()
+    )
+    # Those that figures draw together differ by their lines too.
+    for panel in (
+        ("REINFORCE", "REINFORCE, critic", "TRPO", "PPO"),
+        ("PPO", "GRPO", "DPO, all pairs", "DPO, 4 pairs", "expert iteration", "ranking"),
+        ("GRPO", "ranking, online"),
+    ):
+        assert len({str(plotting.method_style(label)["linestyle"]) for label in panel}) == len(panel)
+    with pytest.raises(ValueError, match="label must begin with one of"):
+        plotting.method_style("SARSA")
 
 
 # --- Grids --------------------------------------------------------------------------------------------
