@@ -40,8 +40,10 @@ class ModuleApi(SphinxDirective):
         name = self.arguments[0]
         module = importlib.import_module(name)
         lines = [f".. automodule:: {name}", "", ".. autosummary::", "   :nosignatures:", ""]
-        lines += [f"   {public}" for public in module.__all__]
-        for public in module.__all__:
+        # A named tuple is the result of a function: it comes after all functions.
+        names = sorted(module.__all__, key=lambda public: hasattr(getattr(module, public), "_fields"))
+        lines += [f"   {public}" for public in names]
+        for public in names:
             member = getattr(module, public)
             if not getattr(member, "__module__", name).startswith(name):
                 continue  # handed on from a floor below, whose own page describes it

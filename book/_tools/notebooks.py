@@ -34,7 +34,8 @@ KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "nam
 CELL_TIMEOUT_S = 900
 
 SETUP_TEMPLATE = """\
-# Colab and Binder: install what this chapter needs where it is missing.
+# Installs what this chapter needs where it is missing, in about a minute.
+# In a clone: pip install -e '.[book]'
 import importlib.util
 import subprocess
 import sys

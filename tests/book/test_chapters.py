@@ -207,3 +207,14 @@ def test_a_build_that_lacks_a_page_or_needs_the_network_is_refused(tmp_path: Pat
     assert problems(tmp_path, ["sound"]) == []
     for page in ("missing", "script", "style", "broken", "moved"):
         assert len(problems(tmp_path, ["sound", page])) == 1, page
+
+
+@pytest.mark.parametrize("name", notebooks.chapters())
+def test_a_slider_of_colab_can_write_over_what_it_sets(name: str) -> None:
+    """Colab writes all that is right of the first ``=``: in ``SEEDS = DEFAULT = 5`` it would lose ``DEFAULT``."""
+    for cell in notebooks.read(notebooks.notebook_path(name)).cells:
+        for line in cell.source.splitlines() if cell.cell_type == "code" else ():
+            if "# @param" in line:
+                assert re.match(r"\w+ = [^=]+ # @param ", line), line
+            if re.match(r".*\bDEFAULT\w* =(?!=)", line):
+                assert re.fullmatch(r"DEFAULT\w* = \d+( *#.*)?", line), line

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from policyopt.lm import LMResult
+from policyopt_book.studies import load_study
 from repository import ROOT, Repository
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -108,3 +109,50 @@ def test_the_hours_of_the_front_page_are_the_sums_of_its_table() -> None:
         f"About {words.split()[reading]} hours to read and {words.split()[exercises]} for all exercises"
         in README
     )
+
+
+def test_what_the_chapter_on_a_real_model_takes_is_said_alike_everywhere() -> None:
+    """Its own first line, which its last output bears out, against the front pages."""
+    chapter = (ROOT / "book" / "twins" / "real-model.md").read_text(encoding="utf-8")
+    found = re.search(r"(\w+) minutes to run on two CPU cores\. It takes (\d+) GB of memory", chapter)
+    assert found is not None
+    minutes, memory = found[1], found[2]
+    (readme,) = re.findall(r"the\s+one on a real model takes (\w+), and (\d+) GB of memory", README)
+    assert readme == (minutes, memory)
+    (card,) = re.findall(r"the one on a real model in (\w+)\.", INDEX)
+    assert card == minutes
+    (row,) = re.findall(r"\(real-model\.ipynb\) \| .*\((\d+) GB of memory\) \| \d+ \| \d+ \| (\d+) \|", INDEX)
+    assert row == (memory, str(["no", "one", "two", "three", "four", "five"].index(minutes)))
+    # It runs on Windows, says its first line: only make does not.
+    assert "Windows" in chapter.split("\n## ")[0]
+    (windows,) = re.findall(r"On\s+Windows use WSL: ([^.]*)\.", README)
+    assert windows == "`make` needs it"
+
+
+def test_as_many_seeds_as_the_front_page_promises() -> None:
+    """Ten or more for most curves in environments, five or six for the others, three for language models; a single
+    run where nothing is drawn, or where only the edges of a grid are looked for.
+    """
+    promise = (
+        "ten or more for most curves in environments, five or six where a sweep is wide or a run long, "
+        "three or more for language models"
+    )
+    assert promise in INDEX
+    environments, texts = {}, {}
+    for twin in sorted((ROOT / "book" / "twins").glob("*.md")):
+        page = twin.read_text(encoding="utf-8")
+        kind = texts if "from policyopt.lm import" in page else environments
+        for default in re.findall(r"(?m)^(?:SEEDS|DEFAULT\w*) = (?:DEFAULT = )?(\d+)\b", page):
+            kind[twin.stem] = int(default)
+        for name in re.findall(r"load_study\(\"(\w+)\"\)", page):
+            script = (ROOT / "book" / "studies" / f"{name}.py").read_text(encoding="utf-8")
+            kind = texts if re.search(r"from (policyopt\.lm|_text) import", script) else environments
+            kind[name] = load_study(name).seeds
+    assert len(environments) >= 9
+    assert len(texts) >= 15
+    single = {name for name, seeds in {**environments, **texts}.items() if seeds == 1}
+    assert single == {"real_model_articles", "text_rates"}
+    assert min(environments.values()) >= 5, environments
+    few = [name for name, seeds in environments.items() if seeds < 10]
+    assert 2 * len(few) < len(environments), few
+    assert min(seeds for name, seeds in texts.items() if name not in single) >= 3, texts

@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -198,3 +199,13 @@ def test_references_lead_back_to_the_pages_that_cite_them() -> None:
     named = {chapter for links in cited for chapter in re.findall(r'href="([\w-]+)\.html"', links)}
     chapters = {p.stem for p in BOOK.glob("*.ipynb")}
     assert chapters | {"errata"} <= named <= chapters | crosslinks.book().citing_pages.keys()
+
+
+def test_an_api_page_has_the_functions_before_their_results() -> None:
+    page = SimpleNamespace(arguments=["policyopt.losses"], parse_text_to_nodes=lambda text: text)
+    text = str(bookfix.ModuleApi.run(page))  # type: ignore[arg-type]
+    table, entries = text.split(".. autofunction", 1)
+    assert table.index("value_loss") < table.index("BradleyTerry")
+    kinds = re.findall(r"auto(function|class):: \w+", ".. autofunction" + entries)
+    assert kinds == sorted(kinds, reverse=True)
+    assert set(kinds) == {"function", "class"}
