@@ -1,4 +1,4 @@
-"""GRPO on the sums with 1, 4 and 16 optimiser steps per batch, and four ways to weight what is off-policy.
+"""GRPO on the sums with 1, 4 and 16 optimiser steps per batch, and ways to weight what is off-policy.
 
 Every run draws 3,072 completions: 24 batches of 16 prompts, groups of 8. A batch is used once, in M minibatches. All
 methods take the mean over tokens but GSPO, which takes the sequence mean of its paper.
@@ -8,12 +8,15 @@ methods take the mean over tokens but GSPO, which takes the sequence mean of its
 - cispo: the token ratio as a weight without a gradient, capped at 5 (CISPO);
 - none: the token ratio as it is.
 
+At 16 steps there are also clip-higher (1 - 0.2 and 1 + 0.28), and CISPO with caps of 1.28 and 2.
+
 About 6 CPU seconds a run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -35,10 +38,10 @@ class Weighted(NamedTuple):
     clipped: Tensor
 
 
-def cispo(batch: Completions) -> Weighted:
+def cispo(batch: Completions, cap: float = 5) -> Weighted:
     """Weight log π by the capped ratio, without a gradient of the ratio."""
     ratio = (batch.log_probs - batch.old_log_probs).exp().detach()
-    loss = -ratio.clamp(max=5) * batch.advantages[:, None] * batch.log_probs
+    loss = -ratio.clamp(max=cap) * batch.advantages[:, None] * batch.log_probs
     return Weighted(loss, ratio, torch.zeros_like(batch.mask))
 
 
@@ -51,11 +54,16 @@ METHODS: dict[str, tuple[dict[str, Any], Callable[[Completions], Any] | None]] =
     "cispo": ({}, cispo),
     "none": ({"clip_ratio": 1e6}, None),
 }
+AT_16_STEPS: dict[str, tuple[dict[str, Any], Callable[[Completions], Any] | None]] = {
+    "clip-higher": ({"clip_ratio_high": 0.28}, None),
+    "cispo, cap 1.28": ({}, partial(cispo, cap=1.28)),
+    "cispo, cap 2": ({}, partial(cispo, cap=2)),
+}
 
 
 def run(*, seed: int, method: str, steps: int, rate: float) -> dict[str, Any]:
     """Train once."""
-    options, loss = METHODS[method]
+    options, loss = {**METHODS, **AT_16_STEPS}[method]
     config = GRPOConfig(
         updates=24,
         batch_size=16,
@@ -88,6 +96,8 @@ SETTINGS = [
     for method in METHODS
     for rate in (5e-5, 1.5e-4, 4e-4)
     if steps > 1 or method == "clip"  # at one step all ratios are 1
+] + [
+    {"method": method, "steps": 16, "rate": rate} for method in AT_16_STEPS for rate in (1.5e-4,)
 ]
 STUDY = Study(
     "grpo_off_policy", run, SETTINGS, seeds=5, sample={"method": "clip", "steps": 4, "rate": 1.5e-4}

@@ -56,6 +56,15 @@ METHODS: dict[str, dict[str, Any]] = {
         "gae_lambda": 1.0,
         "value_coef": 0.01,
     },
+    "PPO, untuned": {  # the defaults of the library
+        "trainer": train_ppo,
+        "config": PPOConfig,
+        "samples_per_prompt": K,
+        "epochs_per_batch": 1,
+        "beta": 0.01,
+        "gae_lambda": 0.95,
+        "value_coef": 0.1,
+    },
     "expert iteration": {"loss": imitate_best},
     "ranking": {
         "loss": partial(compare, pairs=28, reference=False),
@@ -75,7 +84,7 @@ STUDY = Study(
     name="text_race",
     run=run,
     settings=[{"method": method, "learning_rate": rate} for rate in RATES for method in METHODS],
-    seeds=3,
+    seeds=5,
     sample={"method": "GRPO", "learning_rate": 8e-4},
 )
 
