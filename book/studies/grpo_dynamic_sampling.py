@@ -43,7 +43,13 @@ class Redrawing:
         self.drawn, self.rewards = 0, [0.0]
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], K: int, config: SamplingConfig, *, seed: int, first_row: int = 0
+        self,
+        prompts: Sequence[Sequence[int]],
+        K: int,
+        config: SamplingConfig,
+        *,
+        seed: int,
+        first_row: int = 0,
     ) -> Samples:
         """Fill each place with the first group that varies, or with the last."""
         asked = [tuple(prompt) for prompt in prompts]

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from policyopt.estimators import importance_weights
 from policyopt.losses import aggregate, clipped_surrogate_loss, ranking_loss
 from policyopt_book.exercises import Exercise
 
@@ -112,6 +113,22 @@ def _completions_drawn(rates: list[float], K: int) -> float:
     return total
 
 
+def _capped_weights(old: Tensor, sampler: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    weights = importance_weights(old, sampler, cap=cap)
+    return weights, weights < importance_weights(old, sampler, cap=math.inf)
+
+
+def _dropped_above_the_cap(
+    old: Tensor, sampler: Tensor, cap: float
+) -> tuple[Tensor, Tensor]:
+    weights, biased = _capped_weights(old, sampler, cap)
+    return torch.where(biased, 0.0, weights), biased
+
+
+def _all_that_differ(old: Tensor, sampler: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    return _capped_weights(old, sampler, cap)[0], old != sampler
+
+
 EXERCISES: tuple[Exercise, ...] = (
     Exercise(
         name="group-family.token-weights",
@@ -201,6 +218,35 @@ EXERCISES: tuple[Exercise, ...] = (
             ),
             "A pair pushes most where it is in the wrong order; yours pushes most "
             "where it is right": (_pulled_where_right),
+        },
+    ),
+    Exercise(
+        name="group-family.capped-weights",
+        reference=_capped_weights,
+        cases=(
+            {
+                "old": torch.tensor([0.9, 0.3, 0.05, 0.6], dtype=torch.float64).log(),
+                "sampler": torch.tensor(
+                    [0.6, 0.1, 0.2, 0.6], dtype=torch.float64
+                ).log(),
+                "cap": 2.0,
+            },
+            {
+                "old": torch.tensor([-1.0, -0.5], dtype=torch.float64),
+                "sampler": torch.tensor([-1.5, -0.4], dtype=torch.float64),
+                "cap": 1.28,
+            },
+        ),
+        mistakes={
+            "The ratio is upside down: the policy's probability is above": (
+                lambda old, sampler, cap: _capped_weights(sampler, old, cap)
+            ),
+            "A token above the cap stays, with the cap as its weight": (
+                _dropped_above_the_cap
+            ),
+            "A weight other than 1 is no bias: it is what makes the mean right": (
+                _all_that_differ
+            ),
         },
     ),
 )
