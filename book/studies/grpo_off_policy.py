@@ -8,7 +8,7 @@ methods take the mean over tokens but GSPO, which takes the sequence mean of its
 - cispo: the token ratio as a weight without a gradient, capped at 5 (CISPO);
 - none: the token ratio as it is.
 
-At 16 steps and the rate 1.5e-4 there are also clip-higher (1 - 0.2 and 1 + 0.28), and CISPO with caps of 1.28 and 2.
+At 16 steps and the rate 1.5e-4 there are also clip-higher (1 - 0.2 and 1 + 0.28), and CISPO with caps of 1, 1.28 and 2.
 
 About 6 CPU seconds a run.
 """
@@ -56,6 +56,7 @@ METHODS: dict[str, tuple[dict[str, Any], Callable[[Completions], Any] | None]] =
 }
 AT_16_STEPS: dict[str, tuple[dict[str, Any], Callable[[Completions], Any] | None]] = {
     "clip-higher": ({"clip_ratio_high": 0.28}, None),
+    "cispo, cap 1": ({}, partial(cispo, cap=1)),
     "cispo, cap 1.28": ({}, partial(cispo, cap=1.28)),
     "cispo, cap 2": ({}, partial(cispo, cap=2)),
 }
