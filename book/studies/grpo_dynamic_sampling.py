@@ -128,7 +128,7 @@ def run(*, seed: int, dynamic: bool, rate: float) -> dict[str, Any]:
     }
 
 
-SETTINGS = [{"dynamic": dynamic, "rate": rate} for rate in (4e-4,) for dynamic in (False, True)]
+SETTINGS = [{"dynamic": dynamic, "rate": rate} for rate in (4e-4, 2e-4) for dynamic in (False, True)]
 STUDY = Study("grpo_dynamic_sampling", run, SETTINGS, seeds=5, sample={"dynamic": True, "rate": 4e-4})
 
 if __name__ == "__main__":
