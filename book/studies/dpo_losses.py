@@ -2,9 +2,8 @@
 
 Every run gets the same 240 pairs of its seed, once, in 20 updates of 12, from the same start. Each loss is run at three
 learning rates (DPO-positive, whose best was the highest, at a fourth); the chapters show each at the one with the
-highest mean utility. β and the other numbers of a loss are
-those of the papers where they carry over, and of the chapter where they do not. The two last rows train on damaged
-labels: one pair in five is exchanged.
+highest mean utility. β and the other numbers of a loss are those of the papers where they carry over, and of the
+chapter where they do not. The two last rows train on damaged labels: one pair in five is exchanged.
 
 What a run ends with is measured as in ``dpo_rate_beta``, and on 64 held-out pairs: by how many nats log π of the chosen
 and of the rejected completion changed.
