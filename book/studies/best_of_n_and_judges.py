@@ -4,6 +4,8 @@ Each seed draws 4,500 comparisons of its own. Two judges are fitted to the first
 selected by one of them. Two more judges, of the same two kinds, are fitted to the other half: they are only recorded.
 
 - ``ppo``: 14 updates of 8 prompts with 8 samples, at several beta.
+- ``steered``: the same, with beta steered to a KL of 2 nats, ten times as fast as by default. It starts three times too
+  high: while the KL is still near 0, the first batches lower it.
 - ``best of n``: 192 completions of each of 32 prompts; everything is computed for the distribution of these samples.
 - ``rejection``: as many completions as PPO draws (112 prompts, 8 each); the best of each 8 is imitated.
 
@@ -114,17 +116,18 @@ def _measure(
     return found
 
 
-def _ppo(seed: int, kind: str, beta: float) -> dict[str, Any]:
+def _ppo(seed: int, kind: str, beta: float, **steering: float) -> dict[str, Any]:
     config = PPOConfig(
         updates=14, batch_size=8, samples_per_prompt=8, sampling=SAMPLING, learning_rate=5e-4,
-        warmup_updates=3, beta=beta, reward_weights=(1.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+        warmup_updates=3, beta=beta, reward_weights=(1.0, 0.0, 0.0, 0.0, 0.0, 0.0), **steering,
     )  # fmt: skip
     prompts = news.prompt_records(news.make_items(1_000, seed=40_000 + seed))
     history = train_ppo(
         start().copy(), prompts, _measures(kind, seed), config, reference=start(), seed=seed, progress=False
     ).history
     rewards = history.column("rewards")
-    return {"kl": history.column("kl"), **{name: [row[name] for row in rewards] for name in MEASURED}}
+    found = {"kl": history.column("kl"), **{name: [row[name] for row in rewards] for name in MEASURED}}
+    return {**found, "beta": history.column("beta")} if steering else found
 
 
 def _best_of(seed: int, kind: str) -> dict[str, Any]:
@@ -179,6 +182,8 @@ def run(*, seed: int, method: str, judge: str, beta: float, rate: float) -> dict
     """Train or select once; what a method does not have is 0."""
     if method == "ppo":
         return _ppo(seed, judge, beta)
+    if method == "steered":
+        return _ppo(seed, judge, beta, target_kl=2.0, kl_gain=1.0)
     if method == "best of n":
         return _best_of(seed, judge)
     return _rejection(seed, judge, rate)
@@ -194,6 +199,7 @@ SETTINGS = [
         ("ppo", 0.15, 0.0),
         ("ppo", 0.03, 0.0),
         ("ppo", 0.0, 0.0),
+        ("steered", 0.45, 0.0),
     )
 ]
 STUDY = Study("best_of_n_and_judges", run, SETTINGS, seeds=5, sample=SETTINGS[1])

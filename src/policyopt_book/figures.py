@@ -1205,11 +1205,11 @@ def dpo_margin() -> Interactive:
         uid="dpo-margin",
         title="DPO's beta and the margin",
         alt="Two panels over the difference of log-ratios from minus 20 to 20 nats, "
-        "for beta 0.1. Left, the loss falls from about 2.1 to about 0.1. Right, the "
+        "for beta 0.3. Left, the loss falls from about 6 to nearly 0. Right, the "
         "weight of the gradient falls from almost beta, where the pair is ordered "
-        "wrong, through half of beta at 0 towards 0.",
+        "wrong, through half of beta at 0 to nearly 0.",
         controls=(
-            Control("beta", "β", _BETAS, _BETAS.index("0.1")),
+            Control("beta", "β", _BETAS, _BETAS.index("0.3")),
             Control(
                 "difference",
                 "Difference of your pair",

@@ -397,7 +397,7 @@ def test_the_minimiser_of_dpo_is_the_kl_regularised_optimum(beta: float) -> None
     assert gradient(objective, theta).abs().max() < 1e-6
 
 
-def test_label_smoothing_undoes_flipped_labels() -> None:
+def test_label_smoothing_equals_flipped_labels() -> None:
     """It lowers P towards ½: with the right ε the smoothed loss on clean labels is the plain loss on noisy ones."""
     beta, noise = 0.5, 0.2
     theta = normal(6, N_STATES, 3)
