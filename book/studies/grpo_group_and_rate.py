@@ -70,7 +70,7 @@ def run(*, seed: int, K: int, rate: float) -> dict[str, Any]:
 
 
 SETTINGS = [{"K": K, "rate": rate} for K in (2, 4, 8, 16, 32) for rate in (1e-4, 2e-4, 4e-4, 8e-4)]
-STUDY = Study("grpo_group_and_rate", run, SETTINGS, seeds=5, sample={"K": 8, "rate": 4e-4})
+STUDY = Study("grpo_group_and_rate", run, SETTINGS, seeds=20, sample={"K": 8, "rate": 4e-4})
 
 if __name__ == "__main__":
     STUDY.main()

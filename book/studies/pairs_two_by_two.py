@@ -38,7 +38,7 @@ STUDY = Study(
         for method in (*PAIRS, "GRPO, noisy grades")
         for fixed in (True, False)
     ],
-    seeds=5,
+    seeds=10,
     sample={"method": "DPO, all pairs", "fixed": True, "learning_rate": 8e-4},
 )
 
