@@ -9,19 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-PPO_NAMES = {
-    "gamma": "gamma",
-    "gae_lambda": "gae_lambda",
-    "learning_rate": "learning_rate",
-    "minibatch_size": "batch_size",
-    "entropy_coef": "ent_coef",
-    "clip_ratio": "clip_range",
-    "epochs_per_batch": "n_epochs",
-    "max_gradient_norm": "max_grad_norm",
-    "value_coef": "vf_coef",
-}
-"""What Stable-Baselines3 calls the settings of PPO."""
-
 
 @dataclass(frozen=True)
 class Episodes:

@@ -9,26 +9,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-from _control import measure
+from ppo_clip_epochs_rate import REFERENCE, train
 
-from policyopt.control import PPOConfig, ppo_loss, train_ppo
+from policyopt.control import ppo_loss
 from policyopt.control.steps import Steps
 from policyopt.losses import ClippedSurrogate
 from policyopt_book.studies import Study
 
-STEPS = 14_000
-REFERENCE = PPOConfig(
-    total_steps=STEPS,
-    num_envs=16,
-    minibatch_size=256,
-    epochs_per_batch=4,
-    gamma=0.98,
-    gae_lambda=0.9,
-    clip_ratio=0.2,
-    learning_rate=3e-3,
-    device="cpu",
-)
 CHANGES: dict[str, dict[str, Any]] = {
     "λ = 0": {"gae_lambda": 0.0},
     "λ = 1": {"gae_lambda": 1.0},
@@ -50,18 +37,9 @@ def per_minibatch(steps: Steps) -> ClippedSurrogate:
 
 
 def run(*, seed: int, variant: str) -> dict[str, Any]:
-    """Train once; batches of 16 copies times 64 steps, minibatches of 256."""
-    config = replace(REFERENCE, **CHANGES[variant])
+    """Train once."""
     loss = per_minibatch if variant == "normalised per minibatch" else None
-    result = train_ppo("CartPole-v1", config, seed=seed, loss=loss, progress=False)
-    rows = result.history
-    return {
-        **measure(result, STEPS, points=10),
-        "second_half": np.nanmean(measure(result, STEPS, points=200)["curve"][100:]),
-        "kl": np.mean([row.kl for row in rows]),
-        "ratio_max": max(row.ratio_max for row in rows),
-        "clip_fraction": np.mean([row.clip_fraction for row in rows]),
-    }
+    return train(replace(REFERENCE, **CHANGES[variant]), seed=seed, loss=loss)
 
 
 STUDY = Study(
