@@ -408,7 +408,8 @@ def kl_shaped_rewards(
     Parameters
     ----------
     scores : Tensor
-        Shape ``[B]``, one score per completion, in units of reward.
+        Shape ``[B]``, one score per completion, in units of reward; or ``[B, T]``, one
+        per token, where rewards come on the way.
     log_prob, reference_log_prob : Tensor
         Shape ``[B, T]``, of the sampled tokens, in nats.
     mask : Tensor
@@ -444,14 +445,16 @@ def kl_shaped_rewards(
     require(0 <= beta < math.inf, "beta must be finite and >= 0", beta)
     check_shapes(log_prob=log_prob, reference_log_prob=reference_log_prob, mask=mask)
     shapes = tuple(log_prob.shape), tuple(scores.shape)
-    fits = log_prob.ndim == 2 and scores.shape == log_prob.shape[:1]
-    require(fits, "log_prob must have the shape [B, T] and scores [B]", shapes)
+    fits = log_prob.ndim == 2 and scores.shape in (log_prob.shape[:1], log_prob.shape)
+    require(fits, "log_prob must be [B, T] and scores [B] or [B, T]", shapes)
     if empty := (~mask.any(dim=1)).nonzero().flatten().tolist():
         raise ValueError(f"mask must hold a token in every row, got none in {empty}")
     position = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     last = torch.where(mask, position, -1).amax(dim=1, keepdim=True)
     penalty = torch.where(mask, kl_estimate(log_prob, reference_log_prob, kind), 0.0)
-    return torch.where(position == last, scores.unsqueeze(1), 0.0) - beta * penalty
+    if scores.ndim == 1:
+        scores = torch.where(position == last, scores.unsqueeze(1), 0.0)
+    return torch.where(mask, scores, 0.0) - beta * penalty
 
 
 def adaptive_kl_coefficient(

@@ -209,10 +209,10 @@ def test_seeds_decide() -> None:
 
 
 def test_uniform_numbers() -> None:
-    table = sampling._uniforms(7, 0, 1000, 20)
+    table = sampling._uniforms(7, range(1000), 20)
     assert table.shape == (20, 1000)
     assert table.dtype == torch.float64
-    assert torch.equal(sampling._uniforms(7, 990, 10, 5), table[:5, 990:])
+    assert torch.equal(sampling._uniforms(7, range(990, 1000), 5), table[:5, 990:])
     assert table.unique().numel() == table.numel()
     assert float(table.mean()) == pytest.approx(0.5, abs=0.01)
     assert abs(float(torch.corrcoef(table[:2])[0, 1])) < 0.15

@@ -533,6 +533,18 @@ def test_kl_shaped_rewards_by_hand() -> None:
         assert not penalty[~TOKENS].any()
 
 
+def test_rewards_on_the_way_stay_where_they_are() -> None:
+    mask = torch.tensor([[True, False, True, True], [True, True, False, False]])
+    log_prob, reference = torch.randn(2, 2, 4)
+    scores = torch.tensor([[1.0, 7.0, 0.0, 2.0], [0.0, 3.0, 7.0, 7.0]])
+    shaped = kl_shaped_rewards(scores, log_prob, reference, mask, beta=0.5)
+    assert torch.equal(shaped, torch.where(mask, scores - 0.5 * (log_prob - reference), 0.0))
+    last = kl_shaped_rewards(torch.tensor([2.0, 3.0]), log_prob, reference, mask, beta=0.5)
+    assert torch.equal(last, shaped - torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0]])), (
+        "a score comes with the last token"
+    )
+
+
 def test_kl_shaped_rewards_errors() -> None:
     scores, log_prob, mask = torch.zeros(3), torch.zeros(3, 4), torch.ones(3, 4, dtype=torch.bool)
     hollow = mask.clone()
@@ -546,7 +558,7 @@ def test_kl_shaped_rewards_errors() -> None:
     with pytest.raises(ValueError, match="mask must have the shape of log_prob"):
         kl_shaped_rewards(scores, log_prob, log_prob, mask[:, :1], beta=0.1)
     for wrong in (torch.zeros(4), torch.zeros(3, 1), torch.tensor(0.0)):
-        with pytest.raises(ValueError, match=r"the shape \[B, T\] and scores \[B\], got \(\(3, 4\), "):
+        with pytest.raises(ValueError, match=r"be \[B, T\] and scores \[B\] or \[B, T\], got \(\(3, 4\), "):
             kl_shaped_rewards(wrong, log_prob, log_prob, mask, beta=0.1)
     for beta in (-0.1, math.inf, math.nan):
         with pytest.raises(ValueError, match="beta must be finite and >= 0"):

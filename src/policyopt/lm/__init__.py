@@ -16,6 +16,7 @@ from policyopt.lm.batches import *
 from policyopt.lm.config import LMConfig as LMConfig
 from policyopt.lm.data import *
 from policyopt.lm.dpo import *
+from policyopt.lm.environments import *
 from policyopt.lm.grpo import *
 from policyopt.lm.log_probs import *
 from policyopt.lm.models import *

@@ -68,8 +68,11 @@ class Completions(Tokens):
     """``[B]``, the weighted sum of the reward functions."""
     parts: dict[str, Tensor] = field(default_factory=dict)
     """``[B]`` for each reward function, unweighted; of the whole batch."""
+    token_rewards: Tensor = field(default_factory=_later)
+    """``[B, T]``, where an environment rewards turns: the reward of each at its last
+    token, and that of the reward functions at the last of all."""
     finished: Tensor = field(default_factory=_later)
-    """Boolean ``[B]``: the completion ended by itself."""
+    """Boolean ``[B]``: the completion ended by itself, or its environment ended it."""
     sampler_log_probs: Tensor = field(default_factory=_later)
     """``[B, T]``, of the distribution that was sampled from."""
     old_log_probs: Tensor = field(default_factory=_later)

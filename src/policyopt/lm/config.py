@@ -124,8 +124,17 @@ class OnlineConfig(LMConfig):
     """How completions are drawn, and scored likewise."""
     reward_weights: tuple[float, ...] | None = None
     """One per reward function; None weighs each with 1."""
+    max_turns: Count = 8
+    """Most messages of the policy's in an episode with an environment."""
+    max_episode_tokens: Count | None = None
+    """Most tokens after the first prompt of such an episode, those of the environment
+    included; None: as many as the model's context has room for. An episode ends where a
+    message of ``max_new_tokens`` would not fit any more."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         needed = "of a temperature > 0: equal samples teach nothing"
         self._check("sampling", self.sampling.temperature > 0, needed)
+        one, most = self.sampling.max_new_tokens, self.max_episode_tokens
+        fits = most is None or most >= one
+        self._check("max_episode_tokens", fits, f"None or >= max_new_tokens = {one}")

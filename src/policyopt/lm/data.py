@@ -260,7 +260,7 @@ def _first(tokenizer: Tokenizer, prompt: Prompt, more: Record) -> tuple[list[int
     """Token ids of a prompt, and its text as the chat template writes it."""
     if isinstance(prompt, str):
         text, ids = prompt, _encode_plain(tokenizer, prompt)
-    elif _roles(prompt, "prompt")[-1] == "assistant":
+    elif message_roles(prompt, "prompt")[-1] == "assistant":
         remedy = "make it the completion, or add the user's next message"
         raise ValueError(f"prompt must not end with the assistant's message; {remedy}")
     else:
@@ -473,6 +473,47 @@ class _Chat:
         return text.removesuffix(after) + self.ending
 
 
+def encode_reply(
+    tokenizer: Tokenizer, messages: list[Message], reply: list[Message], **options: Any
+) -> list[int]:
+    """Turn what is said between two messages of the assistant's into token ids.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+    messages : list of messages
+        The conversation, whose last message is the assistant's. What the assistant said
+        plays no part: the tokens that wrote it stay as they are, thoughts included,
+        which some templates leave out of earlier messages.
+    reply : list of messages
+        What others say next.
+    **options
+        As for :func:`encode_prompt`.
+
+    Returns
+    -------
+    list[int]
+        From after the token that ended the assistant's message to where it begins to
+        speak again.
+
+    Raises
+    ------
+    ValueError
+        If the template does not write the reply after what it wrote before.
+    """
+    said = {"role": "assistant", "content": "Words"}
+    past = [said if m["role"] == "assistant" else m for m in messages]
+    chat = _Chat(tokenizer, options, past[:-1])
+    whole = chat.render([*past, *reply], True)
+    # Before its last message the assistant may think, or be told not to: not here.
+    spoken = re.sub(r"<(\w+)>\s*(</\1>\s*)?\Z", "", chat.before)
+    starts = (chat.before + chat.opening, spoken + chat.opening, spoken)
+    written = [start + said["content"] + chat.ending for start in starts]
+    start = next(filter(whole.startswith, written), written[0])
+    _compare(start, whole)
+    return _ids(tokenizer, whole[len(start) :])
+
+
 def _compare(before: str, whole: str) -> None:
     """Refuse a conversation that does not begin as its beginning was written."""
     if not whole.startswith(before):
@@ -502,7 +543,7 @@ def _added(tokenizer: Tokenizer, _size: int) -> set[str]:
     return {x.content for x in tokenizer.added_tokens_decoder.values() if x.special}
 
 
-def _roles(messages: Any, column: str) -> list[str]:
+def message_roles(messages: Any, column: str) -> list[str]:
     """Check that these are messages, and return the role of each."""
     if not isinstance(messages, list) or not messages:
         got = f"{type(messages).__name__} {quote(messages)}"
@@ -518,7 +559,7 @@ def _roles(messages: Any, column: str) -> list[str]:
 def _message(completion: Any, column: str) -> Message:
     if isinstance(completion, str):
         return {"role": "assistant", "content": completion}
-    roles = _roles(completion, column)
+    roles = message_roles(completion, column)
     rule = f"{column} must be text or one message of the assistant"
     require(roles == ["assistant"], rule, roles)
     return dict(completion[0])
@@ -724,7 +765,7 @@ def _all_turns(tokenizer: Tokenizer, limits: Limits, record: Record) -> Example:
     _split_chat(messages, "messages")
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     prompt, template = messages[: turns[0]], str(tokenizer.chat_template)
-    _roles(prompt, "what comes before the assistant's first message")
+    message_roles(prompt, "what comes before the assistant's first message")
     options = limits.chat_template_kwargs | {"tools": record.get("tools")}
     ids, learned, done = list[int](), list[bool](), ""
     if "endgeneration" in template:
@@ -786,7 +827,7 @@ def _column(record: Mapping[str, Any], name: str) -> Any:
 
 
 def _split_chat(messages: Any, column: str) -> tuple[list[Message], list[Message]]:
-    roles = _roles(messages, column)
+    roles = message_roles(messages, column)
     rule = f"{column} must be a conversation that ends with the assistant's message"
     require(len(roles) > 1 and roles[-1] == "assistant", rule, roles)
     return messages[:-1], messages[-1:]

@@ -18,6 +18,7 @@ from policyopt.frame import Callback, Statistics
 from policyopt.lm.batches import Completions
 from policyopt.lm.config import OnlineConfig
 from policyopt.lm.data import Records, prompt_examples
+from policyopt.lm.environments import EnvironmentFactory
 from policyopt.lm.models import LanguageModel
 from policyopt.lm.policies import PolicyNetwork
 from policyopt.lm.results import LMResult, LMUpdate
@@ -64,8 +65,8 @@ class GRPOConfig(OnlineConfig):
     """
     loss_mean: Literal["token", "sequence", "constant"] = "token"
     """Denominator of the loss: all tokens of the batch; each completion's tokens, then
-    the completions; or completions times ``max_new_tokens``, which alone does not
-    depend on the lengths."""
+    the completions; or completions times ``max_new_tokens`` (with an environment times
+    ``max_turns`` too), which alone does not depend on the lengths."""
     ratio: Literal["token", "sequence"] = "token"
     """Importance ratio of each token, or of the whole completion (GSPO, with a clip
     range of about 1e-3).
@@ -115,7 +116,7 @@ class GRPOUpdate(LMUpdate):
     zero_variance: float
     """Share of groups whose rewards are all equal: they teach nothing."""
     length: float
-    """Mean completion tokens."""
+    """Mean tokens that the policy wrote."""
     finished: float
     """Share of completions that ended by themselves."""
     loss: float
@@ -213,6 +214,7 @@ def train_grpo(
     reward_functions: RewardFunctions,
     config: GRPOConfig = GRPOConfig(),
     *,
+    environment: EnvironmentFactory | None = None,
     reference: LanguageModel | None = None,
     loss: Callable[[Completions], Any] | None = None,
     sampler: Sampler | None = None,
@@ -233,6 +235,10 @@ def train_grpo(
         Each ``(completions, prompts, **columns) -> scores``; see
         :func:`~policyopt.lm.rewards.compute_rewards`.
     config : GRPOConfig
+    environment : callable, optional
+        Makes an :class:`~policyopt.lm.environments.Environment` for each episode, a
+        class for instance. A completion is then a conversation with it, and its rewards
+        are added to those of the reward functions, of which there may be none: ``()``.
     reference : LanguageModel, optional
         π_ref. By default the policy as it is given when ``config.beta`` > 0, and none
         otherwise. One that is given is reported on even with β = 0.
@@ -257,8 +263,8 @@ def train_grpo(
     run: SamplingRun[GRPOConfig, GRPOUpdate] = SamplingRun(
         "grpo", language_model, PolicyNetwork(language_model.model), config, GRPOUpdate,
         examples, reward_functions=reward_functions, sampler=sampler,
-        group_size=config.group_size, seed=seed, callback=callback, progress=progress,
-        checkpoint_dir=checkpoint_dir,
+        group_size=config.group_size, environment=environment, seed=seed,
+        callback=callback, progress=progress, checkpoint_dir=checkpoint_dir,
     )  # fmt: skip
     compared = config.beta > 0 or reference is not None
     frozen = run.reference(reference) if compared else None
@@ -269,7 +275,7 @@ def train_grpo(
 
     with run:
         for _ in run.updates():
-            batch = run.score(run.sample(), frozen, old=several_steps)
+            sampled = batch = run.score(run.sample(), frozen, old=several_steps)
             groups = batch.rewards.view(-1, config.group_size)
             advantages = group_advantages(groups, config).flatten()
             batch = replace(batch, advantages=advantages)
@@ -302,7 +308,7 @@ def train_grpo(
             equal = (groups == groups[:, :1]).all(dim=1)
             loss_sum, clipped, seen = run.sums(statistics, "loss", "clipped", "tokens")
             run.log(
-                **run.summary(batch),
+                **run.summary(sampled),
                 gradient_norm=norm, loss=loss_sum,
                 reward_std=run.mean(groups.std(dim=1)), zero_variance=run.mean(equal),
                 kl=run.kl(batch, batch.sampler_log_probs),
@@ -321,5 +327,5 @@ def _mean(
     if config.loss_mean == "token":
         return "mean", run.sum(mask.sum()).clamp(min=1)
     if config.loss_mean == "constant":
-        return "mean", run.sum(len(mask) * config.sampling.max_new_tokens)
+        return "mean", run.sum(len(mask) * run.longest)
     return "sequence-mean", run.sum(mask.any(dim=1).sum()).clamp(min=1)

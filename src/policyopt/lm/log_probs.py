@@ -381,7 +381,7 @@ class TokenStates(NamedTuple):
         return filter_logits(logits, **filters, keep=tokens).isneginf()
 
     def place(self, values: Tensor) -> Tensor:
-        """Return numbers per token, ``[N]``, as ``[B, T]``, 0 at padding."""
+        """Return numbers per token, ``[N]``, as ``[B, T]``, 0 elsewhere."""
         padded = values.new_zeros(self.shape.numel())
         return padded.index_copy(0, self.places, values).view(self.shape)
 
@@ -393,7 +393,7 @@ def token_states(
     share: bool = True,
 ) -> TokenStates:
     """Compute the states, or pick them from what :func:`completion_log_probs` got."""
-    ids, mask = sequences.completion_ids, sequences.completion_mask
+    ids, mask = sequences.completion_ids, sequences.policy_mask
     if hidden is None:
         hidden = hidden_states(model, sequences.states(), share_prompts=share)
     places = mask.flatten().nonzero()[:, 0]

@@ -20,6 +20,7 @@ from policyopt.frame import Callback, Statistics
 from policyopt.lm.batches import Completions
 from policyopt.lm.config import Natural, OnlineConfig
 from policyopt.lm.data import Records, prompt_examples
+from policyopt.lm.environments import EnvironmentFactory
 from policyopt.lm.log_probs import completion_log_probs
 from policyopt.lm.models import LanguageModel, freeze_output_head_, scalar_head
 from policyopt.lm.results import LMResult, LMUpdate
@@ -107,7 +108,7 @@ class PPOUpdate(LMUpdate):
     beta: float
     """Weight of the KL penalty in this update."""
     length: float
-    """Mean completion tokens."""
+    """Mean tokens that the policy wrote."""
     finished: float
     """Share of completions that ended by themselves."""
     policy_loss: float
@@ -170,19 +171,24 @@ def token_advantages(
 ) -> tuple[Tensor, Tensor]:
     """GAE over the tokens of completions, each of which ends at its last token.
 
+    Tokens that the policy did not choose are no actions: the state after an action is
+    the one before the next, however much an environment wrote in between.
+
     Parameters
     ----------
     rewards, values : Tensor
         ``[B, T]``: the reward of token t, and V of the state before it.
     mask : Tensor
-        Boolean ``[B, T]``, padding on the right.
+        Boolean ``[B, T]``: the policy's tokens.
 
     Returns
     -------
     advantages, targets : Tensor
-        ``[B, T]``, 0 at padding; the targets of the value function are advantage +
-        value.
+        ``[B, T]``, 0 outside the mask; the targets of the value function are advantage
+        + value.
     """
+    order = mask.byte().argsort(dim=1, descending=True, stable=True)  # actions first
+    rewards, values, mask = (x.gather(1, order) for x in (rewards, values, mask))
     last = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
     values = torch.where(mask, values, 0.0)
     next_values = torch.nn.functional.pad(values[:, 1:], (0, 1))
@@ -191,7 +197,8 @@ def token_advantages(
     rewards, never = torch.where(mask, rewards, 0.0), torch.zeros_like(ended)
     by_time = (x.T for x in (rewards, values, next_values, ended, never))
     advantages = gae(*by_time, gamma=gamma, gae_lambda=gae_lambda).T
-    return advantages, advantages + values
+    back = order.argsort(dim=1)
+    return advantages.gather(1, back), (advantages + values).gather(1, back)
 
 
 def ppo_loss(batch: Completions, config: PPOConfig) -> losses.ClippedSurrogate:
@@ -217,6 +224,7 @@ def train_ppo(
     reward_functions: RewardFunctions,
     config: PPOConfig = PPOConfig(),
     *,
+    environment: EnvironmentFactory | None = None,
     reference: LanguageModel | None = None,
     loss: Callable[[Completions], Any] | None = None,
     shape_rewards: Callable[..., Tensor] = kl_shaped_rewards,
@@ -239,6 +247,10 @@ def train_ppo(
         Usually a :class:`~policyopt.lm.models.RewardModel`; see
         :func:`~policyopt.lm.rewards.compute_rewards`.
     config : PPOConfig
+    environment : callable, optional
+        Makes an :class:`~policyopt.lm.environments.Environment` for each episode, a
+        class for instance. A completion is then a conversation with it, and its rewards
+        are added to those of the reward functions, of which there may be none: ``()``.
     reference : LanguageModel, optional
         π_ref; by default the policy as it is given.
     loss : callable, optional
@@ -248,7 +260,7 @@ def train_ppo(
         default :func:`ppo_loss`. The value loss stays.
     shape_rewards : callable
         (scores, log π_old, log π_ref, mask, beta=…) ↦ the reward of each token,
-        ``[B, T]``.
+        ``[B, T]``. Scores are ``[B]``, with an environment ``[B, T]``.
     sampler : Sampler, optional
         By default the model itself.
     seed, callback, progress, checkpoint_dir
@@ -266,8 +278,9 @@ def train_ppo(
     run: SamplingRun[PPOConfig, PPOUpdate] = SamplingRun(
         "ppo", language_model, network, config, PPOUpdate, examples,
         reward_functions=reward_functions, sampler=sampler,
-        group_size=config.samples_per_prompt, seed=seed, callback=callback,
-        progress=progress, checkpoint_dir=checkpoint_dir, state={"beta": config.beta},
+        group_size=config.samples_per_prompt, environment=environment, seed=seed,
+        callback=callback, progress=progress, checkpoint_dir=checkpoint_dir,
+        state={"beta": config.beta},
     )  # fmt: skip
     frozen = run.reference(reference)
     objective = check_loss(loss, partial(ppo_loss, config=config), "Completions")
@@ -277,8 +290,9 @@ def train_ppo(
         for _ in run.updates():
             batch = run.score(run.sample(), frozen)
             old, mask, beta = batch.old_log_probs, batch.mask, run.state["beta"]
+            scores = batch.rewards if environment is None else batch.token_rewards
             rewards = shape_rewards(
-                batch.rewards, old, batch.reference_log_probs, mask, beta=beta
+                scores, old, batch.reference_log_probs, mask, beta=beta
             )
             advantages, targets = token_advantages(
                 rewards, batch.old_values, mask, gamma=config.gamma,

@@ -83,7 +83,7 @@ class Sampler(Protocol):
 
     def sample(
         self, prompts: Sequence[Sequence[int]], samples_per_prompt: int,
-        config: SamplingConfig, *, seed: int, first_row: int = 0,
+        config: SamplingConfig, *, seed: int, first_row: int | Sequence[int] = 0,
     ) -> Samples:  # fmt: skip
         """Draw completions.
 
@@ -96,9 +96,11 @@ class Sampler(Protocol):
         config : SamplingConfig
         seed : int
             Equal seeds give equal samples.
-        first_row : int
+        first_row : int or sequence of int
             Number of the first row. Processes that share one batch pass the number of
-            rows before theirs, and together draw what one process would.
+            rows before theirs, and together draw what one process would. In the later
+            turns of conversations, some of which have ended: the number of the first
+            row of each prompt.
 
         Returns
         -------
@@ -159,7 +161,7 @@ class TransformersSampler:
     @torch.no_grad()
     def sample(
         self, prompts: Sequence[Sequence[int]], samples_per_prompt: int,
-        config: SamplingConfig, *, seed: int, first_row: int = 0,
+        config: SamplingConfig, *, seed: int, first_row: int | Sequence[int] = 0,
     ) -> Samples:  # fmt: skip
         """Draw completions; see :meth:`Sampler.sample`.
 
@@ -176,13 +178,14 @@ class TransformersSampler:
         eos = torch.tensor(lm.eos_ids, device=lm.device)
         count = len(prompts) * samples_per_prompt
         size = self.batch_size or count
+        numbers = _row_numbers(first_row, len(prompts), samples_per_prompt)
         completions, log_probs = list[list[int]](), list[list[float]]()
         joint = gathered(lm.model, layers=not self.synchronize)
         with joint, evaluating(lm.model):
             for start in range(0, count, size):
                 rows = range(start, min(start + size, count))
-                first, steps = first_row + start, config.max_new_tokens
-                uniforms = _uniforms(seed, first, len(rows), steps)
+                steps = config.max_new_tokens
+                uniforms = _uniforms(seed, numbers[rows.start : rows.stop], steps)
                 # The prompts of this batch, and which of them each row continues.
                 index = [row // samples_per_prompt for row in rows]
                 batch = prompts[index[0] : index[-1] + 1]
@@ -193,7 +196,7 @@ class TransformersSampler:
                 lengths = ((ended.cumsum(1) - ended.long()) == 0).sum(1).tolist()
                 completions += _cut(ids, lengths)
                 log_probs += _cut(scores, lengths)
-        return _samples(prompts, completions, log_probs, lm)
+        return collate(prompts, completions, log_probs, lm)
 
     def _decode(
         self, prompts: Sequence[Sequence[int]], index: list[int], uniforms: Tensor,
@@ -286,16 +289,30 @@ def _draw(
     return token[:, 0], probabilities.gather(-1, token)[:, 0].log().float()
 
 
-def _uniforms(seed: int, first_row: int, rows: int, steps: int) -> Tensor:
+def _row_numbers(
+    first_row: int | Sequence[int], prompts: int, samples_per_prompt: int
+) -> list[int]:
+    """Return the number of each row, which is what its sample depends on."""
+    if isinstance(first_row, int):
+        count = prompts * samples_per_prompt
+        first_row = range(first_row, first_row + count, samples_per_prompt)
+    rule = f"first_row must be one number, or one for each of the {prompts} prompts"
+    require(len(first_row) == prompts, rule, list(first_row))
+    return [
+        first + sample for first in first_row for sample in range(samples_per_prompt)
+    ]
+
+
+def _uniforms(seed: int, numbers: Sequence[int], steps: int) -> Tensor:
     """Uniform numbers in [0, 1), float64 ``[steps, rows]``, each a function of (seed,
     row, step) alone.
 
     Philox is a counter: the row is one word of it, so any row can be drawn without
     those before it.
     """
-    table = np.empty((steps, rows))
-    for row in range(rows):
-        bits = np.random.Philox(key=seed % 2**128, counter=[0, first_row + row, 0, 0])
+    table = np.empty((steps, len(numbers)))
+    for row, number in enumerate(numbers):
+        bits = np.random.Philox(key=seed % 2**128, counter=[0, number, 0, 0])
         table[:, row] = np.random.Generator(bits).random(steps)
     # So close to 1, u · total would be rounded up to total.
     return torch.from_numpy(table.clip(max=1 - 2**-50))
@@ -325,7 +342,7 @@ def _cut(rows: Tensor, lengths: list[int]) -> list[list[Any]]:
     return [row[:length] for row, length in zip(rows.tolist(), lengths, strict=True)]
 
 
-def _samples(
+def collate(
     prompts: Sequence[Sequence[int]], completions: list[list[int]],
     log_probs: list[list[float]], lm: LanguageModel,
 ) -> Samples:  # fmt: skip
@@ -402,7 +419,7 @@ class VLLMSampler:
 
     def sample(
         self, prompts: Sequence[Sequence[int]], samples_per_prompt: int,
-        config: SamplingConfig, *, seed: int, first_row: int = 0,
+        config: SamplingConfig, *, seed: int, first_row: int | Sequence[int] = 0,
     ) -> Samples:  # fmt: skip
         """Draw completions; see :meth:`Sampler.sample`. ``first_row`` must be the first
         of a prompt's rows.
@@ -422,7 +439,7 @@ class VLLMSampler:
         if config.top_k is not None:
             options["top_k"] = config.top_k
         # Halved, because vLLM adds the number of the sample to the seed.
-        rows = range(first_row, first_row + samples_per_prompt * len(prompts))
+        rows = _row_numbers(first_row, len(prompts), samples_per_prompt)
         seeds = [derive_seed(seed, row) >> 1 for row in rows[::samples_per_prompt]]
         outputs = self.engine.generate(
             [{"prompt_token_ids": list(prompt)} for prompt in prompts],
@@ -437,7 +454,7 @@ class VLLMSampler:
         ]
         if config.temperature == 0:
             log_probs = [[0.0] * len(ids) for ids in completions]
-        return _samples(prompts, completions, log_probs, lm)
+        return collate(prompts, completions, log_probs, lm)
 
 
 def _build_engine(engine: Any, lm: LanguageModel, options: dict[str, Any]) -> Any:

@@ -21,6 +21,8 @@ from policyopt.lm.heads import backbone_and_head, evaluating
 
 __all__ = ["Sequences", "evaluating", "hidden_states", "widen"]
 
+_MASKED = {"prompt": "prompt", "completion": "completion", "policy": "completion"}
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -43,14 +45,20 @@ class Sequences:
     """Boolean ``[B, T]``, true at tokens."""
     prompt_index: Tensor
     """Long ``[B]``: the row of ``prompt_ids`` that each completion continues."""
+    policy_mask: Tensor = None  # type: ignore[assignment]
+    """Boolean ``[B, T]``: the tokens that the policy chose; by default all. The others
+    are read and never scored: what an environment wrote between two turns.
+    """
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "completion"):
-            ids, mask = getattr(self, f"{name}_ids"), getattr(self, f"{name}_mask")
+        if self.policy_mask is None:
+            object.__setattr__(self, "policy_mask", self.completion_mask)
+        for name, whole in _MASKED.items():
+            ids, mask = getattr(self, f"{whole}_ids"), getattr(self, f"{name}_mask")
             fits = ids.ndim == 2 and ids.dtype == torch.long
-            require(fits, f"{name}_ids must be a long matrix", (ids.dtype, ids.shape))
+            require(fits, f"{whole}_ids must be a long matrix", (ids.dtype, ids.shape))
             fits = mask.shape == ids.shape and mask.dtype == torch.bool
-            rule = f"{name}_mask must be Boolean with the shape of {name}_ids"
+            rule = f"{name}_mask must be Boolean with the shape of {whole}_ids"
             require(fits, f"{rule}, {tuple(ids.shape)}", (mask.dtype, mask.shape))
         index = self.prompt_index
         fits = index.shape == (len(self),) and index.dtype == torch.long
@@ -115,8 +123,8 @@ class Sequences:
         """Leave out the last column: the state after the last token chooses no
         action.
         """
-        ids, mask = self.completion_ids[:, :-1], self.completion_mask[:, :-1]
-        return replace(self, completion_ids=ids, completion_mask=mask)
+        names = "completion_ids", "completion_mask", "policy_mask"
+        return replace(self, **{name: getattr(self, name)[:, :-1] for name in names})
 
     def select(self, rows: Tensor) -> Sequences:
         """Keep the completions ``rows`` (numbers or a Boolean mask), in that order.
@@ -132,6 +140,7 @@ class Sequences:
         return Sequences(
             self.prompt_ids[used][:, first:], prompt_mask[:, first:],
             self.completion_ids[rows][:, :T], completion_mask[:, :T], index,
+            self.policy_mask[rows][:, :T],
         )  # fmt: skip
 
 

@@ -22,12 +22,18 @@ from policyopt.frame import Frame, Statistics
 from policyopt.lm import sampling
 from policyopt.lm.batches import Completions
 from policyopt.lm.data import batch_indices, fingerprint
+from policyopt.lm.environments import EnvironmentFactory, check_environment, play
 from policyopt.lm.heads import causal_models
 from policyopt.lm.models import LanguageModel
 from policyopt.lm.policies import Reference
 from policyopt.lm.processes import Processes
 from policyopt.lm.results import ConfigT, LMResult, LoggedSample, RowT
-from policyopt.lm.rewards import RewardFunctions, compute_rewards, refuse_trained
+from policyopt.lm.rewards import (
+    RewardFunctions,
+    Rewards,
+    compute_rewards,
+    refuse_trained,
+)
 from policyopt.lm.sequences import Sequences, evaluating, widen
 from policyopt.losses import Loss, item_losses
 from policyopt.runs import derive_seed
@@ -381,45 +387,94 @@ class SamplingRun(Run[ConfigT, RowT]):
         reward_functions: RewardFunctions,
         sampler: sampling.Sampler | None,
         group_size: int,
+        environment: EnvironmentFactory | None = None,
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
-        refuse_trained(reward_functions, self.language_model.model)
         self._reward_functions, self._group = reward_functions, group_size
+        self._environment, self._judged = environment, True
+        if environment is not None:
+            check_environment(environment, self.items[0], reward_functions)
+            self._judged = callable(reward_functions) or bool(reward_functions)
+        if self._judged:
+            refuse_trained(reward_functions, self.language_model.model)
         self._sampler = sampler or sampling.TransformersSampler(self.language_model)
         self._sampling: sampling.SamplingConfig = self.config.sampling
         # Scores are those of the distribution that is sampled from.
         names = ("temperature", "top_k", "top_p")
         self.scoring = {name: getattr(self._sampling, name) for name in names}
 
+    @property
+    def longest(self) -> int:
+        """The most tokens of one completion that the policy chooses."""
+        turns = self.config.max_turns if self._environment else 1
+        return int(self._sampling.max_new_tokens * turns)
+
     def sample(self) -> Completions:
         """Sample completions of this update's prompts, and score them.
 
         Reward functions get ``completions`` and ``prompts`` (texts or chat messages),
         one entry per completion, the other columns of the data likewise, and
-        ``finished``, which tells completions that ended by themselves.
+        ``finished``, which tells completions that ended by themselves. With an
+        environment a completion is the policy's last message, and ``messages`` are the
+        whole conversations.
         """
-        examples, model, size = self.batch(), self.language_model, self._group
-        samples = self._sampler.sample(
-            [example.prompt_ids for example in examples], size, self._sampling,
-            seed=derive_seed(self.seed, self.update, 1 << 20, 0),  # in all processes
-            first_row=self.rank * len(examples) * size,
-        )  # fmt: skip
+        examples, size = self.batch(), self._group
+        config: Any = self.config
         rows = [example for example in examples for _ in range(size)]
         columns = {name: [r.columns[name] for r in rows] for name in rows[0].columns}
+        played, number = None, self.rank * len(rows)
+        if self._environment is None:
+            contexts = [example.prompt_ids for example in examples]
+            samples = self._draw(contexts, size, 0, number)
+            texts = sampling.decode_all(self.language_model, samples.sequences)
+        else:
+            played = play(
+                self._environment, examples, self._draw, self.language_model,
+                config, group_size=size, first_row=number, busiest=self._busiest,
+            )  # fmt: skip
+            samples, texts = played.samples, played.answers
+            columns["messages"] = played.messages
         columns["finished"] = samples.finished.tolist()
-        rewards = compute_rewards(
-            self._reward_functions, sampling.decode_all(model, samples.sequences),
-            [row.prompt for row in rows], columns, weights=self.config.reward_weights,
-        )  # fmt: skip
-        sequences = samples.sequences.to(self.device)
+        rewards = Rewards(torch.zeros(len(rows)), {})
+        if self._judged:
+            rewards = compute_rewards(
+                self._reward_functions, texts, [row.prompt for row in rows], columns,
+                weights=config.reward_weights,
+            )  # fmt: skip
+        sequences, token_rewards = samples.sequences, torch.empty(0)
+        if played is not None:
+            token_rewards, given = played.rewards.cpu(), played.rewards.sum(1).cpu()
+            # The functions judge the whole: their reward comes with the last action.
+            steps = torch.arange(token_rewards.shape[1])
+            last = (sequences.policy_mask.cpu() * steps).argmax(1)
+            token_rewards[range(len(rows)), last] += rewards.total
+            parts = {"environment": given, **rewards.parts}
+            rewards = Rewards(rewards.total + given, parts)
+        sequences = sequences.to(self.device)
         return Completions(
-            sequences, sequences.completion_mask,
+            sequences, sequences.policy_mask,
             rewards=rewards.total.to(self.device),
             parts={name: part.to(self.device) for name, part in rewards.parts.items()},
+            token_rewards=token_rewards.to(self.device),
             finished=samples.finished.to(self.device),
             sampler_log_probs=samples.log_probs.to(self.device),
         )  # fmt: skip
+
+    def _draw(
+        self, contexts: list[list[int]], size: int, turn: int, first: Any
+    ) -> sampling.Samples:
+        seed = derive_seed(self.seed, self.update, 1 << 20, turn)  # in all processes
+        return self._sampler.sample(
+            contexts, size, self._sampling, seed=seed, first_row=first
+        )
+
+    def _busiest(self, count: int) -> int:
+        """Return how many rows are sampled side by side: with sharded weights as many
+        in all processes.
+        """
+        sharded = self.processes.sharded
+        return int(self.processes.max(torch.tensor(count))) if sharded else count
 
     @torch.no_grad()
     def score(
@@ -487,13 +542,15 @@ class SamplingRun(Run[ConfigT, RowT]):
         return item_losses(loss, batch, batch.mask.shape, ["ratio", "clipped"])
 
     def summary(self, batch: Completions) -> dict[str, Any]:
-        """Return what a row of the history says of the completions themselves."""
-        tokens = float(self.sum(batch.sequences.completion_mask.sum()))
+        """Return what a row of the history says of the completions themselves, whose
+        mask is still that of all tokens that the policy chose.
+        """
+        tokens = float(self.sum(batch.mask.sum()))
         return {
             "tokens": int(tokens),
             "reward": self.mean(batch.rewards),
             "rewards": {name: self.mean(part) for name, part in batch.parts.items()},
-            "length": self.mean(batch.sequences.lengths),
+            "length": self.mean(batch.mask.sum(1)),
             "finished": self.mean(batch.finished),
             "entropy": -float(self.sum(batch.sampler_log_probs.sum())) / max(tokens, 1),
         }

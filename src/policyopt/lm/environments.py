@@ -1,0 +1,480 @@
+"""Conversations as episodes: the policy and an environment take turns.
+
+What the environment writes is read by the policy and is no action of it: those tokens
+are in the context, and never in the loss, the KL divergence, the entropy or the
+lengths.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from policyopt._checks import require
+from policyopt.lm.config import OnlineConfig
+from policyopt.lm.data import (
+    Limits,
+    Message,
+    PromptExample,
+    check_ids,
+    encode_prompt,
+    encode_reply,
+    message_roles,
+    quote,
+)
+from policyopt.lm.models import LanguageModel
+from policyopt.lm.rewards import _number
+from policyopt.lm.sampling import Samples, collate
+
+__all__ = ["Environment", "MethodTools", "ToolEnvironment", "parse_tool_calls"]
+
+
+class Environment(Protocol):
+    """What the policy talks to. One object plays one episode at a time.
+
+    Both methods may be coroutines: those of all episodes are then awaited together.
+    """
+
+    def reset(self, row: Mapping[str, Any]) -> Any:
+        """Begin an episode.
+
+        Parameters
+        ----------
+        row : mapping
+            The record of the data: ``prompt`` and all other columns.
+
+        Returns
+        -------
+        list of messages
+            The conversation to begin with, often ``row["prompt"]``. It does not end
+            with the assistant's message.
+        """
+
+    def step(self, messages: list[Message]) -> Any:
+        """Answer the policy.
+
+        Parameters
+        ----------
+        messages : list of messages
+            The conversation so far. The last message is the policy's.
+
+        Returns
+        -------
+        messages : list of messages
+            What the policy hears before it speaks again; after the end it may be empty.
+        done : bool
+            Whether the episode has ended.
+        reward : float
+            Of this turn.
+        """
+
+
+EnvironmentFactory = Callable[[], Environment]
+"""Makes the environment of an episode: a class, or a function."""
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """``B`` conversations as the trainers see them."""
+
+    samples: Samples
+    """All that follows the first prompt is the completion; its ``policy_mask`` tells
+    whose tokens are whose. ``finished``: the environment ended the episode."""
+    rewards: Tensor
+    """The environment's, float32 ``[B, T]``, at the last token of each turn."""
+    messages: list[list[Message]]
+    answers: list[str]
+    """The policy's last message of each."""
+
+
+@dataclass
+class _Episode:
+    """One conversation while it goes on."""
+
+    environment: Environment
+    example: PromptExample
+    number: int
+    messages: list[Message] = field(default_factory=list)
+    prompt_ids: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    chosen: list[bool] = field(default_factory=list)
+    """Which of them the policy chose."""
+    log_probs: list[float] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    over: bool = False
+    finished: bool = False
+
+    @property
+    def row(self) -> dict[str, Any]:
+        return {"prompt": self.example.prompt, **self.example.columns}
+
+    def write(self, ids: list[int], log_probs: list[float] | None = None) -> None:
+        """Add what the policy says, or without log-probabilities the environment."""
+        self.ids += ids
+        self.chosen += [log_probs is not None] * len(ids)
+        self.log_probs += log_probs or [0.0] * len(ids)
+        self.rewards += [0.0] * len(ids)
+
+
+def play(
+    environment: EnvironmentFactory,
+    examples: Sequence[PromptExample],
+    draw: Callable[..., Samples],
+    language_model: LanguageModel,
+    config: OnlineConfig,
+    *,
+    group_size: int = 1,
+    first_row: int = 0,
+    busiest: Callable[[int], int] = int,
+) -> Episodes:
+    """Play an episode for each example and member of its group.
+
+    An episode ends when its environment says so. It ends unfinished when a message of
+    the policy's is cut by ``max_new_tokens``, after ``max_turns`` messages, or when
+    ``max_episode_tokens`` or the model's context have no room for the reply and another
+    message of full length.
+
+    Parameters
+    ----------
+    environment : callable
+        Makes an :class:`Environment`.
+    draw : callable
+        (contexts, samples of each, turn, number of each context's first row) ↦ Samples.
+    first_row : int
+        Number of the first episode.
+    busiest : callable
+        Turns the number of episodes that go on here into the largest of all processes
+        that must sample together.
+
+    Raises
+    ------
+    RuntimeError
+        If an environment raises; its exception is the cause.
+    ValueError
+        If it returns something else than its protocol says.
+    """
+    limits = config.limits(language_model)
+    examples = [example for example in examples for _ in range(group_size)]
+    episodes = [
+        _Episode(environment(), example, number)
+        for number, example in enumerate(examples, first_row)
+    ]
+    starts = _ask("reset", episodes, [[episode.row] for episode in episodes])
+    for episode, messages in zip(episodes, starts, strict=True):
+        _begin(episode, messages, language_model, limits)
+    firsts = [e.prompt_ids for e in episodes]
+    same = all(ids == firsts[i - i % group_size] for i, ids in enumerate(firsts))
+    shared = group_size if same else 1
+    for turn in range(config.max_turns):
+        active = [e for e in episodes if not e.over]
+        asked = busiest(len(active))
+        if not asked:
+            break
+        # A process whose episodes are over reads a prompt again with the others.
+        idle = episodes[:1] * (asked - len(active))
+        contexts = [e.prompt_ids + e.ids for e in active] + [e.prompt_ids for e in idle]
+        numbers = [e.number for e in active + idle]
+        each = shared if turn == 0 else 1
+        samples = draw(contexts[::each], each, turn, numbers[::each])
+        ended = _speak(active, samples, language_model)
+        answers = _ask("step", active, [[[*e.messages]] for e in active])
+        for episode, whole, answer in zip(active, ended, answers, strict=True):
+            _hear(episode, whole, answer, language_model, config)
+    return _collect(episodes, shared, language_model)
+
+
+def check_environment(
+    environment: EnvironmentFactory, example: PromptExample, functions: Any
+) -> None:
+    """Refuse what makes no environments, and names that would be taken twice."""
+    made = environment() if callable(environment) else None
+    fits = all(callable(getattr(made, name, None)) for name in ("reset", "step"))
+    rule = "environment must be a function or class that makes objects with reset, step"
+    require(fits, rule, environment)
+    rule = "reward functions are given 'messages' of the environment"
+    require("messages" not in example.columns, rule, "a column", "rename the column")
+    taken = isinstance(functions, Mapping) and "environment" in functions
+    require(not taken, "no reward function may be called 'environment'", functions)
+
+
+def _begin(
+    episode: _Episode, messages: Any, language_model: LanguageModel, limits: Limits
+) -> None:
+    what = f"what {_name(episode)}.reset returns"
+    rule = f"{what} must be a list of messages"
+    remedy = "return the conversation to begin with, such as row['prompt']"
+    require(isinstance(messages, list), rule, quote(messages), remedy)
+    message_roles(messages, what)
+    episode.messages, example = [*messages], episode.example
+    ids = example.prompt_ids
+    if messages != example.prompt:
+        tokenizer, options = language_model.tokenizer, _options(episode, limits)
+        ids = encode_prompt(tokenizer, messages, **options)
+        check_ids(tokenizer, ids, limits.vocabulary)
+    episode.prompt_ids = ids[-(limits.max_prompt_tokens or 0) :]
+
+
+def _speak(
+    episodes: Sequence[_Episode], samples: Samples, language_model: LanguageModel
+) -> list[bool]:
+    """Add a message of the policy's to each conversation; tell which are whole."""
+    sequences = samples.sequences
+    rows = zip(episodes, sequences.completion_ids.tolist(), samples.log_probs.tolist(),
+               sequences.lengths.tolist(), strict=False)  # fmt: skip
+    for episode, ids, log_probs, length in rows:
+        episode.write(ids[:length], log_probs[:length])
+        text = language_model.decode(ids[:length])
+        episode.messages.append({"role": "assistant", "content": text})
+    return samples.finished.tolist()[: len(episodes)]
+
+
+def _hear(
+    episode: _Episode,
+    whole: bool,
+    answer: Any,
+    language_model: LanguageModel,
+    config: OnlineConfig,
+) -> None:
+    """Take an environment's answer, and see whether the episode goes on."""
+    name = f"{_name(episode)}.step"
+    fits = isinstance(answer, tuple) and len(answer) == 3
+    require(fits, f"{name} must return (messages, done, reward)", quote(answer))
+    reply, done, reward = answer
+    value = _number(reward)
+    rule = f"{name} must return a finite reward, 0 where there is none"
+    require(math.isfinite(value), rule, quote(reward))
+    fits = isinstance(done, (bool, np.bool_))
+    require(fits, f"{name} must return whether it is done", quote(done))
+    episode.rewards[-1] = value
+    if reply or not done:
+        who = message_roles(reply, f"the messages that {name} returns")
+        rule = f"{name} must not return messages of the assistant's"
+        require("assistant" not in who, rule, who, "they are the policy's to write")
+        episode.messages += reply
+    episode.finished = bool(done) and whole
+    episode.over = bool(done) or not whole
+    if episode.over:
+        return
+    limits, tokenizer = config.limits(language_model), language_model.tokenizer
+    before, options = episode.messages[: -len(reply)], _options(episode, limits)
+    ids = encode_reply(tokenizer, before, reply, **options)
+    check_ids(tokenizer, ids, limits.vocabulary)
+    context = (limits.context_length or math.inf) - len(episode.prompt_ids)
+    room = min(context, config.max_episode_tokens or math.inf)
+    needed = len(episode.ids) + len(ids) + config.sampling.max_new_tokens
+    episode.over = needed > room
+    if not episode.over:
+        episode.write(ids)
+
+
+def _collect(
+    episodes: Sequence[_Episode], shared: int, language_model: LanguageModel
+) -> Episodes:
+    """Pad the episodes, of which ``shared`` neighbours have the same prompt."""
+    samples = collate(
+        [e.prompt_ids for e in episodes[::shared]], [e.ids for e in episodes],
+        [e.log_probs for e in episodes], language_model,
+    )  # fmt: skip
+    mask = samples.sequences.completion_mask
+    chosen, rewards = torch.zeros_like(mask), torch.zeros_like(samples.log_probs)
+    chosen[mask] = torch.tensor([x for e in episodes for x in e.chosen]).to(mask)
+    rewards[mask] = torch.tensor([x for e in episodes for x in e.rewards]).to(rewards)
+    finished = torch.tensor([e.finished for e in episodes]).to(mask)
+    sequences = replace(samples.sequences, policy_mask=chosen)
+    samples = replace(samples, sequences=sequences, finished=finished)
+    chats = [e.messages for e in episodes]
+    own = ([m["content"] for m in chat if m["role"] == "assistant"] for chat in chats)
+    return Episodes(samples, rewards, chats, [said[-1] for said in own])
+
+
+def _options(episode: _Episode, limits: Limits) -> dict[str, Any]:
+    """Return what the chat template is given besides messages."""
+    tools = episode.example.columns.get("tools")
+    return {**limits.chat_template_kwargs, "tools": tools}
+
+
+def _name(episode: _Episode) -> str:
+    return type(episode.environment).__name__
+
+
+def _ask(
+    method: str, episodes: Sequence[_Episode], arguments: Sequence[Sequence[Any]]
+) -> list[Any]:
+    """Call a method of all environments; await those that are coroutines together."""
+    calls = zip(episodes, arguments, strict=True)
+    answers = settle(partial(getattr(e.environment, method), *a) for e, a in calls)
+    for episode, answer in zip(episodes, answers, strict=True):
+        if isinstance(answer, Exception):
+            what = f"{_name(episode)}.{method} raised {type(answer).__name__}: {answer}"
+            where = f"in turn {sum(m['role'] == 'assistant' for m in episode.messages)}"
+            of = f"of the episode for {quote(episode.example.prompt)}"
+            raise RuntimeError(f"{what} ({where} {of})") from answer
+    return answers
+
+
+def settle(calls: Iterable[Callable[[], Any]]) -> list[Any]:
+    """Return what each function returns, or the exception that it raises.
+
+    What they return is awaited, all together, where it can be: in a thread, because a
+    notebook runs an event loop of its own in this one.
+    """
+    results = list[Any]()
+    for call in calls:
+        try:
+            results.append(call())
+        except Exception as error:
+            results.append(error)
+    waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
+
+    async def together() -> list[Any]:
+        tasks = (results[i] for i in waiting)
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    if waiting:
+        with ThreadPoolExecutor(1) as thread:
+            done = thread.submit(asyncio.run, together()).result()
+        for i, result in zip(waiting, done, strict=True):
+            results[i] = result
+    return results
+
+
+# --- tools ---
+
+
+ToolCall = tuple[str, dict[str, Any]]
+"""Name of a tool, and its arguments."""
+
+
+def parse_tool_calls(text: str) -> list[ToolCall]:
+    """Read calls in the form of Hermes and Qwen, one JSON object in each pair of tags.
+
+    Raises
+    ------
+    ValueError
+        If one of them is not a JSON object with a ``name``.
+
+    Examples
+    --------
+    >>> text = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+    >>> parse_tool_calls(text)
+    [('add', {'a': 1})]
+    """
+    calls = list[ToolCall]()
+    for found in re.findall(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL):
+        call = json.loads(found)
+        form = 'must be {"name": …, "arguments": {…}}'
+        fits = isinstance(call, dict) and isinstance(call.get("name"), str)
+        fits = fits and isinstance(call.get("arguments", {}), dict)
+        require(fits, f"a tool call {form}", found)
+        calls.append((call["name"], call.get("arguments", {})))
+    return calls
+
+
+class ToolEnvironment:
+    """Functions that the policy may call before it answers.
+
+    A message with calls is answered by their results, one message each; the first
+    without a call is the answer, and ends the episode. There is no reward on the way:
+    reward functions judge the answer, and find the calls in ``messages``.
+
+    Parameters
+    ----------
+    tools : sequence of callables
+        Called with the arguments that the policy gives, by their name. They may be
+        coroutines.
+    parse : callable
+        Text ↦ list of (name, arguments); by default :func:`parse_tool_calls`.
+    on_error : {"tell", "end"}
+        A call that cannot be read, of a tool that is not there, or that raises: tell
+        the policy what is wrong, or end the episode.
+
+    Examples
+    --------
+    >>> def add(a: int, b: int) -> int:
+    ...     return a + b
+    >>> def environment():
+    ...     return ToolEnvironment([add])
+    """
+
+    def __init__(
+        self,
+        tools: Sequence[Callable[..., Any]],
+        *,
+        parse: Callable[[str], Sequence[ToolCall]] = parse_tool_calls,
+        on_error: Literal["tell", "end"] = "tell",
+    ) -> None:
+        self.tools = {tool.__name__: tool for tool in tools}
+        rule = "on_error must be 'tell' or 'end'"
+        require(on_error in ("tell", "end"), rule, on_error)
+        self.parse, self.on_error = parse, on_error
+
+    def reset(self, row: Mapping[str, Any]) -> list[Message]:
+        """Begin with the prompt."""
+        prompt: list[Message] = row["prompt"]
+        return prompt
+
+    def reward(self) -> float:
+        """Return the reward of the episode, asked for at its end."""
+        return 0.0
+
+    async def step(self, messages: list[Message]) -> tuple[list[Message], bool, float]:
+        """Call the tools that the policy's message calls."""
+        replies = list[Message]()
+        try:
+            for name, arguments in self.parse(messages[-1]["content"]):
+                rule = f"the tool must be one of {sorted(self.tools)}"
+                require(name in self.tools, rule, name)
+                result = self.tools[name](**arguments)
+                result = await result if inspect.isawaitable(result) else result
+                replies.append({"role": "tool", "name": name, "content": str(result)})
+        except Exception as error:  # of the policy's making
+            content = f"error: {type(error).__name__}: {error}"
+            replies.append({"role": "tool", "content": content})
+            if self.on_error == "end":
+                return replies, True, self.reward()
+        return replies, not replies, 0.0 if replies else self.reward()
+
+
+class MethodTools(ToolEnvironment):
+    """An object whose public methods are the tools: the form in which TRL takes an
+    environment (``environment_factory``).
+
+    Its ``reset`` takes the columns of the row as keywords; a text that it returns is
+    added to the prompt's last message. Its ``get_reward``, if it has one, gives the
+    reward of the episode. Neither is a tool.
+
+    Parameters
+    ----------
+    instance : object
+    **options
+        Of :class:`ToolEnvironment`.
+    """
+
+    def __init__(self, instance: Any, **options: Any) -> None:
+        kind, own = type(instance), ("reset", "get_reward")
+        names = [n for n, _ in inspect.getmembers(kind, inspect.isfunction)]
+        tools = [n for n in names if not n.startswith("_") and n not in own]
+        super().__init__([getattr(instance, name) for name in tools], **options)
+        self.instance = instance
+
+    def reset(self, row: Mapping[str, Any]) -> list[Message]:
+        """Reset the object, and add what it says to the prompt."""
+        text = self.instance.reset(**row)
+        *before, last = row["prompt"]
+        return [*before, {**last, "content": last["content"] + (text or "")}]
+
+    def reward(self) -> float:
+        """Ask the object, if it has an opinion."""
+        return float(getattr(self.instance, "get_reward", float)())
