@@ -67,6 +67,8 @@ def test_names_of_trl_exist() -> None:
     trl = pytest.importorskip("trl")
     theirs = fields([trl.SFTConfig, trl.RewardConfig, trl.DPOConfig, trl.GRPOConfig])
     for row in cells(LANGUAGE):
+        if row[-1].startswith("PPO"):
+            continue  # of a trainer that is gone
         for name in names(row[1]):
             simple = re.fullmatch(r"[a-z_0-9]+", name)
             if simple and name not in ("reward_funcs", "ref_model", "peft_config", "load", *OF_THE_TRAINER):
