@@ -23,10 +23,10 @@ from policyopt._checks import check_shapes, require
 from policyopt.estimators import bounded_log_ratio, kl_estimate, sequence_log_prob
 
 __all__ = [
-    "DPO", "BradleyTerry", "ClippedSurrogate", "Loss", "Ranking", "Surrogate",
+    "DPO", "KTO", "BradleyTerry", "ClippedSurrogate", "Loss", "Ranking", "Surrogate",
     "ValueLoss", "aggregate", "bradley_terry_loss", "clipped_surrogate_loss",
-    "dpo_loss", "policy_gradient_loss", "ranking_loss", "sequence_log_ratio",
-    "surrogate_loss", "value_loss",
+    "dpo_loss", "kto_loss", "orpo_loss", "policy_gradient_loss", "ranking_loss",
+    "sequence_log_ratio", "surrogate_loss", "value_loss",
 ]  # fmt: skip
 
 
@@ -77,11 +77,12 @@ class BradleyTerry(NamedTuple):
 
 
 class DPO(NamedTuple):
-    """Result of :func:`dpo_loss`, one entry per pair."""
+    """Result of :func:`dpo_loss` and :func:`orpo_loss`, one entry per pair."""
 
     loss: Tensor
     chosen_reward: Tensor
-    """Implicit reward β log(π/π_ref) of the chosen completion (detached)."""
+    """Implicit reward of the chosen completion, β log(π/π_ref), in ORPO λ log odds
+    (detached)."""
     rejected_reward: Tensor
     """The same of the rejected completion (detached)."""
     margin: Tensor
@@ -89,9 +90,21 @@ class DPO(NamedTuple):
     where it is > 0.
     """
     weight: Tensor
-    """w = −∂L/∂(chosen log-prob) = ∂L/∂(rejected log-prob) (detached): −∇L = w (∇ log
-    π(chosen) − ∇ log π(rejected)). Negative only where label smoothing or IPO pulls
+    """w = ∂L/∂(rejected log-prob) (detached). Where nothing holds the chosen completion
+    up, −∇L = w (∇ log π(chosen) − ∇ log π(rejected)); ``nll_weight``, ``dpop_weight``
+    and ORPO add to the first term. Negative only where label smoothing or IPO pulls
     back a margin that has grown too large."""
+
+
+class KTO(NamedTuple):
+    """Result of :func:`kto_loss`, one entry per completion."""
+
+    loss: Tensor
+    reward: Tensor
+    """Implicit reward β log(π/π_ref) (detached)."""
+    weight: Tensor
+    """w = −∂L/∂(log-prob) (detached): −∇L = w ∇ log π. Positive for a desirable
+    completion, negative for another."""
 
 
 class Ranking(NamedTuple):
@@ -358,6 +371,9 @@ def dpo_loss(
     kind: Literal["sigmoid", "ipo", "hinge"] = "sigmoid",
     label_smoothing: float = 0.0,
     target_margin: float = 0.0,
+    nll_weight: float = 0.0,
+    chosen_tokens: Tensor | None = None,
+    dpop_weight: float = 0.0,
 ) -> DPO:
     r"""Direct preference optimisation: a reward model's loss, with the policy's
     log-ratio as the score.
@@ -378,6 +394,11 @@ def dpo_loss(
     The loss is (1 − ε) ℓ(x) + ε ℓ(−x) with the label smoothing ε, the share of
     preferences believed to be the wrong way round ("conservative DPO").
 
+    Two terms hold the chosen completion up, whose log-probability may otherwise fall
+    with the other's. DPO + NLL adds α times its negative log-likelihood per token.
+    DPO-positive subtracts β λ max(0, −log π/π_ref of the chosen) from x: nothing, as
+    long as the policy finds it at least as likely as the reference does.
+
     For length-normalised DPO give means over tokens instead of sums,
     :func:`~policyopt.estimators.sequence_log_prob` with ``reduction="mean"``. SimPO is
     that without a reference, and with ``target_margin``.
@@ -397,6 +418,14 @@ def dpo_loss(
         ε in [0, 0.5).
     target_margin : float
         γ ≥ 0, in units of reward; 0 with ``"ipo"``, whose target is β's.
+    nll_weight : float
+        α ≥ 0 (DPO + NLL, also called RPO).
+    chosen_tokens : Tensor, optional
+        Length of each chosen completion, the shape of ``chosen_log_prob``, by which
+        this is divided in the term of α. None: it is a mean over tokens already.
+    dpop_weight : float
+        λ ≥ 0 (DPO-positive); needs a reference, and no label smoothing, which would
+        reward the fall of the chosen completion.
 
     References
     ----------
@@ -404,7 +433,9 @@ def dpo_loss(
     IPO: Azar et al. (2023), arXiv:2310.12036, eq. 17 (its τ is our β). Hinge: Zhao et
     al. (2023), SLiC-HF, arXiv:2305.10425, on log-ratios as in Liu et al. (2023),
     arXiv:2309.06657. SimPO: Meng et al. (2024), arXiv:2405.14734, eq. 6. Label
-    smoothing: Mitchell (2023), A note on DPO with noisy preferences.
+    smoothing: Mitchell (2023), A note on DPO with noisy preferences. DPO + NLL: Pang et
+    al. (2024), Iterative reasoning preference optimization, arXiv:2404.19733, eq. 1.
+    DPO-positive: Pal et al. (2024), Smaug, arXiv:2402.13228, eq. 3.
 
     Examples
     --------
@@ -413,15 +444,27 @@ def dpo_loss(
     >>> out.margin, out.loss, out.weight
     (tensor([-8.6500]), tensor([8.6502]), tensor([0.4999]))
     """
-    _check_dpo(beta, kind, label_smoothing, target_margin)
+    free = reference_chosen_log_prob is None
+    _check_dpo(
+        beta, kind, label_smoothing, free, target_margin=target_margin,
+        nll_weight=nll_weight, dpop_weight=dpop_weight,
+    )  # fmt: skip
     references = (reference_chosen_log_prob, reference_rejected_log_prob)
     ratios = _log_ratios(chosen_log_prob, rejected_log_prob, *references)
     chosen, rejected = beta * ratios[0], beta * ratios[1]
     margin = chosen - rejected
     x, share = margin - target_margin, label_smoothing
+    if dpop_weight:
+        x = x - dpop_weight * (-chosen).clamp(min=0)
     right, slope = _preference_loss(x, kind, beta)
     wrong, flipped_slope = _preference_loss(-x, kind, beta)
     loss = (1 - share) * right + share * wrong if share else right
+    if nll_weight:
+        mean = chosen_log_prob
+        if chosen_tokens is not None:
+            check_shapes(chosen_log_prob=mean, chosen_tokens=chosen_tokens)
+            mean = mean / chosen_tokens
+        loss = loss - nll_weight * mean
     weight = beta * ((1 - share) * slope - share * flipped_slope)
     return DPO(loss, chosen.detach(), rejected.detach(), margin.detach(), weight)
 
@@ -441,13 +484,18 @@ def _log_ratios(
     return chosen - first.detach(), rejected - second.detach()
 
 
-def _check_dpo(beta: float, kind: str, smoothing: float, target_margin: float) -> None:
+def _check_dpo(
+    beta: float, kind: str, smoothing: float, free: bool, **weights: float
+) -> None:
     require(0 < beta < math.inf, "beta must be finite and > 0", beta)
     require(0 <= smoothing < 0.5, "label_smoothing must lie in [0, 0.5)", smoothing)
-    finite = 0 <= target_margin < math.inf
-    require(finite, "target_margin must be finite and >= 0", target_margin)
-    fits = kind != "ipo" or target_margin == 0
-    require(fits, "target_margin must be 0 with kind='ipo'", target_margin)
+    for name, value in weights.items():
+        require(0 <= value < math.inf, f"{name} must be finite and >= 0", value)
+    margin, dpop = weights["target_margin"], weights["dpop_weight"]
+    fits = kind != "ipo" or margin == 0
+    require(fits, "target_margin must be 0 with kind='ipo'", margin)
+    rule = "dpop_weight must be 0 without a reference or with label_smoothing"
+    require(not dpop or not (free or smoothing), rule, dpop)
 
 
 def _preference_loss(x: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor]:
@@ -460,6 +508,115 @@ def _preference_loss(x: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor]
     if kind == "hinge":
         return torch.relu(1 - x), (fixed < 1).to(fixed.dtype)
     raise ValueError(f"kind must be 'sigmoid', 'ipo' or 'hinge', got {kind!r}")
+
+
+def orpo_loss(
+    chosen_log_prob: Tensor, rejected_log_prob: Tensor, *, weight: float = 0.1
+) -> DPO:
+    r"""ORPO: fine-tuning on the chosen completion and a preference in one loss, without
+    a reference.
+
+    With p the geometric mean of a completion's token probabilities:
+
+    .. math:: L = -\log p_w - \lambda \log\sigma\Bigl(
+              \log\frac{p_w}{1 - p_w} - \log\frac{p_l}{1 - p_l}\Bigr)
+
+    Parameters
+    ----------
+    chosen_log_prob, rejected_log_prob : Tensor
+        log p, the *mean* of log π over the tokens of a completion
+        (:func:`~policyopt.estimators.sequence_log_prob` with ``reduction="mean"``);
+        same shape, with gradient.
+    weight : float
+        λ > 0.
+
+    References
+    ----------
+    Hong, Lee, Thorne (2024), ORPO, arXiv:2403.07691, eq. 6 and 7.
+
+    Examples
+    --------
+    >>> import torch
+    >>> half = torch.tensor([0.5]).log()
+    >>> orpo_loss(half, half, weight=1.0).loss  # 2 log 2
+    tensor([1.3863])
+    """
+    require(0 < weight < math.inf, "weight must be finite and > 0", weight)
+    # A completion that is certain has infinite odds: the largest below counts.
+    limit = -torch.finfo(chosen_log_prob.dtype).eps
+    scores = [x.clamp(max=limit) for x in (chosen_log_prob, rejected_log_prob)]
+    odds = [x - torch.log(-torch.expm1(x)) for x in scores]
+    out = dpo_loss(*odds, beta=1.0)
+    loss = weight * out.loss - chosen_log_prob
+    # The derivative of the log odds is 1 / (1 − p), and 0 where they are limited.
+    slope = (rejected_log_prob <= limit) / -torch.expm1(scores[1])
+    chosen, rejected, margin = (weight * reward for reward in out[1:4])
+    return DPO(loss, chosen, rejected, margin, weight * (out.weight * slope).detach())
+
+
+def kto_loss(
+    log_prob: Tensor,
+    reference_log_prob: Tensor,
+    desirable: Tensor,
+    baseline_log_ratio: Tensor,
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> KTO:
+    r"""KTO: one label for each completion in place of pairs.
+
+    With z = β (log π/π_ref − z_0) the loss is λ_D σ(−z) for a desirable completion and
+    λ_U σ(z) for another. The baseline z_0 is max(0, mean of ``baseline_log_ratio``), an
+    estimate of KL(π ‖ π_ref) that is held constant. The weight of ∇ log π fades on both
+    sides of z = 0, so a completion that the policy finds very likely or very unlikely
+    hardly moves, whatever its label.
+
+    Parameters
+    ----------
+    log_prob, reference_log_prob : Tensor
+        log π(completion | prompt) under policy, with gradient, and reference, summed
+        over tokens; same shape.
+    desirable : Tensor
+        Boolean, the same shape.
+    baseline_log_ratio : Tensor
+        log π/π_ref of at least one completion, any shape; no gradient flows through it.
+        Samples of the policy make z_0 an estimate of the KL divergence. The paper takes
+        the completions of the batch, each under the prompt of another one.
+    beta : float
+        β > 0.
+    desirable_weight, undesirable_weight : float
+        λ_D and λ_U > 0; where one label is more frequent, the other's can balance it.
+
+    References
+    ----------
+    Ethayarajh et al. (2024), KTO: Model alignment as prospect theoretic optimization,
+    arXiv:2402.01306, eq. 7 and 8 (a constant, λ, is left out of the loss there).
+
+    Examples
+    --------
+    >>> import torch
+    >>> zeros, label = torch.zeros(2), torch.tensor([True, False])
+    >>> kto_loss(zeros, zeros, label, zeros, beta=0.4).weight
+    tensor([ 0.1000, -0.1000])
+    """
+    numbers = (beta, desirable_weight, undesirable_weight)
+    rule = "beta, desirable_weight and undesirable_weight must be finite and > 0"
+    require(all(0 < x < math.inf for x in numbers), rule, numbers)
+    reference = reference_log_prob.detach()
+    check_shapes(log_prob=log_prob, reference_log_prob=reference, desirable=desirable)
+    kind = desirable.dtype
+    require(kind == torch.bool, "desirable must be Boolean, True for the good", kind)
+    rule = "baseline_log_ratio must hold at least one number"
+    require(baseline_log_ratio.numel() > 0, rule, baseline_log_ratio)
+    baseline = baseline_log_ratio.detach().mean().clamp(min=0)
+    log_ratio = log_prob - reference
+    z = torch.where(desirable, 1, -1) * beta * (log_ratio - baseline)
+    factor = torch.where(desirable, desirable_weight, undesirable_weight).to(z.dtype)
+    loss, fixed = factor * torch.sigmoid(-z), z.detach()
+    slope = beta * factor * torch.sigmoid(fixed) * torch.sigmoid(-fixed)
+    weight = torch.where(desirable, slope, -slope)
+    return KTO(loss, beta * log_ratio.detach(), weight)
 
 
 def ranking_loss(log_prob: Tensor, *, beta: float) -> Ranking:

@@ -35,6 +35,8 @@ from policyopt.losses import (
     bradley_terry_loss,
     clipped_surrogate_loss,
     dpo_loss,
+    kto_loss,
+    orpo_loss,
     policy_gradient_loss,
     ranking_loss,
     sequence_log_ratio,
@@ -240,6 +242,49 @@ def smoothed(m: Tensor, e: float = 0.2) -> Tensor:
     return -(1 - e) * torch.log(sigma(m)) - e * torch.log(sigma(-m))
 
 
+def held_up(kind: str) -> None:
+    """The rows whose weights of the two completions differ."""
+    beta, c = 0.7, 0.4
+    lengths = torch.tensor([3.0, 5, 2, 4, 6, 1], dtype=torch.float64)
+    w, v = normal(0, 6).requires_grad_(), normal(1, 6).requires_grad_()
+    ref_w, ref_l = normal(2, 6), normal(3, 6)
+    m = beta * ((w - ref_w) - (v - ref_l))
+    if kind == "nll":
+        out = dpo_loss(w, v, ref_w, ref_l, beta=beta, nll_weight=c, chosen_tokens=lengths).loss
+        same(out, -torch.log(sigma(m)) - c * w / lengths)
+        same(pull(out, w), beta * sigma(-m) + c / lengths)
+        same(pull(out, v), -beta * sigma(-m))
+    elif kind == "dpop":
+        out = dpo_loss(w, v, ref_w, ref_l, beta=beta, dpop_weight=c).loss
+        x = m - beta * c * (ref_w - w).clamp(min=0)
+        same(out, -torch.log(sigma(x)))
+        same(pull(out, w), beta * sigma(-x) * (1 + c * (w < ref_w)))
+        same(pull(out, v), -beta * sigma(-x))
+    else:  # a mean log-probability is what is given: the sheet's weight is |y| times that of a token
+        w, v = (-x.detach().abs().add(0.1).requires_grad_() for x in (w, v))
+        out = orpo_loss(w, v, weight=c).loss
+        p_w, p_l = w.exp(), v.exp()
+        o = torch.log(p_w / (1 - p_w)) - torch.log(p_l / (1 - p_l))
+        same(out, -w - c * torch.log(sigma(o)))
+        same(pull(out, w), 1 + c * sigma(-o) / (1 - p_w))
+        same(pull(out, v), -c * sigma(-o) / (1 - p_l))
+
+
+def kto() -> None:
+    beta, up, down = 0.7, 1.5, 0.5
+    log_prob, reference, others = normal(0, 6).requires_grad_(), normal(1, 6), normal(2, 4).abs()
+    good = normal(3, 6) > 0
+    out = kto_loss(
+        log_prob, reference, good, others, beta=beta, desirable_weight=up, undesirable_weight=down
+    ).loss
+    z = beta * (log_prob - reference - others.mean())
+    same(out, torch.where(good, up * sigma(-z), down * sigma(z)))
+    same(
+        pull(out, log_prob),
+        torch.where(good, 1, -1) * torch.where(good, up, down) * beta * sigma(z) * sigma(-z),
+    )
+
+
 def ranking() -> None:
     beta, k, scores = 0.7, 5, normal(0, 5).requires_grad_()
     out = ranking_loss(scores, beta=beta).loss
@@ -432,6 +477,31 @@ CHECKS: dict[str, tuple[str, str, Callable[[], None] | None]] = {
             reference=False,
             target_margin=0.5,
         ),
+    ),
+    "DPO + NLL": (
+        r"$-\log \sigma(m) - \alpha\,\bar\ell_w$",
+        r"$\beta\,\sigma(-m) + \alpha / \lvert y_w \rvert$; for $y_l$: $-\beta\,\sigma(-m)$",
+        lambda: held_up("nll"),
+    ),
+    "DPO-positive": (
+        r"$-\log \sigma(m')$, $m' = m - \beta\lambda \max(0,\, \ell_{\text{ref},w} - \ell_w)$",
+        r"$\beta\,\sigma(-m')\,\bigl(1 + \lambda\, \mathbb 1[\ell_w < \ell_{\text{ref},w}]\bigr)$; "
+        r"for $y_l$: $-\beta\,\sigma(-m')$",
+        lambda: held_up("dpop"),
+    ),
+    "ORPO": (
+        r"$-\bar\ell_w - \lambda \log \sigma(o)$, $o = \log \frac{\bar p_w}{1 - \bar p_w} - "
+        r"\log \frac{\bar p_l}{1 - \bar p_l}$, $\bar p = e^{\bar\ell}$",
+        r"$\bigl(1 + \frac{\lambda\,\sigma(-o)}{1 - \bar p_w}\bigr) / \lvert y_w \rvert$; "
+        r"for $y_l$: $-\frac{\lambda\,\sigma(-o)}{1 - \bar p_l} / \lvert y_l \rvert$",
+        lambda: held_up("orpo"),
+    ),
+    "KTO": (
+        r"$\lambda_D\,\sigma(-z)$ if $y$ is desirable, else $\lambda_U\,\sigma(z)$; "
+        r"$z = \beta\,(\ell - \ell_{\text{ref}} - z_0)$",
+        r"of $\nabla \ell$: $\lambda_D\,\beta\,\sigma(z)\,\sigma(-z)$, or "
+        r"$-\lambda_U\,\beta\,\sigma(z)\,\sigma(-z)$",
+        kto,
     ),
     "Ranking": (
         r"$-\log \sigma(m_{ij})$, $m_{ij} = \beta\,(\ell_i - \ell_j)$, for each pair with $y_i$ above $y_j$",

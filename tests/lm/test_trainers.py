@@ -35,6 +35,7 @@ from lm_runs import (
     weights,
 )
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -317,6 +318,49 @@ def test_dpo_starts_with_a_margin_of_exactly_zero() -> None:
     assert result.history[1].margin != 0
 
 
+ORPO = {"loss": "orpo", "reference_free": True, "length_normalized": True}
+
+
+def plain_orpo(pairs: Pairs) -> Tensor:
+    good, poor = pairs.chosen_log_prob, pairs.rejected_log_prob
+    odds = good - torch.log1p(-good.exp()) - poor + torch.log1p(-poor.exp())
+    return -good - 0.1 * torch.nn.functional.logsigmoid(odds)
+
+
+def plain_positive(pairs: Pairs, weight: float = 0.0) -> Tensor:
+    u = pairs.chosen_log_prob - pairs.reference_chosen_log_prob
+    v = pairs.rejected_log_prob - pairs.reference_rejected_log_prob
+    return -torch.nn.functional.logsigmoid(0.1 * (u - v - weight * (-u).clamp(min=0)))
+
+
+def plain_nll(pairs: Pairs) -> Tensor:
+    lengths = torch.stack([row.sum() for row in pairs.tokens.mask])[::2]
+    return plain_positive(pairs) - 0.7 * pairs.chosen_log_prob / lengths
+
+
+def plain_mean_nll(pairs: Pairs) -> Tensor:
+    return plain_positive(pairs) - 0.7 * pairs.chosen_log_prob
+
+
+@pytest.mark.parametrize(
+    ("own", "changes", "shared"),
+    [
+        (plain_orpo, ORPO, {"reference_free": True, "length_normalized": True}),
+        (partial(plain_positive, weight=5.0), {"dpop_weight": 5.0}, {}),
+        (plain_nll, {"nll_weight": 0.7}, {}),
+        (plain_mean_nll, {"nll_weight": 0.7, "length_normalized": True}, {"length_normalized": True}),
+    ],
+)
+def test_a_preference_loss_by_name_is_that_of_ones_own(
+    own: Any, changes: dict[str, Any], shared: dict[str, Any]
+) -> None:
+    named = run_dpo(tiny_model(), changes={**changes, "micro_batch_size": 4})
+    plain = run_dpo(tiny_model(), changes=shared, loss=own)
+    assert [row.loss for row in named.history] == pytest.approx([row.loss for row in plain.history], rel=1e-4)
+    assert furthest(weights(named), weights(plain)) < 2e-4
+    assert all(math.isfinite(row.weight) and row.weight > 0 for row in named.history)
+
+
 @pytest.mark.parametrize(("batch_size", "micro_batch_size", "seed"), [(5, 4, 2), (7, None, 2), (10, 4, 1)])
 def test_the_first_margin_is_zero_where_batches_do_not_divide_the_data(
     batch_size: int, micro_batch_size: int | None, seed: int
@@ -564,6 +608,19 @@ def test_the_adaptive_kl_moves_beta_by_its_gain() -> None:
         (PPOConfig, {"kl_gain": 5.0}, r"kl_gain must be in \(0, 5\)"),
         (DPOConfig, {"loss": "ipo", "target_margin": 1.0}, "target_margin must be 0 with loss='ipo'"),
         (DPOConfig, {"loss": "hing"}, "loss must be"),
+        (
+            DPOConfig,
+            {"loss": "orpo", "reference_free": True},
+            "loss must be another without length_normalized=True and reference_free=True, got 'orpo'",
+        ),
+        (DPOConfig, {**ORPO, "nll_weight": 1.0}, "nll_weight must be 0 with loss='orpo', got 1.0"),
+        (DPOConfig, {**ORPO, "label_smoothing": 0.1}, "label_smoothing must be 0 with loss='orpo'"),
+        (
+            DPOConfig,
+            {"dpop_weight": 1.0, "reference_free": True},
+            "dpop_weight must be 0 with reference_free",
+        ),
+        (DPOConfig, {"dpop_weight": 1.0, "label_smoothing": 0.1}, "dpop_weight must be 0 .* label_smoothing"),
         (LMConfig, {"learning_rate": -1.0}, "learning_rate must be > 0"),
         (LMConfig, {"adam_betas": (0.9,)}, "adam_betas must be two numbers"),
     ],

@@ -10,6 +10,7 @@ import dataclasses
 import random
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from policyopt.lm.log_probs import completion_log_probs
 from policyopt.lm.models import LanguageModel
 from policyopt.lm.sampling import Samples, SamplingConfig
 from policyopt.lm.sequences import Sequences
-from policyopt.losses import aggregate
+from policyopt.losses import aggregate, kto_loss, orpo_loss
 from policyopt_book import load_model
 from policyopt_book.tasks import news
 
@@ -121,6 +122,8 @@ DPO_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # TRL's IPO takes means over tokens.
     "ipo": ({"loss": "ipo", "length_normalized": True}, {"loss_type": ["ipo"]}),
     "length-normalised": ({"length_normalized": True}, {"loss_type": ["sigmoid_norm"]}),
+    # TRL takes the mean of the likelihood over the tokens of the batch, which with one pair a batch is the pair's.
+    "dpo + nll": ({"nll_weight": 0.5}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}),
     # TRL smooths labels in AOT only, which with one pair a batch has nothing to sort and is conservative DPO.
     "label smoothing": ({"label_smoothing": 0.2}, {"loss_type": ["aot"], "label_smoothing": 0.2}),
 }
@@ -130,7 +133,8 @@ DPO_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("beta", [0.1, 0.7])
 def test_dpo_is_trls(case: str, beta: float, tmp_path: Path) -> None:
     our_options, their_options = DPO_CASES[case]
-    theirs = trl_dpo(tmp_path, 1 if case == "label smoothing" else len(ITEMS), beta=beta, **their_options)
+    alone = case in ("label smoothing", "dpo + nll")
+    theirs = trl_dpo(tmp_path, 1 if alone else len(ITEMS), beta=beta, **their_options)
 
     ours = policy()
     gradients = gradients_of(ours.model)
@@ -140,6 +144,74 @@ def test_dpo_is_trls(case: str, beta: float, tmp_path: Path) -> None:
     assert result.history[0].loss == pytest.approx(theirs[0], rel=1e-4)
     assert result.history[0].margin != 0  # the reference is another model
     assert_same(gradients, theirs[1])
+
+
+def test_the_odds_ratio_of_orpo_is_trls() -> None:
+    """Only that term: TRL's likelihood term counts the prompt's tokens, the paper's and ours the completion's."""
+    from trl.experimental.orpo import ORPOTrainer
+
+    mean = -torch.rand(2, 8, generator=torch.Generator().manual_seed(0)).mul(3).requires_grad_()
+    trainer: Any = SimpleNamespace(beta=0.3, accelerator=SimpleNamespace(device="cpu"))
+    ratio, *_ = ORPOTrainer.odds_ratio_loss(trainer, *mean)
+    ours = orpo_loss(*mean, weight=0.3).loss + mean[0]
+    torch.testing.assert_close(ours, -ratio)
+    ours, theirs = (torch.autograd.grad(x.sum(), mean)[0] for x in (ours, -ratio))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_kto_is_trls(tmp_path: Path) -> None:
+    """One batch with TRL's own baseline: each completion under the prompt of another record."""
+    model = policy()
+    rows = [
+        {"prompt": pair["prompt"], "completion": pair[kind], "label": kind == "chosen"}
+        for i, pair in enumerate(pairs())
+        for kind in (("chosen",) if i % 3 else ("chosen", "rejected"))
+    ]
+    trainer = trl.KTOTrainer(
+        model=model.model,
+        ref_model=load_model("news-base", device="cpu").model,
+        args=trl.KTOConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=len(rows),
+            beta=0.3,
+            desirable_weight=0.5,
+            undesirable_weight=1.5,
+            **COMMON,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=model.tokenizer,
+    )
+    trainer.model.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+
+    ours, reference = policy(), load_model("news-base", device="cpu")
+
+    def whole(kind: str, network: nn.Module) -> Tensor:
+        """log π of the batch's completions, from the ids that TRL made."""
+        ids, there = batch[f"{kind}input_ids"], batch[f"{kind}attention_mask"].bool()
+        answers = batch[f"{kind}completion_mask"].bool()
+        prompts = [row[keep].tolist() for row, keep in zip(ids, there & ~answers, strict=True)]
+        texts = [row[keep].tolist() for row, keep in zip(ids, answers, strict=True)]
+        sequences = Sequences.pad(prompts, texts, pad_id=ours.pad_id)
+        return completion_log_probs(network, sequences).log_probs.sum(1)
+
+    with torch.no_grad():
+        baseline = whole("KL_", ours.model) - whole("KL_", reference.model)
+        given = whole("", reference.model)
+    assert baseline.mean() > 0.01  # not cut at 0
+    labels = torch.as_tensor(batch["label"], dtype=torch.bool)
+    items = kto_loss(
+        whole("", ours.model), given, labels, baseline, beta=0.3, desirable_weight=0.5, undesirable_weight=1.5
+    )
+    aggregate(items.loss).backward()
+    assert 0 < int(labels.sum()) < len(labels)
+    assert float(items.loss.detach().mean()) == pytest.approx(float(loss), rel=1e-4)
+    assert_same(
+        {name: p.grad for name, p in ours.model.named_parameters()},
+        {name: p.grad for name, p in trainer.model.named_parameters()},
+    )
 
 
 # --- GRPO -----------------------------------------------------------------------------------------------------

@@ -32,6 +32,8 @@ from policyopt.losses import (
     bradley_terry_loss,
     clipped_surrogate_loss,
     dpo_loss,
+    kto_loss,
+    orpo_loss,
     policy_gradient_loss,
     ranking_loss,
     sequence_log_ratio,
@@ -597,6 +599,147 @@ def test_dpo_errors() -> None:
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             dpo_loss(row, row, **arguments)
+
+
+# --- The family of DPO ----------------------------------------------------------------------------------------
+
+
+def plain_sigmoid_loss(x: Tensor) -> Tensor:
+    return torch.log(1 + torch.exp(-x))
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    beta=st.sampled_from([0.1, 0.7]),
+    nll=st.sampled_from([0.0, 0.3, 1.0]),
+    dpop=st.sampled_from([0.0, 0.5, 5.0]),
+)
+def test_terms_that_hold_the_chosen_completion_up(seed: int, beta: float, nll: float, dpop: float) -> None:
+    """Pang et al. (2024), eq. 1, and Pal et al. (2024), eq. 3, written out; gradients are autograd's of that."""
+    chosen, rejected, *references = (3 * normal(seed + i, 6) for i in range(4))
+    chosen.requires_grad_()
+    rejected.requires_grad_()
+    tokens = torch.randint(1, 9, (6,), generator=torch.Generator().manual_seed(seed))
+    out = dpo_loss(
+        chosen, rejected, *references, beta=beta, nll_weight=nll, chosen_tokens=tokens, dpop_weight=dpop
+    )
+    below = torch.maximum(torch.zeros(()), references[0] - chosen)  # log π_ref/π where it is positive
+    x = beta * (chosen - references[0] - (rejected - references[1]) - dpop * below)
+    expected = plain_sigmoid_loss(x) - nll * chosen / tokens
+    torch.testing.assert_close(out.loss, expected)
+    ours, theirs = (torch.autograd.grad(y.sum(), (chosen, rejected)) for y in (out.loss, expected))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other)
+    torch.testing.assert_close(out.weight, ours[1])
+    torch.testing.assert_close(
+        out.margin, (beta * (chosen - references[0] - rejected + references[1])).detach()
+    )
+    assert not any(value.requires_grad for value in out[1:])
+
+
+def test_dpo_positive_is_dpo_where_the_chosen_completion_has_not_fallen() -> None:
+    """Its gradient is exactly DPO's there; elsewhere ∇ log π of the chosen weighs 1 + λ times as much."""
+    zeros = torch.zeros(2, dtype=F64)
+    slopes = []
+    for dpop in (0.0, 4.0):
+        chosen = torch.tensor([0.5, -0.5], dtype=F64, requires_grad=True)
+        out = dpo_loss(chosen, zeros, zeros, zeros, beta=1.0, dpop_weight=dpop)
+        slopes.append(torch.autograd.grad(out.loss.sum(), chosen)[0] / -out.weight)
+    assert slopes[0].tolist() == pytest.approx([1, 1])
+    assert slopes[1].tolist() == pytest.approx([1, 5])
+
+
+@given(seed=st.integers(0, 10_000), weight=st.sampled_from([0.1, 1.0, 3.0]))
+def test_orpo_values_and_weights(seed: int, weight: float) -> None:
+    """Hong et al. (2024), eq. 3 to 7, from probabilities instead of their logarithms."""
+    mean = (-normal(seed, 2, 6).abs() - 1e-3).requires_grad_()
+    out = orpo_loss(*mean, weight=weight)
+    p = mean.exp()
+    odds = p / (1 - p)
+    expected = -torch.log(p[0]) - weight * torch.log(torch.sigmoid(torch.log(odds[0] / odds[1])))
+    torch.testing.assert_close(out.loss, expected)
+    (ours,) = torch.autograd.grad(out.loss.sum(), mean)
+    (theirs,) = torch.autograd.grad(expected.sum(), mean)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(out.weight, ours[1])
+    torch.testing.assert_close(out.margin, weight * torch.log(odds[0] / odds[1]).detach())
+    torch.testing.assert_close(out.chosen_reward - out.rejected_reward, out.margin)
+    assert not any(value.requires_grad for value in out[1:])
+
+
+def test_orpo_is_finite_at_the_ends() -> None:
+    """A completion that is certain has infinite odds, and one that is all but impossible a tiny probability."""
+    for chosen, rejected in ((0.0, -1.0), (-1.0, 0.0), (0.0, 0.0), (-1e4, -1.0), (-1.0, -1e4)):
+        mean = torch.tensor([[chosen], [rejected]], requires_grad=True)
+        out = orpo_loss(*mean, weight=1.0)
+        (slope,) = torch.autograd.grad(out.loss.sum(), mean)
+        assert all(bool(value.isfinite().all()) for value in (*out, slope))
+        assert slope[0].item() <= -1 + 1e-6  # the likelihood of the chosen always counts
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    beta=st.sampled_from([0.1, 0.7]),
+    up=st.sampled_from([1.0, 2.0]),
+    down=st.sampled_from([1.0, 0.3]),
+)
+def test_kto_values_and_weights(seed: int, beta: float, up: float, down: float) -> None:
+    """Ethayarajh et al. (2024), eq. 8: λ_y − v with v = λ_D σ(β (r − z_0)), or λ_U σ(β (z_0 − r))."""
+    log_prob, reference = (3 * normal(seed, 8)).requires_grad_(), 3 * normal(seed + 1, 8)
+    others, good = 2 * normal(seed + 2, 5).requires_grad_(), normal(seed + 3, 8) > 0
+    out = kto_loss(log_prob, reference, good, others, beta=beta, desirable_weight=up, undesirable_weight=down)
+    z0 = max(0.0, sum(others.tolist()) / 5)
+    for i, label in enumerate(good.tolist()):
+        ratio = log_prob[i].item() - reference[i].item()
+        factor, sign = (up, 1) if label else (down, -1)
+        value = factor / (1 + math.exp(-sign * beta * (ratio - z0)))
+        assert out.loss[i].item() == pytest.approx(factor - value)
+        assert out.reward[i].item() == pytest.approx(beta * ratio)
+    out.loss.sum().backward()
+    torch.testing.assert_close(out.weight, -log_prob.grad)
+    assert bool(((out.weight > 0) == good).all())
+    assert not out.weight.requires_grad
+    assert not out.reward.requires_grad
+
+
+def test_the_baseline_of_kto_is_the_kl_divergence_and_constant() -> None:
+    """With every completion of the policy as often as it is sampled, the mean log-ratio is KL(π ‖ π_ref)."""
+    theta = THETA.clone().requires_grad_()
+    log_ratio = log_probs(theta) - log_probs(REFERENCE)
+    kl = float(PROBABILITY @ log_ratio.detach())
+    good = REWARD > 0
+    drawn = N * PROBABILITY * log_ratio  # its plain mean is the expectation
+    out = kto_loss(log_probs(theta), log_probs(REFERENCE), good, drawn, beta=0.5)
+    at_baseline = kto_loss(torch.tensor([kl]), torch.zeros(1), torch.tensor([True]), drawn, beta=0.5)
+    assert at_baseline.loss.item() == pytest.approx(0.5)  # no gain and no loss
+    fixed = kto_loss(log_probs(theta), log_probs(REFERENCE), good, drawn.detach(), beta=0.5)
+    slopes = [torch.autograd.grad(x.loss.sum(), theta, retain_graph=True)[0] for x in (out, fixed)]
+    assert torch.equal(*slopes)
+
+
+def test_the_familys_errors() -> None:
+    row, label = torch.zeros(3), torch.zeros(3, dtype=torch.bool)
+    for name in ("nll_weight", "dpop_weight"):
+        for value in (-1.0, math.inf, math.nan):
+            with pytest.raises(ValueError, match=f"{name} must be finite and >= 0"):
+                dpo_loss(row, row, row, row, **{name: value})
+    with pytest.raises(ValueError, match=r"dpop_weight must be 0 without a reference .*, got 2\.0"):
+        dpo_loss(row, row, dpop_weight=2.0)
+    with pytest.raises(ValueError, match=r"dpop_weight must be 0 .* or with label_smoothing"):
+        dpo_loss(row, row, row, row, dpop_weight=2.0, label_smoothing=0.1)
+    with pytest.raises(ValueError, match="chosen_tokens must have the shape of chosen_log_prob"):
+        dpo_loss(row, row, nll_weight=1.0, chosen_tokens=torch.ones(3, 1))
+    with pytest.raises(ValueError, match="weight must be finite and > 0, got 0"):
+        orpo_loss(row, row, weight=0)
+    with pytest.raises(ValueError, match="desirable must have the shape of log_prob"):
+        kto_loss(row, row, label[:1], row)
+    with pytest.raises(ValueError, match=r"desirable must be Boolean, True for the good, got torch\.int64"):
+        kto_loss(row, row, label.long(), row)
+    with pytest.raises(ValueError, match="baseline_log_ratio must hold at least one number"):
+        kto_loss(row, row, label, row[:0])
+    for bad in ({"beta": 0.0}, {"desirable_weight": -1.0}, {"undesirable_weight": math.nan}):
+        with pytest.raises(ValueError, match="beta, desirable_weight and undesirable_weight must be finite"):
+            kto_loss(row, row, label, row, **bad)
 
 
 # --- Reward models --------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from policyopt import losses
 from policyopt._checks import require
 from policyopt.estimators import sequence_log_prob
 from policyopt.frame import Callback, Statistics
@@ -24,7 +25,7 @@ from policyopt.lm.results import LMResult, LMUpdate
 from policyopt.lm.reward_model import pad_pairs
 from policyopt.lm.sequences import Sequences, evaluating
 from policyopt.lm.training import Run
-from policyopt.losses import DPO, aggregate, check_loss, dpo_loss, item_losses
+from policyopt.losses import DPO, aggregate, check_loss, item_losses
 from policyopt.runs import Bound, NonNegative, Positive
 
 __all__ = ["DPOConfig", "DPOUpdate", "ImplicitReward", "pair_loss", "train_dpo"]
@@ -37,13 +38,15 @@ class DPOConfig(OfflineConfig):
     """Settings of :func:`train_dpo`.
 
     SimPO is ``reference_free=True, length_normalized=True`` with a ``target_margin``
-    and a β of 2 or more.
+    and a β of 2 or more. DPO + NLL: ``nll_weight=1``. DPO-positive: ``dpop_weight=5``
+    or more. ORPO: ``loss="orpo", reference_free=True, length_normalized=True``.
     """
 
     beta: Positive = 0.1
-    """β > 0: strength of the pull towards the reference."""
-    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
-    """See :func:`~policyopt.losses.dpo_loss`."""
+    """β > 0: strength of the pull towards the reference; λ of ORPO."""
+    loss: Literal["sigmoid", "ipo", "hinge", "orpo"] = "sigmoid"
+    """See :func:`~policyopt.losses.dpo_loss` and
+    :func:`~policyopt.losses.orpo_loss`."""
     label_smoothing: Smoothing = 0.0
     """Share of preferences believed to be the wrong way round, in [0, 0.5)."""
     length_normalized: bool = False
@@ -52,11 +55,26 @@ class DPOConfig(OfflineConfig):
     """Leave the reference out: its log-probabilities count as 0."""
     target_margin: NonNegative = 0.0
     """Margin γ ≥ 0 subtracted before the loss, in units of reward (SimPO's γ)."""
+    nll_weight: NonNegative = 0.0
+    """Weight α ≥ 0 of the chosen completion's negative log-likelihood per token (DPO +
+    NLL)."""
+    dpop_weight: NonNegative = 0.0
+    """Penalty λ ≥ 0 for a chosen completion less likely than under the reference
+    (DPO-positive)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         fits = self.target_margin == 0 or self.loss != "ipo"
         self._check("target_margin", fits, "0 with loss='ipo'")
+        fits = not self.dpop_weight or not (self.reference_free or self.label_smoothing)
+        rule = "0 with reference_free=True or with label_smoothing"
+        self._check("dpop_weight", fits, rule)
+        if self.loss == "orpo":
+            fits = self.length_normalized and self.reference_free
+            rule = "another without length_normalized=True and reference_free=True"
+            self._check("loss", fits, rule)
+            for name in ("label_smoothing", "target_margin", "nll_weight"):
+                self._check(name, getattr(self, name) == 0, "0 with loss='orpo'")
 
     @property
     def reduction(self) -> Literal["sum", "mean"]:
@@ -73,12 +91,12 @@ class DPOUpdate(LMUpdate):
     loss: float
     margin: float
     """Mean implicit reward of the chosen minus that of the rejected completion; exactly
-    0 in the first step.
+    0 in the first step, but in ORPO.
     """
     accuracy: float
     """Share of pairs with a positive margin."""
     chosen_reward: float
-    """Mean β log(π/π_ref) of the chosen completions."""
+    """Mean β log(π/π_ref) of the chosen completions; of ORPO λ log odds."""
     rejected_reward: float
     chosen_log_prob: float
     """Mean log π of the chosen completions, nats per completion (per token if
@@ -86,7 +104,8 @@ class DPOUpdate(LMUpdate):
     """
     rejected_log_prob: float
     weight: float
-    """Mean weight of ∇ log π in the gradient; β σ(−margin) for the sigmoid loss."""
+    """Mean weight of −∇ log π(rejected) in the gradient; β σ(−margin) for the sigmoid
+    loss."""
 
     headline: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "margin")
     may_be_nan: ClassVar[tuple[str, ...]] = (
@@ -169,12 +188,20 @@ class ImplicitReward:
 
 
 def pair_loss(batch: Pairs, config: DPOConfig) -> DPO:
-    """Return :func:`~policyopt.losses.dpo_loss` of each pair, as configured."""
-    return dpo_loss(
-        batch.chosen_log_prob, batch.rejected_log_prob,
+    """Return :func:`~policyopt.losses.dpo_loss` of each pair, or
+    :func:`~policyopt.losses.orpo_loss`, as configured.
+    """
+    chosen, rejected = batch.chosen_log_prob, batch.rejected_log_prob
+    if config.loss == "orpo":
+        return losses.orpo_loss(chosen, rejected, weight=config.beta)
+    summed = config.nll_weight and not config.length_normalized
+    return losses.dpo_loss(
+        chosen, rejected,
         batch.reference_chosen_log_prob, batch.reference_rejected_log_prob,
         beta=config.beta, kind=config.loss, label_smoothing=config.label_smoothing,
-        target_margin=config.target_margin,
+        target_margin=config.target_margin, nll_weight=config.nll_weight,
+        chosen_tokens=batch.tokens.mask[0::2].sum(1) if summed else None,
+        dpop_weight=config.dpop_weight,
     )  # fmt: skip
 
 
