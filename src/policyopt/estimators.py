@@ -34,7 +34,7 @@ __all__ = [
     "adaptive_kl_coefficient", "bounded_log_ratio", "discounted_returns",
     "explained_variance", "gae", "group_relative_advantages", "importance_weights",
     "kl_estimate", "kl_shaped_rewards", "leave_one_out_advantages", "normalize",
-    "sequence_log_prob", "td_errors",
+    "pass_at_k_advantages", "sequence_log_prob", "td_errors",
 ]  # fmt: skip
 
 
@@ -296,6 +296,58 @@ def leave_one_out_advantages(rewards: Tensor) -> Tensor:
     _check_group(rewards)
     k = rewards.shape[-1]
     return _centre(rewards) * (k / (k - 1))
+
+
+def pass_at_k_advantages(rewards: Tensor, *, k: int) -> Tensor:
+    r"""Advantage of each sample when only the best of ``k`` counts: unbiased for the
+    gradient of pass@k.
+
+    With rewards of 0 and 1 the objective E[max of k samples] is pass@k, the probability
+    that at least one of k solves the task. Sample i of a group of K gets
+
+    .. math:: A_i = k\,\bigl(\mathbb E_S \max(r_i, \max_{j \in S} r_j)
+              - \mathbb E_T \max_{j \in T} r_j\bigr),
+
+    averaged over all sets S of k − 1 and T of k of the *other* samples. The second term
+    is a baseline that does not depend on sample i. The mean over the group of A_i ∇ log
+    π(y_i) has the expectation ∇ E[max of k samples]; for k = 1 the result is that of
+    :func:`leave_one_out_advantages`. As a prompt becomes easy its advantages vanish,
+    since some of k samples would solve it anyway.
+
+    Parameters
+    ----------
+    rewards : Tensor
+        Shape ``[..., K]`` with ``K`` > k, any real numbers.
+    k : int
+        At least 1 and less than ``K``.
+
+    References
+    ----------
+    Walder, Karkhanis (2025), Pass@K policy optimization, arXiv:2505.15201: their
+    leave-one-out estimator.
+
+    Examples
+    --------
+    >>> import torch
+    >>> pass_at_k_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), k=2)
+    tensor([ 2.0000, -0.6667, -0.6667, -0.6667])
+    """
+    _check_group(rewards)
+    K = rewards.shape[-1]
+    require(1 <= k < K, f"k must be at least 1 and less than the group of {K}", k)
+    # Off the first entry: equal rewards give exactly 0.
+    own = rewards - rewards[..., :1]
+    index = torch.arange(K, device=rewards.device)
+    others = own[..., index.expand(K, K)[index[:, None] != index].view(K, K - 1)]
+    others = others.sort(dim=-1).values
+
+    def best(values: Tensor, size: int) -> Tensor:
+        # The best of a random set is the j-th lowest in C(j, size − 1) of the sets.
+        counts = [math.comb(j, size - 1) / math.comb(K - 1, size) for j in range(K - 1)]
+        return values @ values.new_tensor(counts)
+
+    joined = best(torch.maximum(others, own[..., None]), k - 1) if k > 1 else own
+    return k * (joined - best(others, k))
 
 
 def _check_group(rewards: Tensor) -> None:

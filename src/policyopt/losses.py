@@ -24,9 +24,10 @@ from policyopt.estimators import bounded_log_ratio, kl_estimate, sequence_log_pr
 
 __all__ = [
     "DPO", "KTO", "BradleyTerry", "ClippedSurrogate", "Loss", "Ranking", "Surrogate",
-    "ValueLoss", "aggregate", "bradley_terry_loss", "clipped_surrogate_loss",
-    "dpo_loss", "kto_loss", "orpo_loss", "policy_gradient_loss", "ranking_loss",
-    "sequence_log_ratio", "surrogate_loss", "value_loss",
+    "ValueLoss", "aggregate", "bradley_terry_loss", "cispo_loss",
+    "clipped_surrogate_loss", "dpo_loss", "kto_loss", "orpo_loss",
+    "policy_gradient_loss", "ranking_loss", "sequence_log_ratio", "surrogate_loss",
+    "value_loss",
 ]  # fmt: skip
 
 
@@ -47,13 +48,16 @@ class Surrogate(NamedTuple):
 
 
 class ClippedSurrogate(NamedTuple):
-    """Result of :func:`clipped_surrogate_loss`, one entry per item."""
+    """Result of :func:`clipped_surrogate_loss` and :func:`cispo_loss`, one entry per
+    item.
+    """
 
     loss: Tensor
     ratio: Tensor
     """ρ = π/π_old (detached)."""
     clipped: Tensor
-    """1 where the clip switches the gradient off, else 0."""
+    """1 where the clip switches the gradient off (CISPO: changes its weight), else 0.
+    """
     kl: Tensor
     """k3 estimate of KL(π_old ‖ π), in nats (detached)."""
 
@@ -225,6 +229,57 @@ def clipped_surrogate_loss(
     off = (above & (advantages > 0)) | (below & (advantages < 0))
     kl = kl_estimate(old, log_prob.detach(), "k3")
     return ClippedSurrogate(-pessimistic, ratio.detach(), off.to(ratio.dtype), kl)
+
+
+def cispo_loss(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    *,
+    clip_ratio: float = 1.0,
+    clip_ratio_high: float | None = 4.0,
+) -> ClippedSurrogate:
+    r"""CISPO: the clip limits the weight of a token, and never takes its gradient away.
+
+    .. math:: L_t = -\operatorname{sg}\bigl[\operatorname{clip}(\rho_t, 1-\varepsilon,
+              1+\varepsilon_{high})\bigr]\, A_t \log\pi_\theta(a_t|s_t)
+
+    where sg holds its argument constant. Within the edges the gradient is that of
+    :func:`surrogate_loss`. Beyond them PPO's objective has none on one side, which
+    often meets rare tokens with a large ratio; here they keep the weight of the edge.
+
+    Parameters
+    ----------
+    log_prob : Tensor
+        log π_θ(a_t|s_t), any shape, with gradient.
+    old_log_prob, advantages : Tensor
+        Same shape; no gradient flows through them.
+    clip_ratio : float
+        ε > 0; from 1 on there is no lower edge.
+    clip_ratio_high : float, optional
+        ε_high > 0: the largest weight is 1 + ε_high. None: ε.
+
+    References
+    ----------
+    MiniMax (2025), MiniMax-M1, arXiv:2506.13585, eq. 4 and 5.
+
+    Examples
+    --------
+    >>> import torch
+    >>> log_prob = torch.tensor([2.0, 10.0]).log().requires_grad_()
+    >>> cispo_loss(log_prob, torch.zeros(2), torch.ones(2)).loss.sum().backward()
+    >>> log_prob.grad
+    tensor([-2., -5.])
+    """
+    high = clip_ratio if clip_ratio_high is None else clip_ratio_high
+    out = clipped_surrogate_loss(
+        log_prob.detach(), old_log_prob, advantages,
+        clip_ratio=clip_ratio, clip_ratio_high=high,
+    )  # fmt: skip
+    weight = out.ratio.clamp(1 - clip_ratio, 1 + high)
+    clipped = (weight != out.ratio).to(weight.dtype)
+    loss = -weight * advantages.detach() * log_prob
+    return out._replace(loss=loss, clipped=clipped)
 
 
 def sequence_log_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> Tensor:

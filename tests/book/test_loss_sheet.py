@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,11 +29,14 @@ from policyopt.estimators import (
     kl_estimate,
     kl_shaped_rewards,
     leave_one_out_advantages,
+    pass_at_k_advantages,
     sequence_log_prob,
 )
+from policyopt.lm.grpo import GRPOConfig, group_advantages
 from policyopt.losses import (
     aggregate,
     bradley_terry_loss,
+    cispo_loss,
     clipped_surrogate_loss,
     dpo_loss,
     kto_loss,
@@ -362,6 +366,41 @@ def gspo() -> None:
     same(found, torch.where(MASK, ratio * advantage * is_open / (lengths * 10), 0.0))
 
 
+def cispo() -> None:
+    log_prob, old = normal(0, 10, 8), normal(1, 10, 8)
+    advantage = group_relative_advantages(REWARDS).flatten()[:, None].expand(10, 8)
+    log_prob.requires_grad_()
+    out = cispo_loss(log_prob, old, advantage, clip_ratio=0.4, clip_ratio_high=0.9).loss
+    ratios = (log_prob - old).exp().flatten().tolist()
+    capped = torch.tensor([min(max(x, 1 - 0.4), 1 + 0.9) for x in ratios], dtype=torch.float64).view(10, 8)
+    same(out, -capped * advantage * log_prob)
+    same(pull(out, log_prob), capped * advantage)
+
+
+def reinforce_plus_plus() -> None:
+    flat = REWARDS.flatten().tolist()
+    mean = sum(flat) / 10
+    std = (sum((r - mean) ** 2 for r in flat) / 10) ** 0.5
+    expected = torch.tensor([(r - mean) / (std + 1e-8) for r in flat], dtype=torch.float64)
+    found = group_advantages(REWARDS, GRPOConfig(baseline="batch")).flatten()
+    same(found, expected)
+    clip(None, advantages=lambda: found[:, None].expand(10, 8))
+
+
+def pass_at_k() -> None:
+    k = 3
+    expected = []
+    for row in REWARDS.tolist():
+        for i, r in enumerate(row):
+            others = row[:i] + row[i + 1 :]
+            best = [[max(s) for s in itertools.combinations(others, size)] for size in (k - 1, k)]
+            with_i = sum(max(r, x) for x in best[0]) / len(best[0])
+            expected.append(k * (with_i - sum(best[1]) / len(best[1])))
+    found = pass_at_k_advantages(REWARDS, k=k).flatten()
+    same(found, torch.tensor(expected, dtype=torch.float64))
+    clip(None, advantages=lambda: found[:, None].expand(10, 8))
+
+
 def correction() -> None:
     log_prob, old, sampler, advantage = (0.5 * normal(i, 30) for i in range(4))
     log_prob.requires_grad_()
@@ -533,10 +572,32 @@ CHECKS: dict[str, tuple[str, str, Callable[[], None] | None]] = {
         opened(COMPLETION).replace(r"\rho_t", "s_i"),
         gspo,
     ),
+    "CISPO": (
+        r"$-\operatorname{sg}\bigl[\operatorname{clip}(\rho_t, 1-\epsilon, 1+\epsilon_{\text{high}})\bigr]\, "
+        r"A_i\, \ell_t$, $A_i$ as in GRPO",
+        r"$\operatorname{clip}(\rho_t, 1-\epsilon, 1+\epsilon_{\text{high}})\, A_i$",
+        cispo,
+    ),
     "RLOO": (
         clipped(COMPLETION, r"$, $A_i = r_i - \frac{1}{K-1} \sum_{j \ne i} r_j$"),
         opened(COMPLETION),
         lambda: group("rloo"),
+    ),
+    "REINFORCE++": (
+        clipped(
+            COMPLETION, r"$, $A_i = \frac{r_i - \bar r}{\operatorname{std} r + 10^{-8}}$ of the whole batch"
+        ),
+        opened(COMPLETION),
+        reinforce_plus_plus,
+    ),
+    "pass@k": (
+        clipped(
+            COMPLETION,
+            r"$, $A_i = k\,\bigl(\mathbb E_S \max(r_i, \max_S r) - \mathbb E_T \max_T r\bigr)$ over the sets "
+            r"$S$ of $k - 1$ and $T$ of $k$ of the others",
+        ),
+        opened(COMPLETION),
+        pass_at_k,
     ),
     "Sampler correction": (
         r"$c_t\, L_t$, $c_t = \min(e^{\ell_{\text{old},t} - \ell_{\text{sampler},t}}, \text{cap})$; "

@@ -33,6 +33,10 @@ SETTINGS = {
     "grpo, uneven pieces with a KL term": Setting(
         "grpo", {"batch_size": 8, "minibatches": 3, "beta": 0.1, "micro_batch_size": 2}
     ),
+    "reinforce++ with few signals": Setting("grpo", {"baseline": "batch", "loss": "cispo"}, signal="few"),
+    "grpo, scaled by the batch, with an entropy bonus": Setting(
+        "grpo", {"scale_rewards": "batch", "entropy_coef": 0.1, "minibatches": 2}
+    ),
     "grpo, nothing finished": Setting("grpo", {"drop_unfinished": True}, unfinished_from=2),
     "grpo, a loss of one's own and nothing finished": Setting(
         "grpo", {"drop_unfinished": True, "minibatches": 3}, unfinished_from=2, own_loss=True

@@ -65,8 +65,9 @@ from policyopt.lm import (
     train_grpo,
     train_seeds,
 )
-from policyopt.lm.batches import Pairs
+from policyopt.lm.batches import Completions, Pairs
 from policyopt.lm.dpo import pair_loss
+from policyopt.lm.grpo import group_advantages
 from policyopt.lm.policies import PolicyNetwork
 from policyopt.lm.ppo import token_advantages
 from policyopt.lm.results import LMUpdate
@@ -316,6 +317,85 @@ def test_dpo_starts_with_a_margin_of_exactly_zero() -> None:
     assert first.loss == pytest.approx(math.log(2), rel=1e-6)
     assert first.weight == pytest.approx(0.5 * DPOConfig().beta)
     assert result.history[1].margin != 0
+
+
+def test_group_advantages_of_the_whole_batch() -> None:
+    """REINFORCE++ divides by one deviation for all prompts, of the rewards or of what the group's mean leaves."""
+    rewards = torch.tensor([[1.0, 3.0], [10.0, 10.0], [0.0, -6.0]], dtype=torch.float64)
+    found = group_advantages(rewards, GRPOConfig(group_size=2, baseline="batch"))
+    torch.testing.assert_close(found, (rewards - 3) / (rewards.std(correction=0) + 1e-8))
+    found = group_advantages(rewards, GRPOConfig(group_size=2, scale_rewards="batch"))
+    left = torch.tensor([[-1.0, 1.0], [0.0, 0.0], [3.0, -3.0]], dtype=torch.float64)
+    torch.testing.assert_close(found, left / ((2 * (1 + 9) / 6) ** 0.5 + 1e-8))
+    assert (found[1] == 0).all()
+    calls = []
+
+    def other(x: Tensor, mask: Tensor) -> Tensor:
+        calls.append((x, mask))
+        return x + 7
+
+    found = group_advantages(rewards, GRPOConfig(group_size=2, baseline="batch"), other)
+    assert torch.equal(found, rewards + 7)
+    assert calls[0][1].all()
+    config = GRPOConfig(group_size=4, baseline="leave-one-out", pass_at_k=3)
+    one = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    assert group_advantages(one, config)[0].tolist() == pytest.approx([3, -1, -1, -1])
+
+
+def test_cispo_by_name_is_that_of_ones_own() -> None:
+    def cispo(batch: Completions) -> Tensor:
+        ratio = (batch.log_probs - batch.old_log_probs).exp().detach()
+        return -ratio.clamp(max=1.3) * batch.advantages[:, None] * batch.log_probs
+
+    changes = {"beta": 0.0, "importance_cap": None, "clip_ratio": 1.0, "clip_ratio_high": 0.3}
+    named = run_grpo(tiny_model(), changes={**changes, "loss": "cispo"})
+    plain = run_grpo(tiny_model(), changes=changes, loss=cispo)
+    assert max(row.ratio_max for row in named.history) > 1.3
+    assert max(row.clip_fraction for row in named.history) > 0
+    assert furthest(weights(named), weights(plain)) < 2e-4
+
+
+class Recording(TransformersSampler):
+    """The model's sampler, which keeps what it drew."""
+
+    def sample(self, *args: Any, **options: Any) -> Any:
+        self.samples = super().sample(*args, **options)
+        return self.samples
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 4, "temperature": 0.7}])
+def test_the_entropy_bonus_is_exact(filters: dict[str, Any]) -> None:
+    """With equal rewards the gradient is that of −c times the mean entropy of dense softmaxes."""
+    model, dense = tiny_model(), tiny_model()
+    sampler, coefficient = Recording(model), 0.5
+    gradients: dict[str, Tensor] = {}
+    for name, p in model.model.named_parameters():
+        hook = partial(lambda p, name: gradients.update({name: p.grad.clone()}), name=name)
+        p.register_post_accumulate_grad_hook(hook)
+    sampling = SamplingConfig(max_new_tokens=6, **filters)
+    changes: dict[str, Any] = {"sampling": sampling, "micro_batch_size": 8, "batch_size": 4, "updates": 1}
+    config = GRPOConfig(entropy_coef=coefficient, group_size=4, **changes)
+    data = [{"prompt": record["prompt"]} for record in records()]
+    result = train_grpo(
+        model, data, lambda completions: [1.0] * len(completions), config, sampler=sampler, progress=False
+    )
+    sequences, entropies = sampler.samples.sequences, []
+    prompts = [
+        row[keep].tolist() for row, keep in zip(sequences.prompt_ids, sequences.prompt_mask, strict=True)
+    ]
+    for i, index in enumerate(sequences.prompt_index.tolist()):
+        ids = prompts[index] + sequences.completion_ids[i][sequences.completion_mask[i]].tolist()
+        logits = dense.model(torch.tensor([ids])).logits[0, len(prompts[index]) - 1 : -1]
+        if filters:
+            logits = (logits / 0.7).topk(4, dim=-1).values
+        p = logits.softmax(-1)
+        entropies.append(-(p * p.log()).sum(-1))
+    bonus = torch.cat(entropies).mean()
+    (-coefficient * bonus).backward()
+    assert result.history[0].loss == pytest.approx(-coefficient * float(bonus.detach()), rel=1e-4)
+    scale = max(float(p.grad.abs().max()) for p in dense.model.parameters())
+    for name, p in dense.model.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-3, atol=1e-5 * scale)
 
 
 ORPO = {"loss": "orpo", "reference_free": True, "length_normalized": True}
@@ -604,6 +684,19 @@ def test_the_adaptive_kl_moves_beta_by_its_gain() -> None:
         ),
         (GRPOConfig, {"sampling": SamplingConfig(temperature=0.0)}, "sampling must be of a temperature > 0"),
         (GRPOConfig, {"minibatches": 20, "batch_size": 4}, "minibatches must be <= batch_size"),
+        (
+            GRPOConfig,
+            {"pass_at_k": 2},
+            "pass_at_k must be 1, or less than group_size with baseline='leave-one-",
+        ),
+        (
+            GRPOConfig,
+            {"pass_at_k": 8, "baseline": "leave-one-out"},
+            "pass_at_k must be 1, or less than group_size with baseline='leave-one-out', got 8",
+        ),
+        (GRPOConfig, {"scale_rewards": "all"}, "scale_rewards must be bool"),
+        (GRPOConfig, {"loss": "ppo"}, "loss must be"),
+        (GRPOConfig, {"entropy_coef": -0.1}, "entropy_coef must be >= 0"),
         (PPOConfig, {"target_kl": 1.0, "beta": 0.0}, "beta must be > 0 where target_kl"),
         (PPOConfig, {"kl_gain": 5.0}, r"kl_gain must be in \(0, 5\)"),
         (DPOConfig, {"loss": "ipo", "target_margin": 1.0}, "target_margin must be 0 with loss='ipo'"),

@@ -263,6 +263,10 @@ GRPO_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "dapo": ({"loss_mean": "token", "clip_ratio_high": 0.28}, {"loss_type": "dapo", "epsilon_high": 0.28}),
     "bnpo": ({"loss_mean": "token", "clip_ratio": 0.1}, {"loss_type": "bnpo", "epsilon": 0.1}),
+    "cispo": (
+        {"loss": "cispo", "loss_mean": "token", "clip_ratio": 1.0, "clip_ratio_high": 0.2},
+        {"loss_type": "cispo", "epsilon_high": 1.2},  # theirs is the largest weight itself
+    ),
     "gspo": (
         {"ratio": "sequence", "loss_mean": "sequence", "clip_ratio": 0.02, "clip_ratio_high": 0.03},
         {"importance_sampling_level": "sequence", "loss_type": "grpo", "epsilon": 0.02, "epsilon_high": 0.03},

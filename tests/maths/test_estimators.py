@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from policyopt.estimators import (
     kl_shaped_rewards,
     leave_one_out_advantages,
     normalize,
+    pass_at_k_advantages,
     sequence_log_prob,
     td_errors,
 )
@@ -395,6 +397,7 @@ def test_equal_entries_normalise_to_exactly_zero(value: float, n: int) -> None:
     assert not group_relative_advantages(x).any()
     assert not group_relative_advantages(x, scale=False).any()
     assert not leave_one_out_advantages(x).any()
+    assert not pass_at_k_advantages(x[:50], k=min(n, 50) // 2).any()
 
 
 @given(seed=st.integers(0, 10_000), groups=st.integers(1, 3), k=st.integers(2, 6))
@@ -428,9 +431,50 @@ def test_group_baselines_bias_the_gradient_as_stated() -> None:
         torch.testing.assert_close(-gradient, factor * exact)
 
 
+@given(seed=st.integers(0, 10_000), size=st.integers(2, 6), data=st.data())
+def test_pass_at_k_advantages_against_all_subsets(seed: int, size: int, data: st.DataObject) -> None:
+    """Ties and negative rewards too; the definition with every set of the others."""
+    k = data.draw(st.integers(1, size - 1))
+    rewards = torch.randint(-2, 3, (3, size), generator=generator(seed)).to(F64)
+    found = pass_at_k_advantages(rewards, k=k)
+    for row, advantages in zip(rewards.tolist(), found.tolist(), strict=True):
+        for i, advantage in enumerate(advantages):
+            others = row[:i] + row[i + 1 :]
+            joined = [max(row[i], *s) if s else row[i] for s in itertools.combinations(others, k - 1)]
+            alone = [max(s) for s in itertools.combinations(others, k)]
+            assert advantage == pytest.approx(k * (np.mean(joined) - np.mean(alone)))
+    torch.testing.assert_close(pass_at_k_advantages(rewards, k=1), leave_one_out_advantages(rewards))
+
+
+@pytest.mark.parametrize("reward", [[1.0, 0.0, 0.0], [1.0, -2.0, 0.5]])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_pass_at_k_advantages_have_the_gradient_of_pass_at_k(k: int, reward: list[float]) -> None:
+    """All 81 groups of 4 samples of 3 actions, against the exact E[max of k samples] and its gradient."""
+    logits = torch.tensor([0.3, -0.5, 0.1], dtype=F64, requires_grad=True)
+    r = torch.tensor(reward, dtype=F64)
+    draws = torch.tensor(list(itertools.product(range(3), repeat=k)))
+    objective = (logits.softmax(-1)[draws].prod(-1) * r[draws].amax(-1)).sum()
+    if reward[1:] == [0.0, 0.0]:
+        p = logits.softmax(-1)[0]
+        assert objective.item() == pytest.approx(1 - (1 - p.item()) ** k)
+    (exact,) = torch.autograd.grad(objective, logits)
+    groups = torch.tensor(list(itertools.product(range(3), repeat=4)))
+    probability = logits.softmax(-1).detach()[groups].prod(-1)
+    advantages = pass_at_k_advantages(r[groups], k=k)
+    loss = policy_gradient_loss(logits.log_softmax(-1)[groups], advantages).mean(-1)
+    (gradient,) = torch.autograd.grad((probability * loss).sum(), logits)
+    torch.testing.assert_close(-gradient, exact)
+
+
+def test_pass_at_k_needs_a_larger_group() -> None:
+    for k in (0, 3, 4):
+        with pytest.raises(ValueError, match=f"k must be at least 1 and less than the group of 3, got {k}"):
+            pass_at_k_advantages(torch.zeros(2, 3), k=k)
+
+
 @pytest.mark.parametrize("rewards", [torch.tensor(1.0), torch.ones(3, 1), torch.ones(2, 0)])
 def test_groups_of_one_are_refused(rewards: Tensor) -> None:
-    for function in (group_relative_advantages, leave_one_out_advantages):
+    for function in (group_relative_advantages, leave_one_out_advantages, partial(pass_at_k_advantages, k=1)):
         with pytest.raises(ValueError, match="rewards must hold groups of at least 2"):
             function(rewards)
 

@@ -16,6 +16,7 @@ from policyopt.distributions import Categorical
 from policyopt.estimators import kl_estimate
 from policyopt.losses import (
     aggregate,
+    cispo_loss,
     clipped_surrogate_loss,
     policy_gradient_loss,
     surrogate_loss,
@@ -116,6 +117,30 @@ def test_the_clip_keeps_the_way_back_open() -> None:
     assert out.clipped.tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize(("clip_ratio", "high"), [(1.0, 4.0), (0.2, 0.3), (0.4, None), (3.0, 1.0)])
+def test_cispo_on_a_grid(clip_ratio: float, high: float | None) -> None:
+    """MiniMax-M1, eq. 4 and 5: the clipped ratio weighs ∇ log π on both sides, whatever the advantage's sign."""
+    for ratio, advantage in itertools.product(RATIOS, ADVANTAGES):
+        log_prob = torch.tensor([math.log(ratio) - 0.7], dtype=F64, requires_grad=True)
+        old, A = torch.tensor([-0.7], dtype=F64), torch.tensor([advantage], dtype=F64)
+        out = cispo_loss(log_prob, old, A, clip_ratio=clip_ratio, clip_ratio_high=high)
+        (gradient,) = torch.autograd.grad(out.loss, log_prob)
+        weight = max(1 - clip_ratio, min(ratio, 1 + (clip_ratio if high is None else high)))
+        assert gradient.item() == pytest.approx(-weight * advantage)
+        assert out.loss.item() == pytest.approx(-weight * advantage * log_prob.item())
+        assert bool(out.clipped.item()) == (weight != pytest.approx(ratio))
+        assert out.ratio.item() == pytest.approx(ratio)
+        assert out.kl.item() == pytest.approx(ratio - 1 - math.log(ratio))
+        assert not any(x.requires_grad for x in out[1:])
+
+
+def test_cispo_within_its_edges_is_the_surrogate() -> None:
+    log_prob = torch.tensor([-0.5, -1.0, -2.0], dtype=F64, requires_grad=True)
+    old, advantages = torch.tensor([-0.6, -0.9, -2.5], dtype=F64), torch.tensor([1.0, -2.0, 0.5], dtype=F64)
+    ours, theirs = (f(log_prob, old, advantages).loss.sum() for f in (cispo_loss, surrogate_loss))
+    assert torch.allclose(*(torch.autograd.grad(x, log_prob)[0] for x in (ours, theirs)))
+
+
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
@@ -180,10 +205,11 @@ def test_all_policy_losses_agree_at_the_old_policy() -> None:
         torch.testing.assert_close(gradient, -advantages)
 
 
+@pytest.mark.parametrize("loss", [clipped_surrogate_loss, cispo_loss])
 @pytest.mark.parametrize("bad", [{"clip_ratio": 0.0}, {"clip_ratio": -0.1}, {"clip_ratio_high": math.nan}])
-def test_clip_range_is_checked(bad: dict[str, float]) -> None:
+def test_clip_range_is_checked(bad: dict[str, float], loss: Any) -> None:
     with pytest.raises(ValueError, match=f"{list(bad)[-1]} must be > 0"):
-        clipped_surrogate_loss(torch.zeros(1), torch.zeros(1), torch.zeros(1), **bad)
+        loss(torch.zeros(1), torch.zeros(1), torch.zeros(1), **bad)
 
 
 def test_shapes_are_checked() -> None:

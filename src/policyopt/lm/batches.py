@@ -81,6 +81,9 @@ class Completions(Tokens):
     """log π_ref, ``[B, T]``."""
     advantages: Tensor = field(default_factory=_later)
     """``[B]`` (GRPO) or ``[B, T]`` (PPO)."""
+    entropies: Tensor = field(default_factory=_later)
+    """Entropy of π_θ(· | s_t), ``[B, T]``, with gradient (GRPO with an
+    ``entropy_coef``)."""
     values: Tensor = field(default_factory=_later)
     """V(s_t) of the critic in training, ``[B, T]``, with gradient (PPO)."""
     old_values: Tensor = field(default_factory=_later)

@@ -49,20 +49,31 @@ class GRPOConfig(OnlineConfig):
     ``scale_rewards=False``, ``loss_mean="constant"``. DAPO's loss:
     ``clip_ratio_high=0.28``, ``loss_mean="token"``, ``beta=0``,
     ``drop_unfinished=True``. GSPO: ``ratio="sequence"``, ``loss_mean="sequence"``,
-    ``clip_ratio=3e-4``, ``clip_ratio_high=4e-4``. RLOO: ``baseline="leave-one-out"``.
+    ``clip_ratio=3e-4``, ``clip_ratio_high=4e-4``. CISPO: ``loss="cispo"``,
+    ``clip_ratio=1``, ``clip_ratio_high=4``. RLOO: ``baseline="leave-one-out"``.
+    REINFORCE++: ``baseline="batch"``, or with a group baseline
+    ``scale_rewards="batch"``.
     """
 
     batch_size: int = 16
     group_size: GroupSize = 8
     """K ≥ 2 completions per prompt."""
-    baseline: Literal["group", "leave-one-out"] = "group"
-    """Compare each reward with the mean of its group, or with the mean of the others in
-    it.
+    baseline: Literal["group", "leave-one-out", "batch"] = "group"
+    """Compare each reward with the mean of its group, with the mean of the others in
+    it, or with the mean of all in the batch, whose standard deviation divides it then.
     """
-    scale_rewards: bool = True
-    """Divide by the group's standard deviation (only with ``baseline="group"``); False
-    is "Dr. GRPO".
+    scale_rewards: bool | Literal["batch"] = True
+    """Divide by the standard deviation of the group, or of what is left of the whole
+    batch's rewards (only with ``baseline="group"``); False is "Dr. GRPO".
     """
+    pass_at_k: Count = 1
+    """Learn from the best of k samples of a prompt in place of each alone: k <
+    ``group_size``, with ``baseline="leave-one-out"``. See
+    :func:`~policyopt.estimators.pass_at_k_advantages`."""
+    loss: Literal["clip", "cispo"] = "clip"
+    """PPO's clipped surrogate, or CISPO's clipped weights: see
+    :func:`~policyopt.losses.clipped_surrogate_loss` and
+    :func:`~policyopt.losses.cispo_loss`."""
     loss_mean: Literal["token", "sequence", "constant"] = "token"
     """Denominator of the loss: all tokens of the batch; each completion's tokens, then
     the completions; or completions times ``max_new_tokens`` (with an environment times
@@ -72,7 +83,7 @@ class GRPOConfig(OnlineConfig):
     range of about 1e-3).
     """
     clip_ratio: Positive = 0.2
-    """ε of the clipped surrogate, > 0."""
+    """ε of the loss, > 0."""
     clip_ratio_high: Positive | None = None
     """Upper clip range, if it is another ("clip-higher")."""
     beta: NonNegative = 0.0
@@ -81,6 +92,9 @@ class GRPOConfig(OnlineConfig):
     """See :func:`~policyopt.estimators.kl_estimate` for what the gradient of each
     is.
     """
+    entropy_coef: NonNegative = 0.0
+    """Weight ≥ 0 of the exact entropy of each token's distribution, which is taken off
+    the loss."""
     epochs_per_batch: Count = 1
     """Passes over each batch of completions."""
     minibatches: Count = 1
@@ -97,6 +111,9 @@ class GRPOConfig(OnlineConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check("minibatches", self.minibatches <= self.batch_size, "<= batch_size")
+        k, fits = self.pass_at_k, self.baseline == "leave-one-out"
+        rule = "1, or less than group_size with baseline='leave-one-out'"
+        self._check("pass_at_k", k == 1 or (fits and k < self.group_size), rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +131,8 @@ class GRPOUpdate(LMUpdate):
     1).
     """
     zero_variance: float
-    """Share of groups whose rewards are all equal: they teach nothing."""
+    """Share of groups whose rewards are all equal: they teach nothing, but with
+    ``baseline="batch"``."""
     length: float
     """Mean tokens that the policy wrote."""
     finished: float
@@ -130,8 +148,10 @@ class GRPOUpdate(LMUpdate):
     entropy: float
     """Estimate of the mean entropy per token, −log π of the sampled tokens, nats."""
     clip_fraction: float
-    """Share of tokens whose gradient the clip switched off. Completions of advantage 0
-    count only where they have a gradient: with ``beta`` > 0 or a loss of one's own."""
+    """Share of tokens whose gradient the clip switched off, or with ``loss="cispo"``
+    whose weight it changed. Completions of advantage 0
+    count only where they have a gradient: with ``beta`` or ``entropy_coef`` > 0 or a
+    loss of one's own."""
     ratio_max: float
     """Largest ratio of these tokens; exactly 1 with one update per batch, or none."""
 
@@ -139,11 +159,27 @@ class GRPOUpdate(LMUpdate):
     may_be_nan: ClassVar[tuple[str, ...]] = ("kl", "clip_fraction", "ratio_max")
 
 
-def group_advantages(rewards: Tensor, config: GRPOConfig) -> Tensor:
-    """Advantages ``[P, K]`` of rewards ``[P, K]``: each against its group."""
+def group_advantages(
+    rewards: Tensor,
+    config: GRPOConfig,
+    normalize: Callable[[Tensor, Tensor], Tensor] = estimators.normalize,
+) -> Tensor:
+    """Advantages ``[P, K]`` of rewards ``[P, K]``: each against its group or all.
+
+    ``normalize``, of numbers and a mask, is what shifts and scales a whole batch:
+    another one where several processes share it.
+    """
+    scale = config.scale_rewards
+    if config.pass_at_k > 1:
+        return estimators.pass_at_k_advantages(rewards, k=config.pass_at_k)
     if config.baseline == "leave-one-out":
         return estimators.leave_one_out_advantages(rewards)
-    return estimators.group_relative_advantages(rewards, scale=config.scale_rewards)
+    if config.baseline == "group":
+        whole = scale == "batch"
+        rewards = estimators.group_relative_advantages(rewards, scale=scale is True)
+        if not whole:
+            return rewards
+    return normalize(rewards, torch.ones_like(rewards, dtype=torch.bool))
 
 
 def grpo_surrogate(
@@ -153,8 +189,8 @@ def grpo_surrogate(
     mask: Tensor,
     config: GRPOConfig,
 ) -> ClippedSurrogate:
-    """Return the clipped surrogate of each token, ``[B, T]``, with the ratio of the
-    token or of its completion.
+    """Return the clipped surrogate of each token, ``[B, T]``, or CISPO's, with the
+    ratio of the token or of its completion.
 
     Parameters
     ----------
@@ -168,7 +204,9 @@ def grpo_surrogate(
     if config.ratio == "sequence":
         log_probs = losses.sequence_log_ratio(log_probs, old_log_probs, mask)
         old_log_probs = torch.zeros_like(log_probs)
-    return losses.clipped_surrogate_loss(
+    cispo = config.loss == "cispo"
+    surrogate: Any = losses.cispo_loss if cispo else losses.clipped_surrogate_loss
+    return surrogate(  # type: ignore[no-any-return]
         log_probs, old_log_probs, advantages[:, None].expand_as(log_probs),
         clip_ratio=config.clip_ratio, clip_ratio_high=config.clip_ratio_high,
     )  # fmt: skip
@@ -178,17 +216,17 @@ def grpo_loss(batch: Completions, config: GRPOConfig) -> ClippedSurrogate:
     r"""GRPO's loss of each token, ``[B, T]``, before any mean.
 
     The clipped surrogate, weighted by min(π_old/π_sampler, cap), plus β times the
-    estimate of the KL divergence to the reference:
+    estimate of the KL divergence to the reference, minus the entropy bonus:
 
     .. math:: -w_{i,t} \min(\rho_{i,t} A_i,\,
               \operatorname{clip}(\rho_{i,t}, 1 - \varepsilon, 1 + \varepsilon_{high})
-              A_i) + \beta\,\mathrm{kl}_{i,t}
+              A_i) + \beta\,\mathrm{kl}_{i,t} - c\,H(\pi_\theta(\cdot|s_{i,t}))
 
     Parameters
     ----------
     batch : Completions
         With ``log_probs``, ``old_log_probs``, ``sampler_log_probs``, ``advantages``
-        ``[B]``, and ``reference_log_probs`` where β > 0.
+        ``[B]``, ``reference_log_probs`` where β > 0, and ``entropies`` where c > 0.
 
     References
     ----------
@@ -205,6 +243,8 @@ def grpo_loss(batch: Completions, config: GRPOConfig) -> ClippedSurrogate:
         reference, kind = batch.reference_log_probs, config.kl_estimator
         kl = estimators.kl_estimate(batch.log_probs, reference, kind)
         loss = loss + config.beta * kl
+    if config.entropy_coef > 0:
+        loss = loss - config.entropy_coef * batch.entropies
     return items._replace(loss=loss)
 
 
@@ -256,7 +296,8 @@ def train_grpo(
     ----------
     Shao et al. (2024), DeepSeekMath, arXiv:2402.03300, §4.1. Dr. GRPO: Liu et al.
     (2025), arXiv:2503.20783. DAPO: Yu et al. (2025), arXiv:2503.14476. GSPO: Zheng et
-    al. (2025), arXiv:2507.18071. RLOO: Ahmadian et al. (2024), arXiv:2402.14740.
+    al. (2025), arXiv:2507.18071. RLOO: Ahmadian et al. (2024), arXiv:2402.14740. CISPO:
+    MiniMax (2025), arXiv:2506.13585. REINFORCE++: Hu et al. (2025), arXiv:2501.03262.
     """
     limits, room = config.limits(language_model), config.sampling.max_new_tokens
     examples = prompt_examples(data, language_model.tokenizer, limits, reserve=room)
@@ -271,14 +312,15 @@ def train_grpo(
     objective = check_loss(loss, partial(grpo_loss, config=config), "Completions")
     several_steps = config.epochs_per_batch * config.minibatches > 1
     # A completion of advantage 0 has no gradient then: it is counted, but not computed.
-    skips = loss is None and config.beta == 0
+    skips = loss is None and config.beta == config.entropy_coef == 0
+    scoring = {**run.scoring, "entropy": config.entropy_coef > 0}
 
     with run:
         for _ in run.updates():
             sampled = batch = run.score(run.sample(), frozen, old=several_steps)
             groups = batch.rewards.view(-1, config.group_size)
-            advantages = group_advantages(groups, config).flatten()
-            batch = replace(batch, advantages=advantages)
+            advantages = group_advantages(groups, config, run.processes.normalize)
+            batch = replace(batch, advantages=advantages.flatten())
             if config.drop_unfinished:
                 batch = replace(batch, mask=batch.mask & batch.finished[:, None])
 
@@ -288,9 +330,11 @@ def train_grpo(
                 used = run.keep(part, part.advantages != 0) if skips else part
                 for rows in run.micro_batches(len(used)):
                     piece = used.select(rows)
-                    now = run.network(piece.sequences, **run.scoring).log_probs
+                    now, entropies = run.network(piece.sequences, **scoring)
                     old = piece.old_log_probs if several_steps else now.detach()
                     piece = replace(piece, log_probs=now, old_log_probs=old)
+                    if entropies is not None:
+                        piece = replace(piece, entropies=entropies)
                     items = run.token_losses(objective, piece)
                     total = aggregate(
                         items.loss, piece.mask, reduction=mean, denominator=count
