@@ -31,8 +31,9 @@ from policyopt.lm import (
 from policyopt.lm.batches import Completions
 from policyopt.lm.config import OnlineConfig
 from policyopt.lm.data import encode_prompt, encode_reply, prompt_examples
-from policyopt.lm.environments import MethodTools, ToolEnvironment, play, settle
+from policyopt.lm.environments import MethodTools, ToolEnvironment, play
 from policyopt.lm.ppo import token_advantages
+from policyopt.lm.rewards import settle
 from policyopt.lm.sampling import Samples, collate
 
 SPECIAL = ["<unk>", "<bos>", "<eos>", "<user>", "<bot>"]

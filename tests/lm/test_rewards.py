@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
+import math
+import multiprocessing
+import os
+import threading
 from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
@@ -11,8 +17,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lm_runs import tiny_model, tiny_tokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+)
 
-from policyopt.lm.rewards import compute_rewards
+from policyopt.lm import GRPOConfig, SamplingConfig, train_grpo
+from policyopt.lm.rewards import ClassifierReward, OverlongPenalty, compute_rewards
 
 COMPLETIONS = ["one", "three", "eleven"]
 PROMPTS = ["1", "3", "11"]
@@ -113,6 +127,245 @@ def test_any_sequence_of_numbers_is_a_result(values: Any) -> None:
 def test_an_empty_batch() -> None:
     result = compute_rewards(lengths, [], [])
     assert result.total.shape == result.parts["lengths"].shape == (0,)
+
+
+# --- functions that wait ---------------------------------------------------------------------------------------
+
+
+async def slow_lengths(completions: Sequence[str]) -> list[int]:
+    await asyncio.sleep(0.01)
+    return lengths(completions)
+
+
+def test_asynchronous_functions_are_awaited() -> None:
+    class Judge:
+        async def __call__(self, completions: list[str], answer: list[int]) -> torch.Tensor:
+            return torch.tensor(answer)
+
+    result = score([slow_lengths, Judge(), lengths, partial(slow_lengths)])
+    assert list(result.parts) == ["slow_lengths", "Judge", "lengths", "slow_lengths_2"]
+    assert result.total.tolist() == [3 * 3 + 1, 3 * 5 + 3, 3 * 6 + 11]
+
+
+def test_they_work_where_a_loop_is_running() -> None:
+    """As in Jupyter, whose cells run inside a loop."""
+
+    async def cell() -> list[float]:
+        return score([slow_lengths, lengths]).total.tolist()
+
+    assert asyncio.run(cell()) == [6, 10, 12]
+
+
+def test_they_wait_at_the_same_time_and_in_one_loop_for_all_batches() -> None:
+    met: list[Any] = []
+    loops = set()
+
+    async def meet(completions: list[str]) -> list[int]:
+        loops.add(asyncio.get_running_loop())
+        if not met:
+            met.append(asyncio.Barrier(2))
+        await asyncio.wait_for(met[0].wait(), 20)  # each waits for the other
+        return [1] * len(completions)
+
+    for _ in range(2):
+        assert score([meet, meet]).total.tolist() == [2, 2, 2]
+    assert len(loops) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_they_work_in_a_forked_process() -> None:
+    """A child has no thread of its parent: the parent's loop would never answer there."""
+    assert score(slow_lengths).total.tolist() == [3, 5, 6]
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    process = context.Process(target=lambda: queue.put(score(slow_lengths).total.tolist()))
+    process.start()
+    process.join(30)
+    alive = process.is_alive()
+    process.kill()
+    assert not alive
+    assert queue.get() == [3, 5, 6]
+
+
+def test_an_asynchronous_function_that_raises_is_named() -> None:
+    async def broken(completions: list[str]) -> list[float]:
+        await asyncio.sleep(0)
+        raise ConnectionError("no judge")
+
+    with pytest.raises(
+        RuntimeError, match=r"reward function 'broken' raised ConnectionError: no judge \(on a batch of 3"
+    ) as error:
+        score([lengths, broken])
+    assert isinstance(error.value.__cause__, ConnectionError)
+
+    async def short(completions: list[str]) -> list[float]:
+        return [1.0]
+
+    with pytest.raises(ValueError, match=r"'short' returned 1 rewards for 3 completions"):
+        score(short)
+    assert sum(thread.name == "policyopt" for thread in threading.enumerate()) == 1
+
+
+# --- functions that abstain ------------------------------------------------------------------------------------
+
+
+def test_none_is_not_counted() -> None:
+    def sometimes(completions: list[str]) -> list[float | None]:
+        return [None, 2.0, None]
+
+    result = score([lengths, sometimes], weights=[1.0, 10.0])
+    assert result.total.tolist() == [3, 25, 6]
+    assert result.parts["sometimes"].isnan().tolist() == [True, False, True]
+    assert result.parts["sometimes"][1] == 2
+
+
+def test_one_function_must_have_an_opinion() -> None:
+    def never(completions: list[str]) -> list[None]:
+        return [None] * 3
+
+    def first(completions: list[str]) -> list[float | None]:
+        return [0.0, None, 1.0]
+
+    assert score([never, lengths]).total.tolist() == [3, 5, 6]
+    with pytest.raises(
+        ValueError, match=r"'never and first' returned None for item 1 \(prompt '3'.*that no other scores"
+    ):
+        score([never, first])
+    with pytest.raises(ValueError, match=r"'never' returned None for item 0"):
+        score(never)
+
+
+def test_the_history_has_the_mean_of_what_was_scored() -> None:
+    seen: list[list[float | None]] = []
+
+    def brief(completions: list[str]) -> list[float | None]:
+        seen.append([None if len(text.split()) > 3 else 1.0 + len(text) for text in completions])
+        return seen[-1]
+
+    def never(completions: list[str]) -> list[None]:
+        return [None] * len(completions)
+
+    config = GRPOConfig(updates=2, batch_size=4, group_size=4, sampling=SamplingConfig(max_new_tokens=6))
+    functions = {"zero": lambda completions: [0.0] * len(completions), "brief": brief, "never": never}
+    result = train_grpo(tiny_model(), [{"prompt": "one two"}] * 4, functions, config, progress=False)
+    for row, values in zip(result.history, seen, strict=True):
+        given = [value for value in values if value is not None]
+        assert 0 < len(given) < len(values)
+        assert row.rewards["brief"] == pytest.approx(sum(given) / len(given))
+        assert row.reward == pytest.approx(sum(given) / len(values))
+        assert math.isnan(row.rewards["never"])
+
+
+# --- lengths ---------------------------------------------------------------------------------------------------
+
+
+def test_the_overlong_penalty_is_that_of_dapo() -> None:
+    """Eq. 13, case by case."""
+    longest, buffer = 40, 15
+    penalty = OverlongPenalty(longest, buffer)
+    for n, found in zip(range(1, 61), penalty([""] * 60, list(range(1, 61))), strict=True):
+        if n <= longest - buffer:
+            assert found == 0
+        elif n <= longest:
+            assert found == pytest.approx((longest - buffer - n) / buffer)
+        else:
+            assert found == -1
+    for wrong in (0, 41):
+        with pytest.raises(ValueError, match=f"buffer must be from 1 to longest, 40, got {wrong}"):
+            OverlongPenalty(40, wrong)
+    assert list(compute_rewards(penalty, ["a"], ["b"], {"completion_tokens": [40]}).parts) == [
+        "overlong_penalty"
+    ]
+
+
+def test_trainers_tell_reward_functions_the_lengths() -> None:
+    seen: list[list[int]] = []
+
+    def length(completions: list[str], completion_tokens: list[int]) -> list[float]:
+        seen.append(completion_tokens)
+        return [float(n) for n in completion_tokens]
+
+    config = GRPOConfig(updates=2, batch_size=2, group_size=4, sampling=SamplingConfig(max_new_tokens=6))
+    result = train_grpo(tiny_model(), [{"prompt": "one two"}] * 4, length, config, progress=False)
+    for row, tokens in zip(result.history, seen, strict=True):
+        assert row.length == pytest.approx(sum(tokens) / 8) == row.reward
+        assert len(set(tokens)) > 1
+
+
+# --- reward models of the hub ----------------------------------------------------------------------------------
+
+TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} ten {% endfor %}"
+SIZES: dict[str, Any] = {"vocab_size": 13, "num_hidden_layers": 2, "num_attention_heads": 2}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES, hidden_size=16, intermediate_size=32, max_position_embeddings=32, num_labels=1,
+                         pad_token_id=0),
+    "llama without padding": LlamaConfig(**SIZES, hidden_size=16, intermediate_size=32, num_labels=1,
+                                         pad_token_id=None),
+    "gpt2": GPT2Config(vocab_size=13, n_embd=16, n_layer=2, n_head=2, n_positions=32, num_labels=3, pad_token_id=2,
+                       resid_pdrop=0.3),
+    "bert": BertConfig(**SIZES, hidden_size=16, intermediate_size=32, max_position_embeddings=32, num_labels=2,
+                       pad_token_id=0, hidden_dropout_prob=0.3),
+}  # fmt: skip
+TEXTS = ["one", "two three four five", "six seven", "", "eight nine"]
+ASKED = ["one two", "ten", "three four five", "six", "two"]
+
+
+def classifier(name: str) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(copy.deepcopy(CONFIGS[name])).train()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(10) if p.ndim > 1 else None
+    return model
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_a_classifier_scores_as_the_model_does_alone(name: str, chat: bool, batch_size: int) -> None:
+    model, tokenizer = classifier(name), tiny_tokenizer()
+    tokenizer.padding_side, tokenizer.chat_template = "left", TEMPLATE
+    label = None if model.config.num_labels == 1 else 1
+    reward = ClassifierReward(model, tokenizer, label=label, batch_size=batch_size)
+    prompts: list[Any] = (
+        [[{"role": "user", "content": p}] for p in ASKED] if chat else [f"{p} " for p in ASKED]
+    )
+    found = compute_rewards(reward, TEXTS, prompts)
+    assert list(found.parts) == ["classifier_reward"]
+    assert model.training
+    model.eval()
+    for prompt, text, one in zip(ASKED, TEXTS, found.total.tolist(), strict=True):
+        written = f"user {prompt} ten assistant {text} ten " if chat else f"{prompt} {text}"
+        ids = torch.tensor([tokenizer(written).input_ids])
+        with torch.no_grad():
+            assert one == pytest.approx(model(input_ids=ids).logits[0, label or 0].item(), rel=1e-4, abs=1e-5)
+    assert len({round(x, 3) for x in found.total.tolist()}) == 5
+
+
+def test_a_classifier_that_cannot_score_says_why() -> None:
+    model, tokenizer = classifier("gpt2"), tiny_tokenizer()
+    for label in (None, 3, -1):
+        with pytest.raises(ValueError, match=f"label must be the one of 3 logits that counts, got {label}"):
+            ClassifierReward(model, tokenizer, label=label)
+    with pytest.raises(ValueError, match="batch_size must be >= 1, got 0"):
+        ClassifierReward(model, tokenizer, label=0, batch_size=0)
+    reward = ClassifierReward(model, tokenizer, label=0)
+    with pytest.raises(ValueError, match=r"item 1 must have from 1 to 32 tokens with its prompt, got 41"):
+        reward(["one", "one " * 40], ["two ", "two "])
+    with pytest.raises(ValueError, match="item 0 must have from 1 to 32 tokens with its prompt, got 0"):
+        reward([""], [""])
+
+
+def test_a_classifier_is_a_reward_function_of_the_trainers() -> None:
+    reward = ClassifierReward(classifier("llama"), tiny_tokenizer())
+    config = GRPOConfig(updates=1, batch_size=2, group_size=4, sampling=SamplingConfig(max_new_tokens=6))
+    result = train_grpo(tiny_model(), [{"prompt": "one two"}] * 4, reward, config, progress=False)
+    assert result.history[0].reward_std > 0
+    policy = tiny_model()
+    reward.network = policy.model
+    with pytest.raises(ValueError, match="'classifier_reward' must not hold the model that is trained"):
+        train_grpo(policy, [{"prompt": "one two"}] * 4, reward, config, progress=False)
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ Records = Iterable[Mapping[str, Any]] | str | Path
 _RECORDS = "dicts, a Hugging Face data set or the path of a JSON Lines file"
 Record = dict[str, Any]
 
-GIVEN = frozenset({"completions", "prompts", "finished"})
+GIVEN = frozenset({"completions", "prompts", "finished", "completion_tokens"})
 """What reward functions are handed besides the columns of the data."""
 
 

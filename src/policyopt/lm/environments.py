@@ -7,13 +7,11 @@ lengths.
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -35,7 +33,7 @@ from policyopt.lm.data import (
     quote,
 )
 from policyopt.lm.models import LanguageModel
-from policyopt.lm.rewards import _number
+from policyopt.lm.rewards import _number, settle
 from policyopt.lm.sampling import Samples, collate
 
 __all__ = ["Environment", "MethodTools", "ToolEnvironment", "parse_tool_calls"]
@@ -322,32 +320,6 @@ def _ask(
             of = f"of the episode for {quote(episode.example.prompt)}"
             raise RuntimeError(f"{what} ({where} {of})") from answer
     return answers
-
-
-def settle(calls: Iterable[Callable[[], Any]]) -> list[Any]:
-    """Return what each function returns, or the exception that it raises.
-
-    What they return is awaited, all together, where it can be: in a thread, because a
-    notebook runs an event loop of its own in this one.
-    """
-    results = list[Any]()
-    for call in calls:
-        try:
-            results.append(call())
-        except Exception as error:
-            results.append(error)
-    waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
-
-    async def together() -> list[Any]:
-        tasks = (results[i] for i in waiting)
-        return await asyncio.gather(*tasks, return_exceptions=True)
-
-    if waiting:
-        with ThreadPoolExecutor(1) as thread:
-            done = thread.submit(asyncio.run, together()).result()
-        for i, result in zip(waiting, done, strict=True):
-            results[i] = result
-    return results
 
 
 # --- tools ---

@@ -125,7 +125,8 @@ class GRPOUpdate(LMUpdate):
     reward: float
     """Mean reward."""
     rewards: dict[str, float]
-    """Mean of each reward function."""
+    """Mean of each reward function over what it scored; NaN if it abstained from all.
+    """
     reward_std: float
     """Mean over groups of the standard deviation within the group (denominator K −
     1).
@@ -149,9 +150,8 @@ class GRPOUpdate(LMUpdate):
     """Estimate of the mean entropy per token, −log π of the sampled tokens, nats."""
     clip_fraction: float
     """Share of tokens whose gradient the clip switched off, or with ``loss="cispo"``
-    whose weight it changed. Completions of advantage 0
-    count only where they have a gradient: with ``beta`` or ``entropy_coef`` > 0 or a
-    loss of one's own."""
+    whose weight it changed. Completions of advantage 0 count only where they have a
+    gradient: with ``beta`` or ``entropy_coef`` > 0 or a loss of one's own."""
     ratio_max: float
     """Largest ratio of these tokens; exactly 1 with one update per batch, or none."""
 
@@ -169,15 +169,14 @@ def group_advantages(
     ``normalize``, of numbers and a mask, is what shifts and scales a whole batch:
     another one where several processes share it.
     """
-    scale = config.scale_rewards
     if config.pass_at_k > 1:
         return estimators.pass_at_k_advantages(rewards, k=config.pass_at_k)
     if config.baseline == "leave-one-out":
         return estimators.leave_one_out_advantages(rewards)
     if config.baseline == "group":
-        whole = scale == "batch"
+        scale = config.scale_rewards
         rewards = estimators.group_relative_advantages(rewards, scale=scale is True)
-        if not whole:
+        if scale != "batch":
             return rewards
     return normalize(rewards, torch.ones_like(rewards, dtype=torch.bool))
 

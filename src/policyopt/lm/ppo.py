@@ -102,7 +102,8 @@ class PPOUpdate(LMUpdate):
     reward: float
     """Mean score, the KL penalty not included."""
     rewards: dict[str, float]
-    """Mean of each reward function."""
+    """Mean of each reward function over what it scored; NaN if it abstained from all.
+    """
     kl: float
     """Estimate (k1) of KL(π_θ ‖ π_ref) of a completion, nats, before the update."""
     beta: float

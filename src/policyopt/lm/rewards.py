@@ -2,18 +2,22 @@
 
 A reward function is any callable that scores completions: it is given the completions,
 their prompts and the other columns of the data, one entry per completion each, and
-returns one number per completion.
+returns one number per completion, or None where it abstains. It may be asynchronous.
 """
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import cache, partial
 from itertools import chain, count
 from numbers import Real
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -22,12 +26,16 @@ from torch import Tensor
 
 from policyopt._checks import require
 from policyopt.lm.data import Prompt, quote
+from policyopt.lm.heads import evaluating
 
-__all__ = ["RewardFunction", "RewardFunctions", "Rewards", "compute_rewards"]
+__all__ = [
+    "ClassifierReward", "OverlongPenalty", "RewardFunction", "RewardFunctions",
+    "Rewards", "compute_rewards",
+]  # fmt: skip
 
 RewardFunction = Callable[..., Any]
 """``(completions, prompts, **columns)`` ↦ one number per completion (a sequence, array
-or tensor).
+or tensor), or an awaitable of that. In a sequence None abstains.
 """
 
 RewardFunctions = (
@@ -44,9 +52,9 @@ class Rewards:
     """Rewards of ``B`` completions, float32 on the CPU."""
 
     total: Tensor
-    """``[B]``, the weighted sum of the parts."""
+    """``[B]``, the weighted sum of the parts that are there."""
     parts: dict[str, Tensor]
-    """``[B]`` for each reward function, unweighted."""
+    """``[B]`` for each reward function, unweighted; NaN where it abstained."""
 
 
 def compute_rewards(
@@ -55,6 +63,14 @@ def compute_rewards(
     weights: Sequence[float] | None = None,
 ) -> Rewards:  # fmt: skip
     """Score completions with every reward function.
+
+    What an asynchronous function returns is awaited in an event loop of the package's
+    own, which lasts as long as the process: clients keep their connections from batch
+    to batch, and the caller's loop, as in Jupyter, may be running. They are awaited
+    together, after all functions have been called.
+
+    A function that returns None for a completion adds nothing to its total, whatever
+    the weights of the others.
 
     Parameters
     ----------
@@ -75,9 +91,9 @@ def compute_rewards(
     RuntimeError
         If a function raises; its own exception is the cause.
     ValueError
-        If a function returns anything but one finite number per completion (the message
-        names the function and the item), if there are no functions, or not one finite
-        weight for each.
+        If a function returns anything but one finite number or None per completion (the
+        message names the function and the item), if all functions abstain from one, if
+        there are no functions, or not one finite weight for each.
     TypeError
         If a function cannot be called with what there is.
 
@@ -94,10 +110,20 @@ def compute_rewards(
     each = f"each of the {len(named)} reward functions {list(named)}"
     require(fits, f"weights must be one finite number for {each}", weights)
     available = {"completions": completions, "prompts": prompts, **(columns or {})}
-    parts = {name: _score(name, named[name], available) for name in named}
+    label = "reward function {!r}".format
+    calls = [_bound(label(name), f, available) for name, f in named.items()]
+    returned = zip(named, settle(calls), strict=True)
+    parts = {name: _scores(label(name), got, available) for name, got in returned}
     total = torch.zeros(len(completions), dtype=torch.float64)
     for factor, part in zip(factors, parts.values(), strict=True):
-        total += factor * part.double()
+        total += factor * part.double().nan_to_num(0.0)
+    abstained = torch.stack([part.isnan() for part in parts.values()]).all(dim=0)
+    for i in abstained.nonzero().flatten().tolist():
+        got = f"returned None for item {i} ({_item(available, i)})"
+        rule = (
+            "it must return a finite number for every completion that no other scores"
+        )
+        raise ValueError(f"{label(' and '.join(named))} {got}; {rule}")
     return Rewards(total.float(), parts)
 
 
@@ -130,27 +156,69 @@ def _by_name(functions: Any) -> dict[str, RewardFunction]:
     return named
 
 
-def _score(name: str, function: RewardFunction, available: _Columns) -> Tensor:
-    """Call one function, and check what it returns."""
-    label, B = f"reward function {name!r}", len(available["completions"])
+def _bound(
+    label: str, function: RewardFunction, available: _Columns
+) -> Callable[[], Any]:
+    """Return a function with the arguments that it takes."""
     # Copies: a function that edits its lists does not change what the next one sees.
     accepted = _accepted(label, function, available)
-    arguments = {key: list(available[key]) for key in accepted}
-    try:
-        result = function(**arguments)
-    except Exception as error:
-        what = f"{label} raised {type(error).__name__}: {error}"
+    return partial(function, **{key: list(available[key]) for key in accepted})
+
+
+def _scores(label: str, result: Any, available: _Columns) -> Tensor:
+    """Check what a function returned or raised; NaN where it abstained."""
+    B = len(available["completions"])
+    if isinstance(result, Exception):
+        what = f"{label} raised {type(result).__name__}: {result}"
         first = f"; the first: {_item(available, 0)}" if B else ""
-        raise RuntimeError(f"{what} (on a batch of {B} completions{first})") from error
+        error = f"{what} (on a batch of {B} completions{first})"
+        raise RuntimeError(error) from result
     values = _values(label, result, B)
     scores = [_number(value) for value in values]
     for i, score in enumerate(scores):
-        if not math.isfinite(score):
-            kind = "" if values[i] is None else f" ({type(values[i]).__name__})"
+        if not math.isfinite(score) and values[i] is not None:
+            kind = f" ({type(values[i]).__name__})"
             got = f"{quote(values[i])}{kind} for item {i} ({_item(available, i)})"
-            rule = "a finite number for every completion, 0 where it has no opinion"
+            rule = "a finite number for every completion, None where it has no opinion"
             raise ValueError(f"{label} returned {got}; it must return {rule}")
     return torch.tensor(scores, dtype=torch.float32)
+
+
+def settle(calls: Iterable[Callable[[], Any]]) -> list[Any]:
+    """Return what each function returns, or the exception that it raises.
+
+    What they return is awaited, all together, where it can be: in a thread, because a
+    notebook runs an event loop of its own in this one.
+    """
+    results = list[Any]()
+    for call in calls:
+        try:
+            results.append(call())
+        except Exception as error:
+            results.append(error)
+    waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
+
+    async def together() -> list[Any]:
+        tasks = (results[i] for i in waiting)
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    if waiting:
+        done = asyncio.run_coroutine_threadsafe(together(), _loop(os.getpid()))
+        for i, result in zip(waiting, done.result(), strict=True):
+            results[i] = result
+    return results
+
+
+@cache
+def _loop(process: int) -> asyncio.AbstractEventLoop:
+    """Return the event loop of a process, in a thread of its own.
+
+    It is the same from batch to batch, so that clients keep their connections. A
+    process that was forked has no threads of its parent, so it gets another.
+    """
+    loop = asyncio.new_event_loop()
+    Thread(target=loop.run_forever, name="policyopt", daemon=True).start()
+    return loop
 
 
 def _accepted(label: str, function: RewardFunction, available: _Columns) -> list[str]:
@@ -215,3 +283,120 @@ def _item(available: _Columns, i: int) -> str:
     # The end of a prompt tells more than its beginning, which a template often fixes.
     short = text if len(text) <= 80 else f"…{text[-79:]}"
     return f"prompt {short!r}, completion {quote(completion)}"
+
+
+@dataclass(frozen=True)
+class OverlongPenalty:
+    """A reward function that fines completions close to a limit of length.
+
+    It returns 0 up to ``longest`` − ``buffer`` tokens, falls linearly to −1 at
+    ``longest``, and stays there.
+
+    Parameters
+    ----------
+    longest : int
+        Length at which the penalty is full, in tokens; as a rule the ``max_new_tokens``
+        of the sampling.
+    buffer : int
+        Tokens over which it grows, from 1 to ``longest``.
+
+    References
+    ----------
+    Yu et al. (2025), DAPO, arXiv:2503.14476, eq. 13.
+
+    Examples
+    --------
+    >>> OverlongPenalty(longest=100, buffer=20)(["…"] * 3, [80, 90, 100])
+    [0.0, -0.5, -1.0]
+    """
+
+    longest: int
+    buffer: int
+    __name__ = "overlong_penalty"
+
+    def __post_init__(self) -> None:
+        rule = f"buffer must be from 1 to longest, {self.longest}"
+        require(1 <= self.buffer <= self.longest, rule, self.buffer)
+
+    def __call__(
+        self, completions: Sequence[str], completion_tokens: Sequence[int]
+    ) -> list[float]:
+        """Score completions by their lengths: the interface of a reward function."""
+        free = self.longest - self.buffer
+        return [-min(max((n - free) / self.buffer, 0), 1) for n in completion_tokens]
+
+
+class ClassifierReward:
+    """A reward model of transformers as a reward function: the logit of a sequence
+    classifier, such as the hub offers them.
+
+    A prompt of chat messages and its completion go through the chat template of the
+    reward model's own tokenizer; a prompt that is text is followed by the completion
+    with nothing in between, and the tokenizer adds its special tokens. Rows are padded
+    on the right, whatever side the tokenizer prefers. Without a ``pad_token_id`` in the
+    model's config they are scored one by one, since such a model cannot tell where a
+    padded row ends.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        From ``AutoModelForSequenceClassification``; not copied.
+    tokenizer : PreTrainedTokenizerBase
+        The reward model's.
+    label : int, optional
+        Which logit is the score, if the model has several.
+    batch_size : int
+        Completions scored at a time.
+
+    Raises
+    ------
+    ValueError
+        If the model has several logits and none is named; when called, if a row is
+        empty or longer than the model takes.
+    """
+
+    __name__ = "classifier_reward"
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *,
+        label: int | None = None, batch_size: int = 16,
+    ) -> None:  # fmt: skip
+        size = model.config.num_labels
+        fits = size == 1 if label is None else 0 <= label < size
+        require(fits, f"label must be the one of {size} logits that counts", label)
+        require(batch_size >= 1, "batch_size must be >= 1", batch_size)
+        self.network, self.tokenizer = model, tokenizer
+        self.label, self.batch_size = label or 0, batch_size
+
+    @torch.no_grad()
+    def __call__(
+        self, completions: Sequence[str], prompts: Sequence[Prompt], **columns: Any
+    ) -> list[float]:
+        """Score texts, one prompt to each: the interface of a reward function."""
+        tools = columns.get("tools") or [None] * len(prompts)
+        rows = list(map(self._ids, prompts, completions, tools))
+        model, config = self.network, self.network.config.get_text_config()
+        takes = getattr(config, "max_position_embeddings", None) or math.inf
+        most = min(takes, self.tokenizer.model_max_length)
+        for i, row in enumerate(rows):
+            rule = f"item {i} must have from 1 to {most} tokens with its prompt"
+            require(1 <= len(row) <= most, rule, len(row), "shorten the completions")
+        pad = -1 if config.pad_token_id is None else config.pad_token_id
+        size, scores = self.batch_size if pad >= 0 else 1, list[float]()
+        with evaluating(model):
+            for start in range(0, len(rows), size):
+                part = rows[start : start + size]
+                full = max(map(len, part))
+                ids = [row + (full - len(row)) * [pad] for row in part]
+                mask = [len(row) * [1] + (full - len(row)) * [0] for row in part]
+                given, there = (torch.tensor(x).to(model.device) for x in (ids, mask))
+                said = model(input_ids=given, attention_mask=there)
+                scores += said.logits[:, self.label].tolist()
+        return scores
+
+    def _ids(self, prompt: Prompt, completion: str, tools: Any) -> list[int]:
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt + completion)["input_ids"])
+        messages = [*prompt, {"role": "assistant", "content": completion}]
+        encode = self.tokenizer.apply_chat_template
+        return list(encode(messages, tools=tools, return_dict=True)["input_ids"])

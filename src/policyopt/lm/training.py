@@ -414,10 +414,11 @@ class SamplingRun(Run[ConfigT, RowT]):
         """Sample completions of this update's prompts, and score them.
 
         Reward functions get ``completions`` and ``prompts`` (texts or chat messages),
-        one entry per completion, the other columns of the data likewise, and
-        ``finished``, which tells completions that ended by themselves. With an
-        environment a completion is the policy's last message, and ``messages`` are the
-        whole conversations.
+        one entry per completion, the other columns of the data likewise,
+        ``finished``, which tells completions that ended by themselves, and
+        ``completion_tokens``, how many tokens the policy wrote. With an environment a
+        completion is the policy's last message, and ``messages`` are the whole
+        conversations.
         """
         examples, size = self.batch(), self._group
         config: Any = self.config
@@ -436,6 +437,7 @@ class SamplingRun(Run[ConfigT, RowT]):
             samples, texts = played.samples, played.answers
             columns["messages"] = played.messages
         columns["finished"] = samples.finished.tolist()
+        columns["completion_tokens"] = samples.sequences.policy_mask.sum(1).tolist()
         rewards = Rewards(torch.zeros(len(rows)), {})
         if self._judged:
             rewards = compute_rewards(
@@ -549,11 +551,16 @@ class SamplingRun(Run[ConfigT, RowT]):
         return {
             "tokens": int(tokens),
             "reward": self.mean(batch.rewards),
-            "rewards": {name: self.mean(part) for name, part in batch.parts.items()},
+            "rewards": {name: self._scored(part) for name, part in batch.parts.items()},
             "length": self.mean(batch.mask.sum(1)),
             "finished": self.mean(batch.finished),
             "entropy": -float(self.sum(batch.sampler_log_probs.sum())) / max(tokens, 1),
         }
+
+    def _scored(self, part: Tensor) -> float:
+        """Return the mean of what a reward function did not abstain from, or NaN."""
+        count = float(self.sum((~part.isnan()).sum()))
+        return float(self.sum(part.nan_to_num().sum())) / (count or math.nan)
 
     def explained_variance(self, value: Tensor, target: Tensor, mask: Tensor) -> float:
         """Return 1 − Var(target − V) / Var(target) over the tokens of all processes."""
