@@ -3,12 +3,14 @@ import math
 import random
 import statistics
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policyopt_book.tasks import addition, assistant, news
+from policyopt.lm.data import sft_examples
+from policyopt_book.tasks import addition, assistant, news, shop
 from policyopt_book.tasks.addition import Problem
 from policyopt_book.tasks.grids import grid_world
 from policyopt_book.tasks.news import Facts, Item, Quality
@@ -342,3 +344,57 @@ def test_one_short_sentence() -> None:
     ten = "one two three four five six seven eight nine ten."
     texts = [ten, ten, ten.rstrip("."), f"now {ten}", "Purr."]
     assert assistant.short_sentence(texts, [True, False, True, True, True]) == [1, 0, 0, 0, 1]
+
+
+# --- the shop ---------------------------------------------------------------------------------------------------
+
+
+def test_a_shop_answers_questions_and_judges_answers() -> None:
+    days = shop.make_records(300, seed=3)
+    for good, price in shop.FIXED.items():
+        assert {day["prices"][good] for day in days} == {price}
+    for good in set(shop.GOODS) - set(shop.FIXED):
+        assert {day["prices"][good] for day in days} == set(shop.PRICES)
+    assert {day["good"] for day in days} == set(shop.GOODS)
+    assert days == shop.make_records(300, seed=3) != shop.make_records(300, seed=4)
+    day, world = days[0], shop.Shop(cost=0.5)
+    start = world.reset(day)
+    assert start == day["prompt"]
+    assert start is not day["prompt"], "the data stay as they are"
+    for said, told in ((f"ask {day['good']}", day["price"]), ("ask", "unknown"), ("ask gold", "unknown")):
+        reply, done, reward = world.step([*start, {"role": "assistant", "content": said}])
+        assert (reply, done, reward) == ([{"role": "tool", "content": told}], False, -0.5)
+    wrong = next(price for price in shop.PRICES if price != day["price"])
+    for said, earned in ((day["price"], 1.0), (wrong, 0.0), ("", 0.0), ("price", 0.0)):
+        assert world.step([*start, {"role": "assistant", "content": said}]) == ([], True, earned)
+
+
+def test_demonstrations_are_by_somebody_who_does_not_know_when_to_ask() -> None:
+    chats = [row["messages"] for row in shop.demonstrations(4_000, seed=0)]
+    model = shop.new_model()
+    asked, well, right = [], [], []
+    for chat in chats:
+        good = chat[0]["content"].removeprefix("price of ")
+        asked.append(len(chat) == 4)
+        if len(chat) == 4:
+            well.append(chat[1]["content"] == f"ask {good}")
+            assert chat[3]["content"] == chat[2]["content"], "the answer is what the tool said"
+        elif good in shop.FIXED:
+            right.append(chat[1]["content"] == shop.FIXED[good])
+    assert np.mean(asked) == pytest.approx(0.5, abs=0.03)
+    assert np.mean(well) == pytest.approx(0.73, abs=0.03), "another good may be the same by chance"
+    assert all(right)
+    examples = sft_examples(
+        [{"messages": chat} for chat in chats[:50]], model.tokenizer, train_on="assistant"
+    )
+    unknown = model.tokenizer.unk_token_id or 0
+    assert all(unknown not in example.prompt_ids + example.completion_ids for example in examples)
+
+
+def test_the_model_of_the_shop_depends_on_its_seed_alone() -> None:
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    one, same, other = (shop.new_model(seed).model.state_dict() for seed in (0, 0, 1))
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
