@@ -335,6 +335,21 @@ def test_what_a_trainer_sees_of_an_episode() -> None:
     assert batch.token_rewards[range(16), last].tolist() == pytest.approx(shares.tolist())
 
 
+def test_where_the_environment_pays_reward_functions_may_abstain() -> None:
+    def silent(completions: list[str], **columns: Any) -> list[None]:
+        return [None] * len(completions)
+
+    config = GRPOConfig(**COMMON | {"updates": 1}, sampling=SHORT, group_size=4)
+    results = [
+        train_grpo(
+            chat_model(), DATA, functions, config, environment=lambda: Scripted(GO_ON, STOP), progress=False
+        )
+        for functions in (silent, ())
+    ]
+    assert furthest(weights(results[0]), weights(results[1])) == 0
+    assert math.isnan(results[0].history[0].rewards["silent"])
+
+
 def test_filters_of_the_sampling_leave_the_gradient_finite() -> None:
     """What the environment writes need not be among the tokens that top-k leaves to the policy."""
     sampling = SamplingConfig(max_new_tokens=4, top_k=2)

@@ -60,7 +60,7 @@ class Rewards:
 def compute_rewards(
     functions: RewardFunctions, completions: Sequence[str], prompts: Sequence[Prompt],
     columns: Mapping[str, Sequence[Any]] | None = None, *,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] | None = None, given: Tensor | None = None,
 ) -> Rewards:  # fmt: skip
     """Score completions with every reward function.
 
@@ -85,6 +85,9 @@ def compute_rewards(
         ``B`` entries each.
     weights : sequence of float, optional
         One per function; by default 1 each.
+    given : Tensor, optional
+        ``[B]`` rewards that there are already, such as an environment's: they are added
+        to the total, and all functions may abstain.
 
     Raises
     ------
@@ -115,10 +118,12 @@ def compute_rewards(
     returned = zip(named, settle(calls), strict=True)
     parts = {name: _scores(label(name), got, available) for name, got in returned}
     total = torch.zeros(len(completions), dtype=torch.float64)
+    if given is not None:
+        total += given
     for factor, part in zip(factors, parts.values(), strict=True):
         total += factor * part.double().nan_to_num(0.0)
     abstained = torch.stack([part.isnan() for part in parts.values()]).all(dim=0)
-    for i in abstained.nonzero().flatten().tolist():
+    for i in abstained.nonzero().flatten().tolist() if given is None else ():
         got = f"returned None for item {i} ({_item(available, i)})"
         rule = (
             "it must return a finite number for every completion that no other scores"

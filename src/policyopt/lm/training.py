@@ -438,21 +438,22 @@ class SamplingRun(Run[ConfigT, RowT]):
             columns["messages"] = played.messages
         columns["finished"] = samples.finished.tolist()
         columns["completion_tokens"] = samples.sequences.policy_mask.sum(1).tolist()
-        rewards = Rewards(torch.zeros(len(rows)), {})
-        if self._judged:
+        given = None if played is None else played.rewards.sum(1).cpu()
+        if given is not None and not self._judged:
+            rewards = Rewards(given, {})
+        else:
             rewards = compute_rewards(
                 self._reward_functions, texts, [row.prompt for row in rows], columns,
-                weights=config.reward_weights,
+                weights=config.reward_weights, given=given,
             )  # fmt: skip
         sequences, token_rewards = samples.sequences, torch.empty(0)
-        if played is not None:
-            token_rewards, given = played.rewards.cpu(), played.rewards.sum(1).cpu()
+        if played is not None and given is not None:
             # The functions judge the whole: their reward comes with the last action.
-            steps = torch.arange(token_rewards.shape[1])
+            steps = torch.arange(sequences.policy_mask.shape[1])
             last = (sequences.policy_mask.cpu() * steps).argmax(1)
-            token_rewards[range(len(rows)), last] += rewards.total
-            parts = {"environment": given, **rewards.parts}
-            rewards = Rewards(rewards.total + given, parts)
+            token_rewards = played.rewards.cpu()
+            token_rewards[range(len(rows)), last] += rewards.total - given
+            rewards.parts["environment"] = given
         sequences = sequences.to(self.device)
         return Completions(
             sequences, sequences.policy_mask,
