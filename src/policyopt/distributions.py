@@ -1,4 +1,5 @@
-"""Action distributions as small tensor records: categorical and diagonal Gaussian.
+"""Action distributions as small tensor records: categorical, several categorical ones
+at once, and diagonal Gaussian.
 
 They differ from ``torch.distributions`` in three ways that matter here: sampling takes
 an explicit ``torch.Generator`` (so a run is reproducible without touching the global
@@ -15,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Categorical", "DiagonalGaussian", "Distribution"]
+__all__ = ["Categorical", "DiagonalGaussian", "Distribution", "MultiCategorical"]
 
 
 class Distribution(Protocol):
@@ -76,11 +77,19 @@ class Categorical:
     log_probs: Tensor
 
     @classmethod
-    def from_logits(cls, logits: Tensor) -> Categorical:
+    def from_logits(cls, logits: Tensor, mask: Tensor | None = None) -> Categorical:
         """Normalise raw scores ``[..., K]``: log π(k) = logit_k − log Σ_j exp
         logit_j.
+
+        ``mask``, bool and broadcast to ``[..., K]``, is True for the actions that are
+        allowed: j and k run over these alone. The others have probability 0, and their
+        logits get no gradient. Each item must have one that is allowed.
         """
-        return cls(torch.log_softmax(logits, dim=-1))
+        if mask is None:
+            return cls(torch.log_softmax(logits, dim=-1))
+        allowed = torch.log_softmax(logits.masked_fill(~mask, -torch.inf), dim=-1)
+        # Not −∞: 0 · −∞ would make NaN of entropy and KL divergence.
+        return cls(allowed.masked_fill(~mask, torch.finfo(logits.dtype).min))
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw actions ``[...]`` (int64).
@@ -117,6 +126,63 @@ class Categorical:
         changed in place.
         """
         return Categorical(self.log_probs.detach().clone())
+
+
+@dataclass(frozen=True, slots=True)
+class MultiCategorical:
+    """``D`` independent choices, each from a categorical distribution of its own.
+
+    Parameters
+    ----------
+    factors : Categorical
+        All of them, log-probabilities ``[..., D, K]``. A choice from fewer than ``K``
+        values has the rest masked: see :meth:`Categorical.from_logits`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> exists = torch.tensor([[True, True, False], [True, True, True]])
+    >>> d = MultiCategorical(Categorical.from_logits(torch.zeros(2, 3), exists))
+    >>> round(d.entropy().item(), 4)  # log 2 + log 3
+    1.7918
+    """
+
+    factors: Categorical
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Draw actions ``[..., D]`` (int64)."""
+        return self.factors.sample(generator)
+
+    def mode(self) -> Tensor:
+        """Return the most probable action, ``[..., D]`` (int64)."""
+        return self.factors.mode()
+
+    def log_prob(self, actions: Tensor) -> Tensor:
+        """Return log π(a|s) = Σ_d log π_d(a_d|s) for ``actions`` ``[..., D]`` (int64),
+        shape ``[...]``.
+        """
+        return self.factors.log_prob(actions).sum(dim=-1)
+
+    def entropy(self) -> Tensor:
+        """Return the entropy, the sum of those of the choices, in nats, shape
+        ``[...]``.
+        """
+        return self.factors.entropy().sum(dim=-1)
+
+    def kl(self, other: Distribution) -> Tensor:
+        """Return KL(self ‖ other), the sum of those of the choices, in nats, shape
+        ``[...]``.
+        """
+        if not isinstance(other, MultiCategorical):
+            kind = type(other).__name__
+            raise ValueError(f"other must be a MultiCategorical, got {kind}")
+        return self.factors.kl(other.factors).sum(dim=-1)
+
+    def detach(self) -> MultiCategorical:
+        """Return a frozen copy: no gradient, and no change when the parameters are
+        changed in place.
+        """
+        return MultiCategorical(self.factors.detach())
 
 
 @dataclass(frozen=True, slots=True)
