@@ -13,7 +13,14 @@ from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policyopt.control import CategoricalPolicy, Critic, GaussianPolicy, ObservationEncoder, make_policy
+from policyopt.control import (
+    CategoricalPolicy,
+    Critic,
+    GaussianPolicy,
+    MultiCategoricalPolicy,
+    ObservationEncoder,
+    make_policy,
+)
 
 BOX = spaces.Box(-1, 1, (3,), np.float32)
 
@@ -108,6 +115,28 @@ def test_action_shapes_and_starts() -> None:
     assert set(shifted.to_env(actions).tolist()) == {7, 8, 9}
 
 
+def test_each_choice_has_its_own_logits_start_and_place() -> None:
+    """The logits are read one after another; the space is filled row by row."""
+    space = spaces.MultiDiscrete([[2, 3], [1, 2]], start=[[10, 20], [30, -40]], dtype=np.int16)
+    policy = make_policy(BOX, space, orthogonal=False, generator=generator())
+    x = torch.randn(50, 3, generator=generator(1))
+    logits = policy.network(policy.encoder(x))
+    assert logits.shape == (50, 8)
+    parts = [part.log_softmax(-1) for part in logits.split([2, 3, 1, 2], dim=-1)]
+    actions = policy(x).sample(generator())
+    expected = sum(part.gather(-1, actions[:, i : i + 1]) for i, part in enumerate(parts))
+    torch.testing.assert_close(policy(x).log_prob(actions), expected.squeeze(-1))
+    best = torch.stack([part.argmax(-1) for part in parts], -1)
+    assert torch.equal(policy.act(x, deterministic=True), best)
+    wanted = best.numpy().reshape(50, 2, 2) + np.array([[10, 20], [30, -40]])
+    np.testing.assert_array_equal(policy.to_env(best), wanted)
+    assert policy.to_env(best).dtype == np.int16
+    assert len({tuple(row) for row in best.tolist()}) > 3
+    bits = make_policy(BOX, spaces.MultiBinary([2, 2]), generator=generator())
+    assert bits.network(bits.encoder(x)).shape == (50, 8)
+    assert bits.predict(x.numpy()).shape == (50, 2, 2)
+
+
 def test_acting() -> None:
     discrete = make_policy(BOX, spaces.Discrete(3), generator=generator())
     continuous = make_policy(BOX, spaces.Box(-1, 1, (2,)), log_std=-1.0, generator=generator())
@@ -136,6 +165,10 @@ ACTIONS = [
     spaces.Box(-2, 2, (2,), np.float32),
     spaces.Box(-1, 1, (2, 1, 2), np.float64),
     spaces.Box(-1, 1, (), np.float32),
+    spaces.MultiDiscrete([2, 4, 1]),
+    spaces.MultiDiscrete([[2, 3], [1, 4]], start=[[-1, 5], [0, 7]], dtype=np.int32),
+    spaces.MultiBinary(3),
+    spaces.MultiBinary([2, 2]),
 ]
 
 
@@ -211,12 +244,14 @@ def test_ones_own_loop(name: str) -> None:
 # --- Networks ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("action_space", [spaces.Discrete(4), spaces.Box(-1, 1, (4,))])
+@pytest.mark.parametrize("action_space", [spaces.Discrete(4), spaces.MultiBinary(3), spaces.Box(-1, 1, (4,))])
 def test_orthogonal_start_is_nearly_uniform_or_centred(action_space: spaces.Space) -> None:
     policy = make_policy(BOX, action_space, generator=generator())
     x = 5 * torch.randn(100, 3, generator=generator())
     if isinstance(policy, CategoricalPolicy):
         assert (policy(x).log_probs + math.log(4)).abs().max() < 0.05
+    elif isinstance(policy, MultiCategoricalPolicy):
+        assert (policy(x).entropy() - 3 * math.log(2)).abs().max() < 0.01
     else:
         assert policy(x).mean.abs().max() < 0.05
     hidden = policy.network[2].weight
@@ -267,13 +302,13 @@ def test_architecture_follows_the_arguments() -> None:
         ),
         (
             BOX,
-            spaces.MultiDiscrete([2, 2]),
-            "action space must be Discrete or a floating-point Box, got MultiDis",
+            spaces.Tuple((spaces.Discrete(2), spaces.Discrete(2))),
+            "action space must be Discrete, MultiDiscrete, MultiBinary or a floating-point Box, got Tuple",
         ),
         (
             BOX,
             spaces.Box(0, 5, (2,), np.int32),
-            "action space must be Discrete or a floating-point Box, got Box",
+            "action space must be Discrete, MultiDiscrete, MultiBinary or a floating-point Box, got Box",
         ),
     ],
 )

@@ -106,15 +106,28 @@ def discretes(draw: st.DrawFn) -> spaces.Discrete[Any]:
         return spaces.Discrete(n, start=start)
 
 
+@st.composite
+def several_choices(draw: st.DrawFn) -> gym.Space[Any]:
+    shape = draw(st.sampled_from([(1,), (3,), (2, 1, 2)]))
+    if draw(st.booleans()):
+        return spaces.MultiBinary(shape[0] if len(shape) == 1 and draw(st.booleans()) else shape)
+    dtype = np.dtype(draw(st.sampled_from(["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"])))
+    rng = np.random.default_rng(draw(st.integers(0, 1000)))
+    start = rng.integers(max(np.iinfo(dtype).min, -(2**62)), np.iinfo(dtype).max - 9, shape, dtype)
+    return spaces.MultiDiscrete(rng.integers(1, 9, shape, dtype), dtype=dtype.type, start=start)
+
+
 OBSERVATIONS = st.one_of(float_boxes(), integer_boxes(), discretes())
-ACTIONS = st.one_of(float_boxes(), discretes())
+ACTIONS = st.one_of(float_boxes(), discretes(), several_choices())
 
 
 def assert_same_space(one: gym.Space[Any], other: gym.Space[Any]) -> None:
     assert type(one) is type(other)
     assert one.dtype == other.dtype
     assert one.shape == other.shape
-    for name in ("low", "high") if isinstance(one, spaces.Box) else ("n", "start"):
+    assert one == other
+    names = {spaces.Box: ("low", "high"), spaces.MultiDiscrete: ("nvec", "start"), spaces.MultiBinary: ("n",)}
+    for name in names.get(type(one), ("n", "start")):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
 
@@ -141,6 +154,16 @@ DRAWN = given(observations=OBSERVATIONS, actions=ACTIONS, normalize=st.booleans(
     normalize=False,
     same_step=False,
 )
+@example(
+    observations=spaces.Discrete(3),
+    actions=spaces.MultiDiscrete([[2, 3], [1, 4]], start=[[-1, 5], [0, 7]], dtype=np.int32),
+    normalize=False,
+    same_step=True,
+)
+@example(
+    observations=spaces.Box(-1, 1, (2,)), actions=spaces.MultiBinary((2, 2)), normalize=True, same_step=False
+)
+@example(observations=spaces.Box(-1, 1, (2,)), actions=spaces.MultiBinary(3), normalize=True, same_step=False)
 def test_any_box_or_discrete_is_acted_in_saved_loaded_and_resumed(**drawn: Any) -> None:
     check_spaces(**drawn)
 
@@ -190,7 +213,7 @@ def check_spaces(
         assert_same_run(resumed, train_ppo(env(), longer, checkpoint_dir=folder / "c", progress=False))
 
 
-# --- A policy of one's own, for the spaces that the built-in ones refuse ---
+# --- Several choices at once, and a policy of one's own for the spaces that the built-in ones refuse ---
 
 
 @dataclass(frozen=True)
@@ -292,10 +315,11 @@ TRAINERS = [
 
 
 @pytest.mark.parametrize("name", STRANGE)
-def test_a_policy_of_ones_own_acts_in_spaces_that_the_built_in_ones_refuse(name: str, tmp_path: Path) -> None:
+def test_a_policy_of_ones_own_acts_in_any_space(name: str, tmp_path: Path) -> None:
     actions, form, read = STRANGE[name]
-    with pytest.raises(ValueError, match=r"action space must be Discrete or a floating-point Box, got "):
-        make_policy(Hint.observation_space, actions, generator=torch.Generator())
+    if not name.startswith("Multi"):
+        with pytest.raises(ValueError, match=r"action space must be Discrete, MultiDiscrete, .*Box, got "):
+            make_policy(Hint.observation_space, actions, generator=torch.Generator())
     # One trainer for each space, all three for the first.
     chosen = TRAINERS if name == "MultiDiscrete" else TRAINERS[:1]
     for train, config in chosen:
@@ -308,6 +332,21 @@ def test_a_policy_of_ones_own_acts_in_spaces_that_the_built_in_ones_refuse(name:
             assert actions.contains(action), action
         with pytest.raises(ValueError, match=r"save its state_dict\(\) with safetensors"):
             result.save(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", [name for name in STRANGE if name.startswith("Multi")])
+def test_several_choices_are_learned(name: str, tmp_path: Path) -> None:
+    actions, _, read = STRANGE[name]
+    # All three trainers for the first space.
+    for train, config in TRAINERS if name == "MultiDiscrete" else TRAINERS[:1]:
+        result = train(lambda: Hint(actions, read), config, progress=False)
+        loaded = TrainResult.load(result.save(tmp_path / train.__name__))
+        for policy in (result.policy, loaded.policy):
+            found = evaluate(policy, lambda: Hint(actions, read), episodes=5)
+            assert found.mean > 15, (
+                train,
+                found.mean,
+            )  # of 20; chance is 8.3, the best fixed action the same
 
 
 @pytest.mark.parametrize(
@@ -409,6 +448,8 @@ def test_the_middle_the_bounds_and_the_nearest_to_0() -> None:
         (spaces.Discrete(3), spaces.Discrete(3, start=1)),
         (spaces.Discrete(3), spaces.Discrete(4)),
         (spaces.Box(-1, 1, (2,)), spaces.Box(-2, 2, (2,))),
+        (spaces.MultiDiscrete([2, 3]), spaces.MultiDiscrete([2, 3], start=[0, 1])),
+        (spaces.MultiDiscrete([2, 2]), spaces.MultiBinary(2)),
     ],
 )
 def test_a_policy_for_other_actions_is_refused(ours: gym.Space[Any], theirs: gym.Space[Any]) -> None:

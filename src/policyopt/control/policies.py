@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from policyopt._checks import require
-from policyopt.distributions import Categorical, DiagonalGaussian, Distribution
+from policyopt.distributions import (
+    Categorical,
+    DiagonalGaussian,
+    Distribution,
+    MultiCategorical,
+)
 
 __all__ = [
-    "CategoricalPolicy", "Critic", "GaussianPolicy", "ObservationEncoder", "Policy",
-    "make_policy",
+    "CategoricalPolicy", "Critic", "GaussianPolicy", "MaskedObservations",
+    "MultiCategoricalPolicy", "ObservationEncoder", "Policy", "make_policy",
 ]  # fmt: skip
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
@@ -55,6 +61,87 @@ def first_action(actions: Any) -> Any:
         return tuple(map(first_action, actions))
     # One action of a Discrete is a number, one of a Box an array, if need be of ().
     return actions[0] if actions.dtype.kind in "iu" else actions[0, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedObservations:
+    """Raw observations, and which actions are allowed in each. It is what a policy that
+    takes masks is called on where the environment gives them, and is cut by rows as a
+    tensor is.
+    """
+
+    values: Tensor
+    """The observations, ``[..., *observation shape]``."""
+    mask: Tensor
+    """True where an action is allowed, bool ``[..., K]``; for several choices at once
+    all their values one after another, two for each bit of a ``MultiBinary``."""
+
+    def __getitem__(self, rows: Any) -> MaskedObservations:
+        return MaskedObservations(self.values[rows], self.mask[rows])
+
+    def flatten(self, first: int, last: int) -> MaskedObservations:
+        """Make one of the leading dimensions ``first`` to ``last``."""
+        values, mask = self.values, self.mask
+        return MaskedObservations(
+            values.flatten(first, last), mask.flatten(first, last)
+        )
+
+
+Observations: TypeAlias = Tensor | MaskedObservations
+
+
+def split_mask(observations: Observations) -> tuple[Tensor, Tensor | None]:
+    """Return the observations as such, and the mask if there is one."""
+    if isinstance(observations, MaskedObservations):
+        return observations.values, observations.mask
+    return observations, None
+
+
+def choices(space: gym.Space[Any]) -> NDArray[np.int64]:
+    """Return from how many values each component of an action is chosen, ``[D]``."""
+    if isinstance(space, Discrete):
+        return np.array([space.n], np.int64)
+    if isinstance(space, MultiDiscrete):
+        return space.nvec.reshape(-1).astype(np.int64)
+    if isinstance(space, MultiBinary):
+        return np.full(math.prod(space.shape), 2)
+    raise ValueError(
+        "action masks need actions that are Discrete, MultiDiscrete or MultiBinary, "
+        f"got {space}"
+    )
+
+
+def read_mask(
+    mask: Any,
+    space: gym.Space[Any],
+    *,
+    name: str = "action_mask",
+    where: str = "in row",
+    ignored: NDArray[np.bool_] | None = None,
+) -> NDArray[np.bool_]:
+    """Return a copy of a mask as bool ``[N, K]``, all True in the rows to be ignored.
+
+    Raises
+    ------
+    ValueError
+        If it is not of zeros and ones ``[N, K]``, or allows nothing in a row.
+    """
+    array, sizes = np.array(mask), choices(space)
+    rule = f"{name} must have the shape [N, {sizes.sum()}], a 0 or 1 for each value"
+    remedy = "give it as one array, the masks of several choices one after another"
+    require(array.shape[1:] == (sizes.sum(),), rule, array.shape, remedy)
+    allowed = array.astype(bool)
+    require((allowed == array).all(), f"{name} must hold zeros and ones", array)
+    if ignored is not None:
+        allowed[ignored] = True
+    possible = np.logical_or.reduceat(allowed, np.cumsum(sizes) - sizes, axis=1)
+    for row, choice in np.argwhere(~possible)[:1].tolist():
+        which = f" in choice {choice}" if len(sizes) > 1 else ""
+        raise ValueError(
+            f"{name} forbids every action{which} {where} {row}; allow at least one, or "
+            "end the episode where there is none"
+        )
+    return allowed
 
 
 class ObservationEncoder(nn.Module):
@@ -183,9 +270,16 @@ class Policy(nn.Module):
     Subclasses define :meth:`forward` and :meth:`to_env`. Your own policy needs no more
     than that, plus an ``encoder`` that handles raw observations; for :meth:`predict`
     the encoder has the ``shape`` of one.
+
+    Where ``takes_masks`` is True and the environment says which actions are allowed,
+    the observations that it is called on are :class:`MaskedObservations`. Otherwise
+    what the environment says is ignored. Masks in :meth:`predict` need an
+    ``action_space``.
     """
 
     encoder: ObservationEncoder
+    action_space: gym.Space[Any]
+    takes_masks: ClassVar[bool] = False
 
     def forward(self, observations: Tensor) -> Distribution:
         """Return π_θ(·|s) for raw observations ``[..., *observation shape]``."""
@@ -201,7 +295,7 @@ class Policy(nn.Module):
     @torch.inference_mode()
     def act(
         self,
-        observations: Tensor,
+        observations: Observations,
         generator: torch.Generator | None = None,
         *,
         deterministic: bool = False,
@@ -216,6 +310,7 @@ class Policy(nn.Module):
         self,
         observation: Any,
         *,
+        action_mask: Any = None,
         deterministic: bool = True,
         generator: torch.Generator | None = None,
     ) -> Any:
@@ -225,6 +320,9 @@ class Policy(nn.Module):
         ----------
         observation : array_like
             As the environment returns it, ``[*observation shape]``, or ``N`` of them.
+        action_mask : array_like, optional
+            1 for each allowed action and 0 for the others, ``[K]``, or ``N`` of them:
+            see :class:`MaskedObservations`. By default all are allowed.
         deterministic : bool
             Take the most probable action (the mean, for a Gaussian); False samples.
         generator : torch.Generator, optional
@@ -255,7 +353,16 @@ class Policy(nn.Module):
         require(fits, rule, array.shape)
         one = array.ndim == len(shape)
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
-        batch = to_tensor(array[None] if one else array, device)
+        values = to_tensor(array[None] if one else array, device)
+        batch: Observations = values
+        if action_mask is not None:
+            kind = type(self).__name__
+            require(self.takes_masks, "action_mask needs a policy that takes it", kind)
+            mask = np.array(action_mask)
+            allowed = read_mask(mask[None] if one else mask, self.action_space)
+            rule = "action_mask must have a row for each observation"
+            require(len(allowed) == len(values), rule, mask.shape)
+            batch = MaskedObservations(values, to_tensor(allowed, device))
         actions = self.to_env(self.act(batch, generator, deterministic=deterministic))
         return first_action(actions) if one else actions
 
@@ -265,20 +372,63 @@ class CategoricalPolicy(Policy):
     n]``.
     """
 
+    action_space: Discrete
+    takes_masks = True
+
     def __init__(
         self, encoder: ObservationEncoder, space: Discrete, network: nn.Sequential
     ) -> None:
         super().__init__()
         self.encoder, self.network, self.action_space = encoder, network, space
 
-    def forward(self, observations: Tensor) -> Categorical:
+    def forward(self, observations: Observations) -> Categorical:
         """Return π_θ(·|s) over the ``n`` actions."""
-        return Categorical.from_logits(self.network(self.encoder(observations)))
+        values, mask = split_mask(observations)
+        return Categorical.from_logits(self.network(self.encoder(values)), mask)
 
     def to_env(self, actions: Tensor) -> NDArray[Any]:
         """Return the actions as integers of the space (which may not start at 0)."""
         array = actions.cpu().numpy().astype(self.action_space.dtype, copy=False)
         return array + int(self.action_space.start)
+
+
+class MultiCategoricalPolicy(Policy):
+    """Several softmax policies at once, for ``MultiDiscrete`` and ``MultiBinary``
+    actions: an MLP gives the logits of all ``D`` choices, one after another, two for
+    each bit.
+    """
+
+    action_space: MultiDiscrete | MultiBinary
+    takes_masks = True
+
+    def __init__(
+        self,
+        encoder: ObservationEncoder,
+        space: MultiDiscrete | MultiBinary,
+        network: nn.Sequential,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.network, self.action_space = encoder, network, space
+        sizes = choices(space)[:, None]
+        value = np.arange(sizes.max())
+        place = np.where(value < sizes, np.cumsum(sizes)[:, None] - sizes + value, 0)
+        # [D, K]: where the logit of a value is, and whether the choice has the value.
+        self.place = nn.Buffer(torch.from_numpy(place), persistent=False)
+        self.exists = nn.Buffer(torch.from_numpy(value < sizes), persistent=False)
+
+    def forward(self, observations: Observations) -> MultiCategorical:
+        """Return π_θ(·|s) over the ``D`` choices."""
+        values, mask = split_mask(observations)
+        logits = self.network(self.encoder(values))[..., self.place]
+        allowed = self.exists if mask is None else self.exists & mask[..., self.place]
+        return MultiCategorical(Categorical.from_logits(logits, allowed))
+
+    def to_env(self, actions: Tensor) -> NDArray[Any]:
+        """Return the actions as integers of the space, ``[N, *space.shape]``."""
+        array = actions.cpu().numpy().astype(self.action_space.dtype)
+        array = array.reshape(len(array), *self.action_space.shape)
+        start: NDArray[Any] | int = getattr(self.action_space, "start", 0)
+        return array + start
 
 
 class GaussianPolicy(Policy):
@@ -290,6 +440,8 @@ class GaussianPolicy(Policy):
     with one bound 0 stands for the number nearest to 0 that the bound allows. The
     log-probability is that of the unclipped action.
     """
+
+    action_space: Box
 
     def __init__(
         self,
@@ -342,11 +494,12 @@ class Critic(nn.Module):
         sizes = [encoder.features, *hidden, 1]
         self.network = _mlp(sizes, activation, 1.0, generator, orthogonal)
 
-    def forward(self, observations: Tensor) -> Tensor:
+    def forward(self, observations: Observations) -> Tensor:
         """Return V(s) for raw observations ``[..., *observation shape]``, shape
-        ``[...]``.
+        ``[...]``. It does not depend on a mask.
         """
-        values: Tensor = self.network(self.encoder(observations)).squeeze(-1)
+        features = self.encoder(split_mask(observations)[0])
+        values: Tensor = self.network(features).squeeze(-1)
         return values
 
 
@@ -360,13 +513,14 @@ def make_policy(
     orthogonal: bool = True,
     log_std: float = 0.0,
     generator: torch.Generator,
-) -> CategoricalPolicy | GaussianPolicy:
+) -> CategoricalPolicy | MultiCategoricalPolicy | GaussianPolicy:
     """Build the policy that fits a pair of spaces.
 
     Parameters
     ----------
     observation_space, action_space : gymnasium.Space
-        Of a single environment; each ``Discrete`` or ``Box``.
+        Of a single environment: observations ``Discrete`` or ``Box``, actions also
+        ``MultiDiscrete`` or ``MultiBinary``.
     hidden : sequence of int
         Width of each hidden layer.
     activation : {"tanh", "relu"}
@@ -384,7 +538,7 @@ def make_policy(
     Raises
     ------
     ValueError
-        For a space that is neither ``Discrete`` nor ``Box``.
+        For other spaces.
     """
     encoder = ObservationEncoder(observation_space, normalize=normalize_observations)
 
@@ -394,11 +548,14 @@ def make_policy(
 
     if isinstance(action_space, Discrete):
         return CategoricalPolicy(encoder, action_space, network(int(action_space.n)))
+    if isinstance(action_space, (MultiDiscrete, MultiBinary)):
+        outputs = int(choices(action_space).sum())
+        return MultiCategoricalPolicy(encoder, action_space, network(outputs))
     floating = np.issubdtype(action_space.dtype, np.floating)
     if isinstance(action_space, Box) and floating:
         outputs = math.prod(action_space.shape)
         return GaussianPolicy(encoder, action_space, network(outputs), log_std)
     raise ValueError(
-        f"action space must be Discrete or a floating-point Box, got {action_space}; "
-        "wrap the environment or give a policy of your own"
+        "action space must be Discrete, MultiDiscrete, MultiBinary or a floating-point "
+        f"Box, got {action_space}; wrap the environment or give a policy of your own"
     )

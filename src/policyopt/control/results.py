@@ -212,12 +212,20 @@ def _algorithm_types(algorithm: str) -> tuple[type[ControlConfig], type[Update]]
 
 def _space_tensors(space: gym.Space[Any]) -> dict[str, Tensor]:
     # All have the space's own type, which is read from them.
-    discrete = isinstance(space, gym.spaces.Discrete)
-    names = ("n", "start") if discrete else ("low", "high")
+    if isinstance(space, gym.spaces.MultiBinary):
+        return {"bits": torch.tensor(space.n)}
+    names = ("low", "high") if isinstance(space, gym.spaces.Box) else ("n", "start")
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        names = ("nvec", "start")
     return {n: torch.from_numpy(np.array(getattr(space, n))) for n in names}
 
 
 def _space_of(tensors: Mapping[str, Tensor]) -> gym.Space[Any]:
+    if "bits" in tensors:
+        return gym.spaces.MultiBinary(tensors["bits"].tolist())
+    if "nvec" in tensors:
+        nvec, start = tensors["nvec"].numpy(), tensors["start"].numpy()
+        return gym.spaces.MultiDiscrete(nvec, dtype=nvec.dtype.type, start=start)
     if "n" in tensors:
         n, start = tensors["n"].numpy(), tensors["start"].numpy()
         # Older versions of Gymnasium know no other type, and no argument for it.

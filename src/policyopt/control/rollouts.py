@@ -18,23 +18,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from gymnasium.spaces import Discrete
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 from torch import Tensor
 
 from policyopt._checks import require
 from policyopt.control import environments, policies
 from policyopt.control.environments import EnvLike, environment_seed
-from policyopt.control.policies import LARGEST, ObservationEncoder, Policy
+from policyopt.control.policies import LARGEST, MaskedObservations, Observations, Policy
 
 __all__ = ["Collector", "Episodes", "Rollout", "sample_episodes"]
 
-ValueFunction = Callable[[Tensor], Tensor]
+RowsT = TypeVar("RowsT", Tensor, MaskedObservations, Observations)
+ValueFunction = Callable[[Any], Tensor]
 """From raw observations ``[..., *observation shape]`` to V(s), ``[...]``."""
 
 
@@ -75,8 +76,10 @@ class Rollout:
     mask them out of every loss.
     """
 
-    observations: Tensor
-    """Raw observations s_t, ``[T, N, *observation shape]``."""
+    observations: Observations
+    """Raw observations s_t, ``[T, N, *observation shape]``, with the allowed actions
+    where the environment masks them.
+    """
     actions: Tensor
     """Actions a_t of the policy's distribution, ``[T, N, ...]``."""
     rewards: Tensor
@@ -103,7 +106,7 @@ class Rollout:
         """Number of environment steps, i.e. of valid rows."""
         return int(self.valid.sum())
 
-    def flat(self, x: Tensor) -> Tensor:
+    def flat(self, x: RowsT) -> RowsT:
         """Pick the valid rows of ``x`` ``[T, N, ...]``: ``[B, ...]`` with ``B`` =
         :attr:`steps`.
         """
@@ -116,7 +119,8 @@ class Rollout:
         """
         if critic is None:
             return torch.zeros_like(self.rewards), torch.zeros_like(self.rewards)
-        values = critic(torch.cat([self.observations, self.last_observations[None]]))
+        seen, _ = policies.split_mask(self.observations)
+        values = critic(torch.cat([seen, self.last_observations[None]]))
         next_values = values[1:].clone()
         if len(self.final_observations):
             next_values[self.final_index] = critic(self.final_observations)
@@ -125,6 +129,10 @@ class Rollout:
 
 class Collector:
     """Runs a policy in a vector environment and remembers where each copy stands.
+
+    A policy that takes masks gets those that the environment gives: the arrays in
+    ``info["action_mask"]``, or what the method ``action_masks`` of each copy in a
+    ``SyncVectorEnv`` returns.
 
     Parameters
     ----------
@@ -153,7 +161,7 @@ class Collector:
         numbers = space.shape is not None and np.dtype(space.dtype).kind in "biuf"
         rule = f"observations of {name} must be arrays of numbers"
         require(numbers, rule, space, "flatten them in a wrapper")
-        fits = type(encoder) is not ObservationEncoder or encoder.fits(space)
+        fits = type(encoder) is not policies.ObservationEncoder or encoder.fits(space)
         actions = env.single_action_space
         if not fits or getattr(policy, "action_space", actions) != actions:
             raise ValueError(
@@ -163,12 +171,18 @@ class Collector:
         self.env, self.policy, self.generator = env, policy, generator
         self.name, self.steps = name, 0
         self._same_step = env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
+        self._takes_masks, base = policy.takes_masks, env.unwrapped
+        one = base.envs[0] if isinstance(base, SyncVectorEnv) else None
+        self._asks = one is not None and one.has_wrapper_attr("action_masks")
         self.reset(seed)
 
     def reset(self, seed: int | None = None) -> None:
         """Begin every copy's next episode; those under way are dropped."""
         n = self.env.num_envs
-        self._observation: NDArray[Any] = np.asarray(self.env.reset(seed=seed)[0])
+        observation, self._info = self.env.reset(seed=seed)
+        self._observation: NDArray[Any] = np.asarray(observation)
+        masked = self._asks or "action_mask" in self._info
+        self._masked = self._takes_masks and masked
         self._pending_reset = np.zeros(n, dtype=bool)
         self._returns = np.zeros(n)
         self._lengths = np.zeros(n, dtype=np.int64)
@@ -204,18 +218,23 @@ class Collector:
     def _run(self, steps: int, *, deterministic: bool, one_episode: bool) -> Rollout:
         env, device = self.env, self.generator.device
         act, to_env = self.policy.act, self.policy.to_env
+        tensor = partial(policies.to_tensor, device=device)
         dtype = self._observation.dtype
         running = np.ones(env.num_envs, bool)
         rows: list[tuple[NDArray[Any], ...]] = []
         actions: list[Tensor] = []
+        masks: list[NDArray[np.bool_]] = []
         finals: list[tuple[int, int, NDArray[Any]]] = []
         for t in range(steps):
             # A copy: some environments return the same array in every step.
             seen = np.asarray(self._observation).astype(dtype, casting="same_kind")
             self._check_discrete(seen)
-            batch = policies.to_tensor(seen, device)
+            batch: Any = tensor(seen)
+            if self._masked:
+                masks.append(self._mask(t))
+                batch = MaskedObservations(batch, tensor(masks[-1]))
             action = act(batch, self.generator, deterministic=deterministic)
-            self._observation, reward, *ends, info = env.step(to_env(action))
+            self._observation, reward, *ends, self._info = env.step(to_env(action))
             ended, cut = (np.array(end, bool) for end in ends)
             valid = running if one_episode else ~self._pending_reset
             rows.append((seen, np.array(reward, np.float32), ended, cut, valid))
@@ -224,7 +243,7 @@ class Collector:
             if not self._same_step:
                 self._pending_reset = done
             elif done.any():
-                last = self._final_observations(info, done)
+                last = self._final_observations(self._info, done)
                 finals += [(t, int(i), np.array(last[i])) for i in np.where(done)[0]]
             running = running & ~done
             if one_episode and not running.any():
@@ -246,16 +265,44 @@ class Collector:
         self._check_finite("observation", after[None], "after the last step")
         self._check_finite("observation", final[None], "at the end of an episode")
         self._check_float32(observations)
-        tensor = partial(policies.to_tensor, device=device)
+        late = self._takes_masks and not self._masked and "action_mask" in self._info
+        rule = f'info of {self.name} must hold "action_mask" from the reset on'
+        require(not late, rule, "none there")
+        states: Any = tensor(observations)
+        if masks:
+            states = MaskedObservations(states, tensor(np.stack(masks)))
         index = np.array([f[:2] for f in finals], np.int64).reshape(-1, 2)
         return Rollout(
-            observations=tensor(observations), actions=torch.stack(actions),
+            observations=states, actions=torch.stack(actions),
             rewards=tensor(rewards), terminated=tensor(terminated),
             truncated=tensor(truncated), valid=tensor(valid),
             last_observations=tensor(after),
             final_index=(tensor(index[:, 0]), tensor(index[:, 1])),
             final_observations=tensor(final),
             episodes=self._close_episodes(rewards, terminated | truncated, valid),
+        )  # fmt: skip
+
+    def _mask(self, t: int) -> NDArray[np.bool_]:
+        """Which actions each copy may take now, ``[N, K]``; all where it is about to be
+        reset, as the action will be ignored.
+        """
+        here = f"at step {t} of the rollout in copy"
+        space: Any = self.env.single_action_space
+        if self._asks:
+            base: Any = self.env.unwrapped
+            found, what = base.call("action_masks"), "action_masks()"
+        else:
+            found, what = self._info.get("action_mask"), "action_mask"
+            # Gymnasium says so whose infos have it.
+            given = np.full(self.env.num_envs, found is not None)
+            missing = ~self._info.get(f"_{what}", given) & ~self._pending_reset
+            rule = f'info of {self.name} must hold "{what}" in each step'
+            require(not missing.any(), rule, f"none {here} {missing.argmax()}")
+            if found is None:  # no copy acts
+                found = np.ones((len(given), policies.choices(space).sum()))
+        return policies.read_mask(
+            found, space, name=f"{what} of {self.name}", where=here,
+            ignored=self._pending_reset,
         )  # fmt: skip
 
     def _final_observations(self, info: dict[str, Any], done: NDArray[Any]) -> Any:

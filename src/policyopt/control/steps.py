@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from policyopt.control.config import ActorCriticConfig
-from policyopt.control.policies import Policy
+from policyopt.control.policies import Observations, Policy
 from policyopt.control.rollouts import Rollout, ValueFunction
 from policyopt.distributions import Distribution
 from policyopt.estimators import explained_variance, gae, normalize
@@ -25,8 +25,10 @@ __all__ = ["Steps", "estimate_advantages"]
 class Steps:
     """``B`` steps of experience; what a trainer's ``loss=`` is called with."""
 
-    observations: Tensor
-    """Raw observations s_t, ``[B, *observation shape]``."""
+    observations: Observations
+    """Raw observations s_t, ``[B, *observation shape]``, with the actions that were
+    allowed where the environment masks them: a policy called on them is masked again.
+    """
     actions: Tensor
     """Actions a_t of the policy's distribution, ``[B, ...]``."""
     advantages: Tensor

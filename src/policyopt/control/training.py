@@ -18,7 +18,7 @@ from policyopt.checkpoint import optimizer_slots, optimizer_tensors
 from policyopt.control import environments, results
 from policyopt.control.config import build_networks
 from policyopt.control.environments import EnvLike, environment_seed
-from policyopt.control.policies import Policy
+from policyopt.control.policies import Policy, split_mask
 from policyopt.control.results import ConfigT, RowT, TrainResult
 from policyopt.control.rollouts import Collector, Episodes, Rollout
 from policyopt.frame import Frame
@@ -179,7 +179,8 @@ class Run(Frame[ConfigT, RowT]):
         if not bool(torch.isfinite(nn.utils.get_total_norm(self.trainable()))):
             raise FloatingPointError("parameters not finite")
         self._good = self._snapshot()
-        self.policy.encoder.update(self._rollout.flat(self._rollout.observations))
+        seen, _ = split_mask(self._rollout.observations)
+        self.policy.encoder.update(self._rollout.flat(seen))
 
     def _revert(self, error: BaseException) -> bool:
         # An update that broke off counts for nothing, so that policy and history agree.
