@@ -391,10 +391,10 @@ def test_predictions_take_masks(space: Any, deterministic: bool) -> None:
         (
             SPACES[0],
             [1, 1, 1],
-            r"action_mask must have the shape \[N, 4\], a 0 or 1 for each value, got \(1, 3\)",
+            r"action_mask must have the shape \[1, 4\], 0 or 1 for each value, got \(1, 3\)",
         ),
-        (SPACES[0], [[1, 1, 1, 1]], r"action_mask must have the shape \[N, 4\]"),
-        (SPACES[3], [1, 1, 1], r"\[N, 6\], .*got \(1, 3\); give it as one array"),
+        (SPACES[0], [[1, 1, 1, 1]], r"action_mask must have the shape \[1, 4\]"),
+        (SPACES[3], [1, 1, 1], r"\[1, 6\], .*got \(1, 3\); give it as one array"),
         (SPACES[0], [0.5, 1, 1, 1], "action_mask must hold zeros and ones"),
         (SPACES[0], [1, np.nan, 1, 1], "action_mask must hold zeros and ones"),
         (SPACES[0], [0, 0, 0, 0], "action_mask forbids every action in row 0; allow at least one"),
@@ -409,7 +409,7 @@ def test_wrong_masks_of_predictions_are_refused(space: Any, mask: Any, message: 
 
 def test_a_prediction_for_several_needs_a_mask_for_each() -> None:
     policy = make_policy(BOX, SPACES[0], generator=generator())
-    with pytest.raises(ValueError, match=r"action_mask must have a row for each observation, got \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"action_mask must have the shape \[2, 4\], .*got \(3, 4\)"):
         policy.predict(np.zeros((2, 3)), action_mask=np.ones((3, 4)))
     gaussian = make_policy(BOX, BOX, generator=generator())
     with pytest.raises(ValueError, match="action_mask needs a policy that takes it, got 'GaussianPolicy'"):
@@ -432,14 +432,14 @@ WRONG: dict[str, tuple[Any, Any, str]] = {
     "too long": (
         SPACES[0],
         lambda t, mask: np.append(mask, 1),
-        r"action_mask of env must have the shape \[N, 4\], a 0 or 1 for each value, got \(2, 5\)",
+        r"action_mask of env must have the shape \[2, 4\], 0 or 1 for each value, got \(2, 5\)",
     ),
     "Gymnasium's for bits": (
         SPACES[3],
         lambda t, mask: mask[:3],
-        r"\[N, 6\], .*got \(2, 3\); give it as one array",
+        r"\[2, 6\], .*got \(2, 3\); give it as one array",
     ),
-    "a list": (SPACES[0], lambda t, mask: mask.tolist(), r"\[N, 4\], .*got \(2,\); give it as one array"),
+    "a list": (SPACES[0], lambda t, mask: mask.tolist(), r"\[2, 4\], .*got \(2,\); give it as one array"),
     "probabilities": (SPACES[0], lambda t, mask: mask / 2, "action_mask of env must hold zeros and ones"),
     "late": (
         SPACES[0],

@@ -73,18 +73,17 @@ class MaskedObservations:
     values: Tensor
     """The observations, ``[..., *observation shape]``."""
     mask: Tensor
-    """True where an action is allowed, bool ``[..., K]``; for several choices at once
-    all their values one after another, two for each bit of a ``MultiBinary``."""
+    """True where an action is allowed, bool ``[..., K]``, in the order of the space;
+    for several choices at once all their values one after another, two for each bit of
+    a ``MultiBinary``."""
 
     def __getitem__(self, rows: Any) -> MaskedObservations:
         return MaskedObservations(self.values[rows], self.mask[rows])
 
     def flatten(self, first: int, last: int) -> MaskedObservations:
         """Make one of the leading dimensions ``first`` to ``last``."""
-        values, mask = self.values, self.mask
-        return MaskedObservations(
-            values.flatten(first, last), mask.flatten(first, last)
-        )
+        x, mask = self.values, self.mask
+        return MaskedObservations(x.flatten(first, last), mask.flatten(first, last))
 
 
 Observations: TypeAlias = Tensor | MaskedObservations
@@ -114,22 +113,23 @@ def choices(space: gym.Space[Any]) -> NDArray[np.int64]:
 def read_mask(
     mask: Any,
     space: gym.Space[Any],
+    rows: int,
     *,
     name: str = "action_mask",
     where: str = "in row",
     ignored: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.bool_]:
-    """Return a copy of a mask as bool ``[N, K]``, all True in the rows to be ignored.
+    """Return a copy of a mask as bool ``[rows, K]``, all True in those to be ignored.
 
     Raises
     ------
     ValueError
-        If it is not of zeros and ones ``[N, K]``, or allows nothing in a row.
+        If it is not of zeros and ones ``[rows, K]``, or allows nothing in a row.
     """
     array, sizes = np.array(mask), choices(space)
-    rule = f"{name} must have the shape [N, {sizes.sum()}], a 0 or 1 for each value"
+    rule = f"{name} must have the shape [{rows}, {sizes.sum()}], 0 or 1 for each value"
     remedy = "give it as one array, the masks of several choices one after another"
-    require(array.shape[1:] == (sizes.sum(),), rule, array.shape, remedy)
+    require(array.shape == (rows, sizes.sum()), rule, array.shape, remedy)
     allowed = array.astype(bool)
     require((allowed == array).all(), f"{name} must hold zeros and ones", array)
     if ignored is not None:
@@ -358,10 +358,8 @@ class Policy(nn.Module):
         if action_mask is not None:
             kind = type(self).__name__
             require(self.takes_masks, "action_mask needs a policy that takes it", kind)
-            mask = np.array(action_mask)
-            allowed = read_mask(mask[None] if one else mask, self.action_space)
-            rule = "action_mask must have a row for each observation"
-            require(len(allowed) == len(values), rule, mask.shape)
+            mask = np.array(action_mask)[None] if one else action_mask
+            allowed = read_mask(mask, self.action_space, len(values))
             batch = MaskedObservations(values, to_tensor(allowed, device))
         actions = self.to_env(self.act(batch, generator, deterministic=deterministic))
         return first_action(actions) if one else actions

@@ -301,7 +301,7 @@ class Collector:
             if found is None:  # no copy acts
                 found = np.ones((len(given), policies.choices(space).sum()))
         return policies.read_mask(
-            found, space, name=f"{what} of {self.name}", where=here,
+            found, space, self.env.num_envs, name=f"{what} of {self.name}", where=here,
             ignored=self._pending_reset,
         )  # fmt: skip
 
