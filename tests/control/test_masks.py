@@ -314,6 +314,9 @@ def test_an_environment_that_is_asked_gives_the_same_run(train: Any) -> None:
 
 def test_a_policy_that_does_not_know_masks_is_called_as_before() -> None:
     class Told(gym.Wrapper[Any, Any, Any, Any]):
+        def reset(self, **arguments: Any) -> Any:
+            return self.env.reset(**arguments)[0], {"action_mask": np.zeros(2)}
+
         def step(self, action: Any) -> Any:
             return *self.env.step(action)[:4], {"action_mask": np.zeros(2)}
 
@@ -477,6 +480,17 @@ def test_wrong_masks_of_environments_are_refused(name: str, both: bool) -> None:
     vector.spec = gym.envs.registration.EnvSpec("env")
     with pytest.raises(ValueError, match=message):
         train_ppo(vector, dataclasses.replace(PPO, num_envs=2), progress=False)
+
+
+def test_masks_of_other_actions_are_refused() -> None:
+    class Careless(Mine):
+        takes_masks = True
+
+    space = spaces.Box(-1, 1, (2,))
+    env = SyncVectorEnv([lambda: Largest(SPACES[0])])
+    env.single_action_space = space
+    with pytest.raises(ValueError, match=r"action masks need actions that are Discrete, .*, got Box\(-1"):
+        Collector(env, Careless(), generator(), seed=0).collect(1)
 
 
 def test_a_mask_is_not_needed_where_no_copy_acts() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +25,9 @@ from policyopt.distributions import (
 )
 
 __all__ = [
-    "CategoricalPolicy", "Critic", "GaussianPolicy", "MaskedObservations",
-    "MultiCategoricalPolicy", "ObservationEncoder", "Policy", "make_policy",
+    "CategoricalPolicy", "Critic", "GaussianPolicy", "ImageEncoder",
+    "MaskedObservations", "MultiCategoricalPolicy", "ObservationEncoder", "Policy",
+    "make_policy",
 ]  # fmt: skip
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
@@ -104,10 +106,8 @@ def choices(space: gym.Space[Any]) -> NDArray[np.int64]:
         return space.nvec.reshape(-1).astype(np.int64)
     if isinstance(space, MultiBinary):
         return np.full(math.prod(space.shape), 2)
-    raise ValueError(
-        "action masks need actions that are Discrete, MultiDiscrete or MultiBinary, "
-        f"got {space}"
-    )
+    kinds = "Discrete, MultiDiscrete or MultiBinary"
+    raise ValueError(f"action masks need actions that are {kinds}, got {space}")
 
 
 def read_mask(
@@ -235,6 +235,70 @@ class ObservationEncoder(nn.Module):
         # A square may be beyond float32; infinity would make NaN of the features.
         self.variance.copy_((spread / total).clamp(max=LARGEST).float())
         self.count.fill_(total)
+
+
+class ImageEncoder(ObservationEncoder):
+    """Turn images of bytes into a feature vector per item.
+
+    Pixels are scaled to [0, 1]. Three convolutions of 3 × 3 with 16, 32 and 32 channels
+    each halve width and height, and a linear layer makes the features; a ReLU follows
+    each. So images of any size will do. It learns with the policy; a critic has a copy
+    of its own.
+
+    Parameters
+    ----------
+    space : gymnasium.spaces.Box
+        uint8, ``[height, width, channels]`` or ``[channels, height, width]``: where the
+        first number is smaller than the last, it counts the channels.
+    features : int
+        Length of the feature vector.
+    generator : torch.Generator
+        Source of the (orthogonal) weights (CPU).
+
+    Examples
+    --------
+    >>> import gymnasium as gym
+    >>> import torch
+    >>> space = gym.spaces.Box(0, 255, (84, 84, 3), "uint8")
+    >>> g = torch.Generator().manual_seed(0)
+    >>> encoder, actions = ImageEncoder(space, generator=g), gym.spaces.Discrete(4)
+    >>> policy = make_policy(space, actions, encoder=encoder, generator=g)
+    >>> policy(torch.zeros(5, 84, 84, 3, dtype=torch.uint8)).entropy().shape
+    torch.Size([5])
+    """
+
+    def __init__(
+        self, space: gym.Space[Any], *, features: int = 256, generator: torch.Generator
+    ) -> None:
+        pixels = space.dtype == np.uint8 and len(space.shape or ()) == 3
+        require(pixels, "images must be a Box of uint8 with three dimensions", space)
+        super().__init__(space)
+        self.features = features
+        first, middle, last = self.shape
+        self.channels_last = last <= first
+        height, width = (first, middle) if self.channels_last else (middle, last)
+        layers: list[nn.Module] = []
+        for sizes in pairwise([last if self.channels_last else first, 16, 32, 32]):
+            # skip_init: see _mlp.
+            conv = nn.utils.skip_init(nn.Conv2d, *sizes, 3, stride=2, padding=1)
+            layers += [conv, nn.ReLU()]
+            height, width = (height + 1) // 2, (width + 1) // 2
+        linear = nn.utils.skip_init(nn.Linear, 32 * height * width, features)
+        self.network = nn.Sequential(*layers, nn.Flatten(), linear, nn.ReLU())
+        for name, parameter in self.network.named_parameters():
+            if name.endswith("weight"):
+                nn.init.orthogonal_(parameter, math.sqrt(2), generator=generator)
+            else:
+                nn.init.zeros_(parameter)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """Map images ``[..., *space.shape]`` to features ``[..., features]``
+        (float32).
+        """
+        images = observations.reshape(-1, *self.shape)
+        images = images.movedim(-1, 1) if self.channels_last else images
+        found: Tensor = self.network(images.float() / 255)
+        return found.reshape(*observations.shape[:-3], self.features)
 
 
 def _mlp(
@@ -474,8 +538,8 @@ class GaussianPolicy(Policy):
 
 
 class Critic(nn.Module):
-    """State-value function V_φ(s): an MLP of its own that shares only the observation
-    encoder with the policy.
+    """State-value function V_φ(s): an MLP of its own that shares at most the
+    observation encoder with the policy, and not even that if it has parameters.
     """
 
     def __init__(
@@ -488,7 +552,9 @@ class Critic(nn.Module):
         generator: torch.Generator,
     ) -> None:
         super().__init__()
-        self.encoder = encoder
+        learns = any(p.requires_grad for p in getattr(encoder, "parameters", tuple)())
+        # What V learns must not move the policy.
+        self.encoder = copy.deepcopy(encoder) if learns else encoder
         sizes = [encoder.features, *hidden, 1]
         self.network = _mlp(sizes, activation, 1.0, generator, orthogonal)
 
@@ -507,6 +573,7 @@ def make_policy(
     *,
     hidden: Sequence[int] = (64, 64),
     activation: str = "tanh",
+    encoder: ObservationEncoder | None = None,
     normalize_observations: bool = False,
     orthogonal: bool = True,
     log_std: float = 0.0,
@@ -517,13 +584,17 @@ def make_policy(
     Parameters
     ----------
     observation_space, action_space : gymnasium.Space
-        Of a single environment: observations ``Discrete`` or ``Box``, actions also
-        ``MultiDiscrete`` or ``MultiBinary``.
+        Of a single environment: observations ``Discrete`` or ``Box``, or what the given
+        encoder reads; actions also ``MultiDiscrete`` or ``MultiBinary``.
     hidden : sequence of int
         Width of each hidden layer.
     activation : {"tanh", "relu"}
+    encoder : ObservationEncoder, optional
+        What turns raw observations into ``encoder.features`` numbers for the network:
+        an :class:`ImageEncoder`, or a module of your own with the same ``shape``,
+        ``features`` and methods ``forward`` and ``update``.
     normalize_observations : bool
-        See :class:`ObservationEncoder`.
+        See :class:`ObservationEncoder`, the encoder that is made if none is given.
     orthogonal : bool
         Orthogonal weights with gain 0.01 at the output, so that the first policy is
         nearly uniform (or nearly centred) whatever the observation; ``False`` is
@@ -538,7 +609,9 @@ def make_policy(
     ValueError
         For other spaces.
     """
-    encoder = ObservationEncoder(observation_space, normalize=normalize_observations)
+    if encoder is None:
+        normalize = normalize_observations
+        encoder = ObservationEncoder(observation_space, normalize=normalize)
 
     def network(outputs: int) -> nn.Sequential:
         sizes = [encoder.features, *hidden, outputs]

@@ -161,7 +161,8 @@ class Collector:
         numbers = space.shape is not None and np.dtype(space.dtype).kind in "biuf"
         rule = f"observations of {name} must be arrays of numbers"
         require(numbers, rule, space, "flatten them in a wrapper")
-        fits = type(encoder) is not policies.ObservationEncoder or encoder.fits(space)
+        ours = type(encoder) in (policies.ObservationEncoder, policies.ImageEncoder)
+        fits = not ours or encoder.fits(space)
         actions = env.single_action_space
         if not fits or getattr(policy, "action_space", actions) != actions:
             raise ValueError(
@@ -171,9 +172,9 @@ class Collector:
         self.env, self.policy, self.generator = env, policy, generator
         self.name, self.steps = name, 0
         self._same_step = env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
-        self._takes_masks, base = policy.takes_masks, env.unwrapped
-        one = base.envs[0] if isinstance(base, SyncVectorEnv) else None
-        self._asks = one is not None and one.has_wrapper_attr("action_masks")
+        self._base: Any = env.unwrapped
+        copies = self._base.envs if isinstance(self._base, SyncVectorEnv) else []
+        self._asks = any(copy.has_wrapper_attr("action_masks") for copy in copies[:1])
         self.reset(seed)
 
     def reset(self, seed: int | None = None) -> None:
@@ -181,8 +182,8 @@ class Collector:
         n = self.env.num_envs
         observation, self._info = self.env.reset(seed=seed)
         self._observation: NDArray[Any] = np.asarray(observation)
-        masked = self._asks or "action_mask" in self._info
-        self._masked = self._takes_masks and masked
+        given = self._asks or "action_mask" in self._info
+        self._masked = self.policy.takes_masks and given
         self._pending_reset = np.zeros(n, dtype=bool)
         self._returns = np.zeros(n)
         self._lengths = np.zeros(n, dtype=np.int64)
@@ -265,7 +266,7 @@ class Collector:
         self._check_finite("observation", after[None], "after the last step")
         self._check_finite("observation", final[None], "at the end of an episode")
         self._check_float32(observations)
-        late = self._takes_masks and not self._masked and "action_mask" in self._info
+        late = "action_mask" in self._info and self.policy.takes_masks and not masks
         rule = f'info of {self.name} must hold "action_mask" from the reset on'
         require(not late, rule, "none there")
         states: Any = tensor(observations)
@@ -289,8 +290,7 @@ class Collector:
         here = f"at step {t} of the rollout in copy"
         space: Any = self.env.single_action_space
         if self._asks:
-            base: Any = self.env.unwrapped
-            found, what = base.call("action_masks"), "action_masks()"
+            found, what = self._base.call("action_masks"), "action_masks()"
         else:
             found, what = self._info.get("action_mask"), "action_mask"
             # Gymnasium says so whose infos have it.

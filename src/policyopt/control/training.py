@@ -18,7 +18,7 @@ from policyopt.checkpoint import optimizer_slots, optimizer_tensors
 from policyopt.control import environments, results
 from policyopt.control.config import build_networks
 from policyopt.control.environments import EnvLike, environment_seed
-from policyopt.control.policies import Policy, split_mask
+from policyopt.control.policies import Critic, Policy, split_mask
 from policyopt.control.results import ConfigT, RowT, TrainResult
 from policyopt.control.rollouts import Collector, Episodes, Rollout
 from policyopt.frame import Frame
@@ -180,7 +180,8 @@ class Run(Frame[ConfigT, RowT]):
             raise FloatingPointError("parameters not finite")
         self._good = self._snapshot()
         seen, _ = split_mask(self._rollout.observations)
-        self.policy.encoder.update(self._rollout.flat(seen))
+        for encoder in {network.encoder for network in self._networks()}:
+            encoder.update(self._rollout.flat(seen))
 
     def _revert(self, error: BaseException) -> bool:
         # An update that broke off counts for nothing, so that policy and history agree.
@@ -245,7 +246,7 @@ class Run(Frame[ConfigT, RowT]):
         self._collector.reset(environment_seed(fresh))
         self._scaler.restart()
 
-    def _networks(self) -> list[nn.Module]:
+    def _networks(self) -> list[Policy | Critic]:
         return [self.policy] if self.critic is None else [self.policy, self.critic]
 
     def _snapshot(self) -> list[Tensor]:
