@@ -134,6 +134,7 @@ def test_the_side_of_a_line_is_learned(train: Any, config: Any, tmp_path: Any) -
 
 def test_a_critic_shares_no_parameters_of_an_encoder() -> None:
     policy = image_policy()
+    assert isinstance(policy.encoder, ImageEncoder)
     critic = Critic(policy.encoder, generator=generator())
     assert not set(map(id, policy.parameters())) & set(map(id, critic.parameters()))
     image = torch.from_numpy(IMAGES.sample())
