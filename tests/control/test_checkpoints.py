@@ -424,7 +424,7 @@ def test_a_policy_that_the_config_does_not_describe_is_not_saved_whole(tmp_path:
 
     # For spaces that no built-in policy has, the answer is the same.
     class Switches(Point):
-        action_space = spaces.MultiBinary(2)
+        action_space = spaces.Box(0, 1, (2,), np.int8)
 
     class ForSwitches(Policy):
         def __init__(self) -> None:

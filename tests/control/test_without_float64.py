@@ -80,7 +80,7 @@ class Task(gym.Env[Any, Any]):
         return self._observe(), float(self.np_random.normal()), bool(self.np_random.random() < 0.1), False, {}
 
 
-ACTIONS = [spaces.Discrete(3, start=1), spaces.Box(-2, 2, (2,), np.float64)]
+ACTIONS = [spaces.Discrete(3, start=1), spaces.Box(-2, 2, (2,), np.float64), spaces.MultiDiscrete([2, 3])]
 
 
 @pytest.mark.usefixtures("device")
