@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -25,9 +25,9 @@ from policyopt.distributions import (
 )
 
 __all__ = [
-    "CategoricalPolicy", "Critic", "GaussianPolicy", "ImageEncoder",
-    "MaskedObservations", "MultiCategoricalPolicy", "ObservationEncoder", "Policy",
-    "make_policy",
+    "CategoricalPolicy", "Critic", "DictEncoder", "DictObservations", "GaussianPolicy",
+    "ImageEncoder", "MaskedObservations", "MultiCategoricalPolicy",
+    "ObservationEncoder", "Policy", "make_policy",
 ]  # fmt: skip
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
@@ -44,10 +44,69 @@ def double(x: Tensor) -> Tensor:
     return (x if has_float64(x.device) else x.cpu()).double()
 
 
-def to_tensor(array: NDArray[Any], device: torch.device) -> Tensor:
-    """Move an array to a device, as it is; only float64 becomes float32 where the
-    device does not have it.
+class DictObservations(dict[str, Any]):
+    """Parts of observations by name, cut by rows as a tensor is."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return (
+            dict.__getitem__(self, key)
+            if isinstance(key, str)
+            else self.map(lambda x: x[key])
+        )
+
+    def flatten(self, first: int, last: int) -> DictObservations:
+        """Make one of the leading dimensions ``first`` to ``last``."""
+        return self.map(lambda x: x.flatten(first, last))
+
+    def map(self, function: Callable[[Any], Any]) -> DictObservations:
+        """Apply a function to each part."""
+        return DictObservations({name: function(x) for name, x in self.items()})
+
+
+def append(rows: Any, last: Any) -> Any:
+    """Put one more row ``[...]`` after rows ``[T, ...]``."""
+    if isinstance(rows, DictObservations):
+        return DictObservations({n: append(x, last[n]) for n, x in rows.items()})
+    return torch.cat([rows, last[None]])
+
+
+def as_array(observation: Any, lead: int = 1) -> NDArray[Any]:
+    """Return observations with ``lead`` leading dimensions as one array; those of a
+    ``Dict`` as a structured one, with a field for each part.
     """
+    if not isinstance(observation, dict):
+        return np.asarray(observation)
+    # Sorted: structured arrays are converted to each other by position.
+    parts = {name: as_array(observation[name], lead) for name in sorted(observation)}
+    types = [(name, x.dtype, x.shape[lead:]) for name, x in parts.items()]
+    rows = np.empty(next(iter(parts.values())).shape[:lead], types)
+    for name, x in parts.items():
+        rows[name] = x
+    return rows
+
+
+def leading(observation: Any, shape: Any) -> tuple[int, ...] | None:
+    """Return the dimensions, at most one, before those of one observation; None if it
+    does not have the shape.
+    """
+    if isinstance(shape, dict):
+        if not isinstance(observation, dict) or observation.keys() != shape.keys():
+            return None
+        found = {leading(observation[name], part) for name, part in shape.items()}
+        return found.pop() if len(found) == 1 else None
+    whole = np.shape(observation)
+    cut = len(whole) - len(shape)
+    return whole[:cut] if cut in (0, 1) and whole[cut:] == shape else None
+
+
+def to_tensor(array: NDArray[Any], device: torch.device) -> Any:
+    """Move an array to a device, as it is; only float64 becomes float32 where the
+    device does not have it. One with fields becomes :class:`DictObservations`.
+    """
+    if array.dtype.names:
+        # Copied, since tensors have no strides that are not whole numbers of entries.
+        parts = {n: to_tensor(array[n].copy(), device) for n in array.dtype.names}
+        return DictObservations(parts)
     if array.dtype == np.float64 and not has_float64(device):
         array = array.astype(np.float32)
     return torch.from_numpy(array).to(device)
@@ -72,7 +131,7 @@ class MaskedObservations:
     tensor is.
     """
 
-    values: Tensor
+    values: Any
     """The observations, ``[..., *observation shape]``."""
     mask: Tensor
     """True where an action is allowed, bool ``[..., K]``, in the order of the space;
@@ -88,10 +147,10 @@ class MaskedObservations:
         return MaskedObservations(x.flatten(first, last), mask.flatten(first, last))
 
 
-Observations: TypeAlias = Tensor | MaskedObservations
+Observations: TypeAlias = Tensor | DictObservations | MaskedObservations
 
 
-def split_mask(observations: Observations) -> tuple[Tensor, Tensor | None]:
+def split_mask(observations: Observations) -> tuple[Any, Tensor | None]:
     """Return the observations as such, and the mask if there is one."""
     if isinstance(observations, MaskedObservations):
         return observations.values, observations.mask
@@ -169,7 +228,7 @@ class ObservationEncoder(nn.Module):
 
     def __init__(self, space: gym.Space[Any], *, normalize: bool = False) -> None:
         super().__init__()
-        self.shape: tuple[int, ...] = tuple(space.shape or ())
+        self.shape: Any = tuple(space.shape or ())
         if isinstance(space, Discrete):
             self.kind: Literal["one-hot", "flat"] = "one-hot"
             self.features, self.start = int(space.n), int(space.start)
@@ -180,7 +239,8 @@ class ObservationEncoder(nn.Module):
             raise ValueError(
                 f"observation space must be Discrete or Box, got {space}; wrap the "
                 "environment, for instance with gymnasium.wrappers.FlattenObservation, "
-                "after FilterObservation where a part of it is not made of numbers"
+                "after FilterObservation where a part of it is not made of numbers; or "
+                "give a DictEncoder to make_policy"
             )
         self.wide = self.kind == "flat" and not np.can_cast(space.dtype, np.float32)
         self.normalize = normalize and self.kind == "flat"
@@ -301,6 +361,50 @@ class ImageEncoder(ObservationEncoder):
         return found.reshape(*observations.shape[:-3], self.features)
 
 
+class DictEncoder(ObservationEncoder):
+    """Encode each part of ``Dict`` observations by an encoder of its own, and join the
+    features.
+
+    Parameters
+    ----------
+    parts : dict
+        An encoder for each name of the space.
+
+    Examples
+    --------
+    >>> import gymnasium as gym
+    >>> import torch
+    >>> image = gym.spaces.Box(0, 255, (32, 32, 3), "uint8")
+    >>> speed = gym.spaces.Box(-1, 1, (2,))
+    >>> g = torch.Generator().manual_seed(0)
+    >>> parts = {"image": ImageEncoder(image, features=64, generator=g)}
+    >>> parts["speed"] = ObservationEncoder(speed, normalize=True)
+    >>> DictEncoder(parts).features
+    66
+    """
+
+    def __init__(self, parts: Mapping[str, ObservationEncoder]) -> None:
+        nn.Module.__init__(self)
+        self.parts: Any = nn.ModuleDict(parts)
+        self.shape = {name: part.shape for name, part in parts.items()}
+        self.features = sum(part.features for part in parts.values())
+
+    def fits(self, space: gym.Space[Any]) -> bool:
+        """Whether observations of this space can be encoded."""
+        if not isinstance(space, Dict) or space.keys() != self.shape.keys():
+            return False
+        return all(part.fits(space[name]) for name, part in self.parts.items())
+
+    def forward(self, observations: Any) -> Tensor:
+        """Map raw observations to features ``[..., features]`` (float32)."""
+        return torch.cat([x(observations[n]) for n, x in self.parts.items()], dim=-1)
+
+    def update(self, observations: Any) -> None:
+        """Take raw observations into the running statistics of each part."""
+        for name, part in self.parts.items():
+            part.update(observations[name])
+
+
 def _mlp(
     sizes: Sequence[int],
     activation: str,
@@ -411,11 +515,14 @@ class Policy(nn.Module):
         >>> action.dtype, policy.predict([observation, observation]).shape
         (dtype('int64'), (2,))
         """
-        array, shape = np.array(observation), self.encoder.shape
-        fits = array.shape in (shape, array.shape[:1] + shape)
+        shape = self.encoder.shape
+        rows = leading(observation, shape)
         rule = f"observation must have the shape {shape}, or [N, *{shape}]"
-        require(fits, rule, array.shape)
-        one = array.ndim == len(shape)
+        named = isinstance(observation, dict)
+        require(
+            rows is not None, rule, [*observation] if named else np.shape(observation)
+        )
+        one, array = not rows, np.array(as_array(observation, len(rows or ())))
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
         values = to_tensor(array[None] if one else array, device)
         batch: Observations = values

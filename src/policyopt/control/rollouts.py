@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from gymnasium.spaces import Discrete
+from gymnasium.spaces import Dict, Discrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 from torch import Tensor
@@ -30,11 +30,17 @@ from torch import Tensor
 from policyopt._checks import require
 from policyopt.control import environments, policies
 from policyopt.control.environments import EnvLike, environment_seed
-from policyopt.control.policies import LARGEST, MaskedObservations, Observations, Policy
+from policyopt.control.policies import (
+    LARGEST,
+    MaskedObservations,
+    Observations,
+    Policy,
+    as_array,
+)
 
 __all__ = ["Collector", "Episodes", "Rollout", "sample_episodes"]
 
-RowsT = TypeVar("RowsT", Tensor, MaskedObservations, Observations)
+RowsT = TypeVar("RowsT", Tensor, Observations)
 ValueFunction = Callable[[Any], Tensor]
 """From raw observations ``[..., *observation shape]`` to V(s), ``[...]``."""
 
@@ -90,13 +96,13 @@ class Rollout:
     """The episode was cut by a limit, bool ``[T, N]``."""
     valid: Tensor
     """The row is experience, bool ``[T, N]``."""
-    last_observations: Tensor
+    last_observations: Any
     """Observations after the last row, ``[N, *observation shape]``."""
     final_index: tuple[Tensor, Tensor]
     """Rows (t, n) whose successor is not the next row's observation (same-step
     autoreset), two ``[M]``.
     """
-    final_observations: Tensor
+    final_observations: Any
     """Their true successors, ``[M, *observation shape]``."""
     episodes: Episodes
     """Episodes that ended in this rollout."""
@@ -120,11 +126,17 @@ class Rollout:
         if critic is None:
             return torch.zeros_like(self.rewards), torch.zeros_like(self.rewards)
         seen, _ = policies.split_mask(self.observations)
-        values = critic(torch.cat([seen, self.last_observations[None]]))
+        values = critic(policies.append(seen, self.last_observations))
         next_values = values[1:].clone()
-        if len(self.final_observations):
+        if len(self.final_index[0]):
             next_values[self.final_index] = critic(self.final_observations)
         return values[:-1], next_values
+
+
+def _numeric(space: Any) -> bool:
+    if isinstance(space, Dict):
+        return all(map(_numeric, space.values()))
+    return space.shape is not None and np.dtype(space.dtype).kind in "biuf"
 
 
 class Collector:
@@ -158,10 +170,12 @@ class Collector:
         name: str = "environment",
     ) -> None:
         encoder, space = policy.encoder, env.single_observation_space
-        numbers = space.shape is not None and np.dtype(space.dtype).kind in "biuf"
+        named = isinstance(getattr(encoder, "shape", None), dict)
+        numbers = _numeric(space) and isinstance(space, Dict) <= named
         rule = f"observations of {name} must be arrays of numbers"
-        require(numbers, rule, space, "flatten them in a wrapper")
-        ours = type(encoder) in (policies.ObservationEncoder, policies.ImageEncoder)
+        remedy = "flatten them in a wrapper, or give a DictEncoder"
+        require(numbers, rule, space, remedy)
+        ours = type(encoder).__module__ == policies.__name__
         fits = not ours or encoder.fits(space)
         actions = env.single_action_space
         if not fits or getattr(policy, "action_space", actions) != actions:
@@ -180,8 +194,8 @@ class Collector:
     def reset(self, seed: int | None = None) -> None:
         """Begin every copy's next episode; those under way are dropped."""
         n = self.env.num_envs
-        observation, self._info = self.env.reset(seed=seed)
-        self._observation: NDArray[Any] = np.asarray(observation)
+        self._observation: Any
+        self._observation, self._info = self.env.reset(seed=seed)
         given = self._asks or "action_mask" in self._info
         self._masked = self.policy.takes_masks and given
         self._pending_reset = np.zeros(n, dtype=bool)
@@ -220,7 +234,7 @@ class Collector:
         env, device = self.env, self.generator.device
         act, to_env = self.policy.act, self.policy.to_env
         tensor = partial(policies.to_tensor, device=device)
-        dtype = self._observation.dtype
+        dtype = as_array(self._observation).dtype
         running = np.ones(env.num_envs, bool)
         rows: list[tuple[NDArray[Any], ...]] = []
         actions: list[Tensor] = []
@@ -228,7 +242,7 @@ class Collector:
         finals: list[tuple[int, int, NDArray[Any]]] = []
         for t in range(steps):
             # A copy: some environments return the same array in every step.
-            seen = np.asarray(self._observation).astype(dtype, casting="same_kind")
+            seen = as_array(self._observation).astype(dtype, casting="same_kind")
             self._check_discrete(seen)
             batch: Any = tensor(seen)
             if self._masked:
@@ -245,7 +259,8 @@ class Collector:
                 self._pending_reset = done
             elif done.any():
                 last = self._final_observations(self._info, done)
-                finals += [(t, int(i), np.array(last[i])) for i in np.where(done)[0]]
+                over = np.where(done)[0].tolist()
+                finals += [(t, i, as_array(last[i], 0).astype(dtype)) for i in over]
             running = running & ~done
             if one_episode and not running.any():
                 break
@@ -257,7 +272,7 @@ class Collector:
                 )
         columns = map(np.stack, zip(*rows, strict=True))
         observations, rewards, terminated, truncated, valid = columns
-        after = np.array(self._observation)
+        after = np.array(as_array(self._observation))
         final = np.array([f[2] for f in finals], dtype).reshape(-1, *after.shape[1:])
         self._check_discrete(np.concatenate([after, final]))
         self._check_finite("observation", observations)
@@ -265,7 +280,7 @@ class Collector:
         # Neither is a row of the rollout, but both are bootstrapped from.
         self._check_finite("observation", after[None], "after the last step")
         self._check_finite("observation", final[None], "at the end of an episode")
-        self._check_float32(observations)
+        self._check_float32(observations, self.policy.encoder)
         late = "action_mask" in self._info and self.policy.takes_masks and not masks
         rule = f'info of {self.name} must hold "action_mask" from the reset on'
         require(not late, rule, "none there")
@@ -313,9 +328,12 @@ class Collector:
         require(found, rule, sorted(info), f"{remedy}, or use AutoresetMode.NEXT_STEP")
         return last
 
-    def _check_float32(self, observations: NDArray[Any]) -> None:
+    def _check_float32(self, observations: NDArray[Any], encoder: Any) -> None:
         """Refuse observations whose differences are lost on the way to the network."""
-        encoder, here = self.policy.encoder, policies.has_float64(self.generator.device)
+        if isinstance(encoder, policies.DictEncoder):
+            for name, part in encoder.parts.items():
+                self._check_float32(observations[name], part)
+        here = policies.has_float64(self.generator.device)
         if not getattr(encoder, "wide", False) or (here and encoder.normalize):
             return
         exact = observations.astype(np.float64)
@@ -329,6 +347,8 @@ class Collector:
         )  # fmt: skip
 
     def _check_finite(self, what: str, array: NDArray[Any], where: str = "") -> None:
+        for name in array.dtype.names or ():
+            self._check_finite(f"{what} {name!r}", array[name], where)
         # Networks compute in float32. Written so that NaN fails the comparison.
         bad = array.dtype.kind == "f" and ~(np.abs(array, dtype=np.float64) <= LARGEST)
         for t, i, *place in np.argwhere(bad)[:1].tolist():
@@ -339,9 +359,12 @@ class Collector:
                 f"; fix the environment or wrap it so that every {what} is finite"
             )
 
-    def _check_discrete(self, observations: NDArray[Any]) -> None:
+    def _check_discrete(self, observations: NDArray[Any], part: Any = None) -> None:
         # A GPU would answer with an assertion that ends the process.
-        space = self.env.single_observation_space
+        space = self.env.single_observation_space if part is None else part
+        if isinstance(space, Dict):
+            for name, inner in space.items():
+                self._check_discrete(observations[name], inner)
         if isinstance(space, Discrete):
             low, high = observations.min(), observations.max()
             inside = space.start <= low and high < space.start + space.n
