@@ -81,9 +81,9 @@ class Completions(Tokens):
     """log π_ref, ``[B, T]``."""
     advantages: Tensor = field(default_factory=_later)
     """``[B]`` (GRPO) or ``[B, T]`` (PPO)."""
-    entropies: Tensor = field(default_factory=_later)
-    """Entropy of π_θ(· | s_t), ``[B, T]``, with gradient (GRPO with an
-    ``entropy_coef``)."""
+    entropies: Tensor = None  # type: ignore[assignment]
+    """Entropy of π_θ(·|s_t) in nats, ``[B, T]``, with gradient; None where the trainer
+    does not compute it."""
     values: Tensor = field(default_factory=_later)
     """V(s_t) of the critic in training, ``[B, T]``, with gradient (PPO)."""
     old_values: Tensor = field(default_factory=_later)

@@ -331,9 +331,9 @@ def train_grpo(
                     piece = used.select(rows)
                     now, entropies = run.network(piece.sequences, **scoring)
                     old = piece.old_log_probs if several_steps else now.detach()
-                    piece = replace(piece, log_probs=now, old_log_probs=old)
-                    if entropies is not None:
-                        piece = replace(piece, entropies=entropies)
+                    piece = replace(
+                        piece, log_probs=now, old_log_probs=old, entropies=entropies
+                    )
                     items = run.token_losses(objective, piece)
                     total = aggregate(
                         items.loss, piece.mask, reduction=mean, denominator=count
