@@ -23,7 +23,12 @@ from policyopt_book.studies import Study
 
 STEPS = 300_000
 DIMENSIONS = {"Hopper-v5": 3, "HalfCheetah-v5": 6}
-WIDE: dict[str, Any] = {"hidden": (256, 256), "activation": "relu", "orthogonal_init": False, "initial_log_std": -2.0}
+WIDE: dict[str, Any] = {
+    "hidden": (256, 256),
+    "activation": "relu",
+    "orthogonal_init": False,
+    "initial_log_std": -2.0,
+}
 ZOO: dict[tuple[str, str], dict[str, Any]] = {
     ("Hopper-v5", "PPO"): {
         "rollout_steps": 512, "minibatch_size": 32, "epochs_per_batch": 5, "learning_rate": 9.80828e-5,
