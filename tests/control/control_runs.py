@@ -46,6 +46,36 @@ reinforce = partial(train_reinforce, "CartPole-v1", REINFORCE, progress=False)
 TRAINERS: dict[str, Any] = {"reinforce": reinforce, "trpo": trpo, "ppo": ppo}
 
 
+def learners(total_steps: int) -> list[tuple[Any, Any]]:
+    """Each trainer with settings that learn a small guessing task in so many steps."""
+    common: dict[str, Any] = {"total_steps": total_steps, "num_envs": 8}
+    return [
+        (train_ppo, dataclasses.replace(PPO, minibatch_size=128, epochs_per_batch=4, **common)),
+        (train_trpo, dataclasses.replace(TRPO, kl_limit=0.05, **common)),
+        (train_reinforce, dataclasses.replace(REINFORCE, learning_rate=3e-3, **common)),
+    ]
+
+
+class Guess(gym.Env[Any, Any]):
+    """What is seen tells whether action 1 or 0 is right, a reward of 1, for 10 steps. Subclasses show it."""
+
+    action_space = spaces.Discrete(2)
+    right: int
+
+    def _observe(self) -> Any:
+        raise NotImplementedError
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.count = 0
+        return self._observe(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        reward = float(action == self.right)
+        self.count += 1
+        return self._observe(), reward, False, self.count == 10, {}
+
+
 def with_config(train: Any, **changes: Any) -> Any:
     return partial(train.func, train.args[0], dataclasses.replace(train.args[1], **changes), **train.keywords)
 

@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from control_runs import PPO, REINFORCE, TRPO, assert_same_run
+from control_runs import PPO, assert_same_run, learners
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
@@ -24,8 +24,6 @@ from policyopt.control import (
     evaluate,
     make_policy,
     train_ppo,
-    train_reinforce,
-    train_trpo,
 )
 
 TWO = spaces.Discrete(2)
@@ -146,17 +144,7 @@ def test_features_are_those_of_the_parts_side_by_side() -> None:
     assert encoder.features == 8 + 1 + 3 + 2
 
 
-LEARN: dict[str, Any] = {"total_steps": 8000, "num_envs": 8}
-
-
-@pytest.mark.parametrize(
-    ("train", "config"),
-    [
-        (train_ppo, dataclasses.replace(PPO, minibatch_size=128, epochs_per_batch=4, **LEARN)),
-        (train_trpo, dataclasses.replace(TRPO, kl_limit=0.05, **LEARN)),
-        (train_reinforce, dataclasses.replace(REINFORCE, learning_rate=3e-3, **LEARN)),
-    ],
-)
+@pytest.mark.parametrize(("train", "config"), learners(8000))
 def test_what_all_parts_say_together_is_learned(train: Any, config: Any) -> None:
     result = train(Agree, config, policy=dict_policy(), progress=False)
     assert evaluate(result.policy, Agree, episodes=40).mean > 4.3  # of 5; two parts alone give 3.75

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from control_runs import PPO, REINFORCE, TRPO
+from control_runs import PPO, TRPO, Guess, learners
 from gymnasium import spaces
 from torch import Tensor
 
@@ -20,7 +18,6 @@ from policyopt.control import (
     evaluate,
     make_policy,
     train_ppo,
-    train_reinforce,
     train_trpo,
 )
 from policyopt.trust_region import LineSearch, TrustRegionStep
@@ -38,26 +35,16 @@ def image_policy(seed: int = 0, space: Any = IMAGES, features: int = 16) -> Poli
     return make_policy(space, actions, hidden=(16,), encoder=encoder, generator=generator(seed))
 
 
-class Side(gym.Env[Any, Any]):
-    """Noise, and a bright line somewhere in the left or right half: the action says which, 10 steps."""
+class Side(Guess):
+    """Noise, and a bright line somewhere in the left or right half: the action says which."""
 
-    observation_space, action_space = IMAGES, spaces.Discrete(2)
+    observation_space = IMAGES
 
     def _observe(self) -> Any:
         self.right = int(self.np_random.integers(2))
         image = self.np_random.integers(0, 100, IMAGES.shape, np.uint8)
         image[:, 4 * self.right + self.np_random.integers(4)] = 255
         return image
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
-        super().reset(seed=seed)
-        self.count = 0
-        return self._observe(), {}
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        reward = float(action == self.right)
-        self.count += 1
-        return self._observe(), reward, False, self.count == 10, {}
 
 
 def convolved(image: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -108,17 +95,7 @@ def test_weights_come_from_the_generator() -> None:
     torch.testing.assert_close(kernels @ kernels.T, 2 * torch.eye(32), rtol=1e-4, atol=1e-4)
 
 
-LEARN: dict[str, Any] = {"total_steps": 6000, "num_envs": 8}
-
-
-@pytest.mark.parametrize(
-    ("train", "config"),
-    [
-        (train_ppo, dataclasses.replace(PPO, minibatch_size=128, epochs_per_batch=4, **LEARN)),
-        (train_trpo, dataclasses.replace(TRPO, kl_limit=0.05, **LEARN)),
-        (train_reinforce, dataclasses.replace(REINFORCE, learning_rate=3e-3, **LEARN)),
-    ],
-)
+@pytest.mark.parametrize(("train", "config"), learners(6000))
 def test_the_side_of_a_line_is_learned(train: Any, config: Any, tmp_path: Any) -> None:
     result = train(Side, config, policy=image_policy(), progress=False)
     assert evaluate(result.policy, Side, episodes=20).mean > 8  # of 10; chance is 5
