@@ -189,7 +189,7 @@ def play(
         ended = _speak(active, samples, language_model)
         answers = _ask("step", active, [[[*e.messages]] for e in active])
         for episode, whole, answer in zip(active, ended, answers, strict=True):
-            _hear(episode, whole, answer, language_model, config)
+            _hear(episode, whole, answer, language_model, limits, config)
     return _collect(episodes, shared, language_model)
 
 
@@ -243,6 +243,7 @@ def _hear(
     whole: bool,
     answer: Any,
     language_model: LanguageModel,
+    limits: Limits,
     config: OnlineConfig,
 ) -> None:
     """Take an environment's answer, and see whether the episode goes on."""
@@ -265,8 +266,8 @@ def _hear(
     episode.over = bool(done) or not whole
     if episode.over:
         return
-    limits, tokenizer = config.limits(language_model), language_model.tokenizer
-    before, options = episode.messages[: -len(reply)], _options(episode, limits)
+    tokenizer, options = language_model.tokenizer, _options(episode, limits)
+    before = episode.messages[: -len(reply)]
     ids = encode_reply(tokenizer, before, reply, **options)
     check_ids(tokenizer, ids, limits.vocabulary)
     context = (limits.context_length or math.inf) - len(episode.prompt_ids)
