@@ -23,7 +23,7 @@ removed, except by :func:`importance_weights`, whose result is data.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -31,11 +31,17 @@ from torch import Tensor
 from policyopt._checks import check_shapes, require
 
 __all__ = [
-    "adaptive_kl_coefficient", "bounded_log_ratio", "discounted_returns",
-    "explained_variance", "gae", "group_relative_advantages", "importance_weights",
-    "kl_estimate", "kl_shaped_rewards", "leave_one_out_advantages", "normalize",
-    "pass_at_k_advantages", "sequence_log_prob", "td_errors",
+    "ImportanceMode", "adaptive_kl_coefficient", "bounded_log_ratio",
+    "discounted_returns", "explained_variance", "gae", "group_relative_advantages",
+    "importance_weights", "kl_estimate", "kl_shaped_rewards",
+    "leave_one_out_advantages", "normalize", "pass_at_k_advantages",
+    "sequence_log_prob", "td_errors",
 ]  # fmt: skip
+
+ImportanceMode: TypeAlias = Literal[
+    "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+]
+"""How :func:`importance_weights` weighs and limits."""
 
 
 def _check_series(**tensors: Tensor) -> None:
@@ -549,25 +555,38 @@ def adaptive_kl_coefficient(
 
 
 def importance_weights(
-    log_prob: Tensor, sampler_log_prob: Tensor, *, cap: float
+    log_prob: Tensor,
+    sampler_log_prob: Tensor,
+    *,
+    cap: float,
+    mode: ImportanceMode = "token_truncate",
+    mask: Tensor | None = None,
 ) -> Tensor:
-    r"""Return the truncated importance weights min(π(a|s) / π_sampler(a|s), cap), with
+    r"""Return importance weights c = π(a|s) / π_sampler(a|s), limited by a cap C, with
     no gradient.
 
     They correct a loss whose samples came from a slightly different policy than the
     trainer believes: another numerical precision, another kernel, an older copy of the
-    weights. Without truncation the correction is unbiased, but its variance may be
-    infinite; truncation bounds it, at the price of a bias that only counts where the
-    ratio exceeds the cap.
+    weights. Without a limit the correction is unbiased, but its variance may be
+    infinite; a limit bounds it, at the price of a bias that only counts where the ratio
+    is beyond it.
 
     Parameters
     ----------
     log_prob, sampler_log_prob : Tensor
         log-probabilities of the sampled actions under the policy to be trained, before
         its first update on them, and under the distribution really sampled from; same
-        shape. Where both are 0 (padding) the weight is 1.
+        shape. Where both are 0 (padding) the weight of a token is 1.
     cap : float
-        Largest weight, ≥ 1.
+        C ≥ 1.
+    mode : {"token_truncate", "token_mask", "sequence_truncate", "sequence_mask"}
+        c of each token, right given what stands before it; or of its whole sequence,
+        the product of those of its tokens, which is right for what stands before it
+        too, and far more scattered. Truncated, it is min(c, C); masked, it is 0 where c
+        is outside [1/C, C].
+    mask : Tensor, optional
+        Boolean, the same shape: the tokens of a sequence, along the last dimension.
+        Needed for whole sequences.
 
     Returns
     -------
@@ -584,10 +603,22 @@ def importance_weights(
     >>> ratio = torch.tensor([0.5, 1.0, 3.0])
     >>> importance_weights(ratio.log(), torch.zeros(3), cap=2.0)
     tensor([0.5000, 1.0000, 2.0000])
+    >>> importance_weights(ratio.log(), torch.zeros(3), cap=2.0, mode="token_mask")
+    tensor([0.5000, 1.0000, 0.0000])
     """
     require(cap >= 1, "cap must be >= 1, or it shrinks weights that are right", cap)
     check_shapes(log_prob=log_prob, sampler_log_prob=sampler_log_prob)
-    return torch.exp(log_prob - sampler_log_prob).clamp(max=cap).detach()
+    level, _, limit = mode.partition("_")
+    known = level in ("token", "sequence") and limit in ("truncate", "mask")
+    require(known, "mode must be token or sequence, _truncate or _mask", mode)
+    log_ratio = (log_prob - sampler_log_prob).detach()
+    if level == "sequence":
+        require(mask is not None, "mask must be given for whole sequences", mask)
+        whole = sequence_log_prob(log_ratio, cast(Tensor, mask))
+        log_ratio = whole[..., None].expand_as(log_ratio)
+    if limit == "truncate":
+        return torch.exp(log_ratio).clamp(max=cap)
+    return torch.where(log_ratio.abs() <= math.log(cap), torch.exp(log_ratio), 0.0)
 
 
 def sequence_log_prob(

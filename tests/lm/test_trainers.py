@@ -7,12 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -45,6 +46,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from policyopt.estimators import ImportanceMode
 from policyopt.lm import (
     DPOConfig,
     GRPOConfig,
@@ -785,6 +787,69 @@ def test_a_sampler_that_lies_is_corrected_for() -> None:
     honest = [run_grpo(tiny_model(), changes={**changes, "importance_cap": cap}).history[0].gradient_norm
               for cap in (2.0, None)]  # fmt: skip
     assert honest[0] == pytest.approx(honest[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", get_args(ImportanceMode))
+def test_each_way_of_weighing_is_the_formula(mode: ImportanceMode) -> None:
+    """The trainer's update is that of a loss written by hand, and its history says how far the sampler is off."""
+
+    class Warmer(TransformersSampler):
+        def sample(
+            self, prompts: Any, samples_per_prompt: int, config: SamplingConfig, **options: Any
+        ) -> Any:
+            warm = replace(config, temperature=1.5)
+            return super().sample(prompts, samples_per_prompt, warm, **options)
+
+    gaps, completions = list[float](), list[float]()
+
+    def by_hand(batch: Completions) -> torch.Tensor:
+        loss = -(batch.log_probs - batch.log_probs.detach()).exp() * batch.advantages[:, None]
+        for i, t in batch.mask.nonzero().tolist():
+            n = int(batch.mask[i].sum())
+            here = range(t, t + 1) if mode.startswith("token") else range(n)
+            pairs = [(batch.old_log_probs[i, k].item(), batch.sampler_log_probs[i, k].item()) for k in here]
+            c = math.exp(sum(old - sampler for old, sampler in pairs))
+            beyond = 0.0 if mode.endswith("mask") else 2.0
+            loss[i, t] *= beyond if c > 2 else 0.0 if mode.endswith("mask") and c < 0.5 else c
+            old, sampler = batch.old_log_probs[i, t].item(), batch.sampler_log_probs[i, t].item()
+            gaps.append(math.exp(old - sampler) - 1 - (old - sampler))
+        log_c = ((batch.old_log_probs - batch.sampler_log_probs) * batch.mask).sum(1)
+        completions.extend(log_c.double().exp().tolist())
+        return loss
+
+    changes: dict[str, Any] = {"updates": 1, "minibatches": 1, "epochs_per_batch": 1}
+    model, other = tiny_model(), tiny_model()
+    ours = run_grpo(model, sampler=Warmer(model), changes={**changes, "importance_mode": mode, "beta": 0.0})
+    hand = run_grpo(other, sampler=Warmer(other), changes={**changes, "beta": 0.0}, loss=by_hand)
+    assert furthest(weights(ours), weights(hand)) < 1e-6
+    (row,), w = hand.history, np.array(completions)
+    assert row.sampler_kl == pytest.approx(np.mean(gaps), rel=1e-4)
+    assert row.sampler_kl > 1e-3
+    assert row.effective_samples == pytest.approx(w.sum() ** 2 / (len(w) * (w**2).sum()), rel=1e-4)
+    (honest,) = run_grpo(tiny_model(), changes=changes).history
+    assert abs(honest.sampler_kl) < 1e-6
+    assert honest.effective_samples == pytest.approx(1, abs=1e-5)
+
+
+def test_a_sampler_of_age_0_changes_nothing() -> None:
+    """A copy that is told the weights after each update samples what the policy would."""
+
+    class Copy:
+        def __init__(self, model: LanguageModel) -> None:
+            self.copy = model.copy()
+            self.inner = TransformersSampler(self.copy)
+
+        def update_weights(self, model: Any) -> None:
+            self.copy.model.load_state_dict(model.state_dict())
+
+        def sample(self, *args: Any, **options: Any) -> Any:
+            return self.inner.sample(*args, **options)
+
+    model = tiny_model()
+    ours, copied = run_grpo(tiny_model()), run_grpo(model, sampler=Copy(model))
+    assert furthest(weights(ours), weights(copied)) == 0
+    for mine, theirs in zip(ours.history, copied.history, strict=True):
+        assert replace(mine, seconds=0.0) == replace(theirs, seconds=0.0)
 
 
 def test_seeds_in_parallel_do_not_share_a_model() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from torch import Tensor
 from policyopt import mdp
 from policyopt.control import Episodes, Rollout, reinforce_weights
 from policyopt.estimators import (
+    ImportanceMode,
     adaptive_kl_coefficient,
     discounted_returns,
     explained_variance,
@@ -623,6 +624,48 @@ def test_importance_weights_by_hand() -> None:
     for cap in (0.99, math.nan):
         with pytest.raises(ValueError, match="cap must be >= 1"):
             importance_weights(torch.zeros(1), torch.zeros(1), cap=cap)
+
+
+def test_importance_weights_of_each_mode_by_hand() -> None:
+    ratio = torch.tensor([[4.0, 0.5, 9.0], [0.4, 1.0, 1.0], [1.5, 2.0, 0.5]], dtype=F64)
+    mask = torch.tensor([[True, True, False], [True, True, True], [True, True, True]])
+    wanted = {
+        "token_truncate": [[2.0, 0.5, 2.0], [0.4, 1.0, 1.0], [1.5, 2.0, 0.5]],
+        "token_mask": [[0.0, 0.5, 0.0], [0.0, 1.0, 1.0], [1.5, 2.0, 0.5]],
+        "sequence_truncate": [[2.0] * 3, [0.4] * 3, [1.5] * 3],  # 4 · 0.5 = 2; 9 is padding
+        "sequence_mask": [[2.0] * 3, [0.0] * 3, [1.5] * 3],
+    }
+    for mode in get_args(ImportanceMode):
+        log_prob = ratio.log().requires_grad_()
+        weights = importance_weights(log_prob, torch.zeros_like(ratio), cap=2 + 1e-9, mode=mode, mask=mask)
+        torch.testing.assert_close(weights, torch.tensor(wanted[mode], dtype=F64))
+        assert not weights.requires_grad
+    with pytest.raises(ValueError, match="mask must be given for whole sequences"):
+        importance_weights(ratio, ratio, cap=2.0, mode="sequence_mask")
+    with pytest.raises(ValueError, match="mode must be token or sequence"):
+        importance_weights(ratio, ratio, cap=2.0, mode="sequence")  # type: ignore[arg-type]
+
+
+def test_weights_of_sequences_are_unbiased_and_those_of_tokens_are_not() -> None:
+    """All sequences of two tokens out of three: E_sampler[c f] is E_old[f] if c is of the sequence."""
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(2, 3, generator=generator, dtype=F64).log_softmax(-1)  # of each policy
+    second = torch.randn(2, 3, 3, generator=generator, dtype=F64).log_softmax(-1)
+    value = torch.randn(3, 3, generator=generator, dtype=F64)
+    pairs = [(a, b) for a in range(3) for b in range(3)]
+    old, sampler = (
+        torch.stack([torch.stack([first[k, a], second[k, a, b]]) for a, b in pairs]) for k in (0, 1)
+    )
+    f = torch.stack([value[a, b] for a, b in pairs])
+    right = (old.sum(1).exp() * f).sum()
+    mask = torch.ones(9, 2, dtype=torch.bool)
+    weights = {
+        mode: importance_weights(old, sampler, cap=math.inf, mode=mode, mask=mask)
+        for mode in get_args(ImportanceMode)
+    }
+    for mode, c in weights.items():
+        estimate = (sampler.sum(1).exp() * c[:, 1] * f).sum()
+        assert (abs(estimate - right) < 1e-12) == mode.startswith("sequence"), mode
 
 
 def test_adaptive_kl_coefficient() -> None:

@@ -103,6 +103,9 @@ class GRPOConfig(OnlineConfig):
     """Largest weight that corrects for a sampler whose probabilities differ from the
     trainer's; None: no correction.
     """
+    importance_mode: estimators.ImportanceMode = "token_truncate"
+    """Weights of tokens or of whole completions, and what the cap does: see
+    :func:`~policyopt.estimators.importance_weights`."""
     drop_unfinished: bool = False
     """Leave completions that ``max_new_tokens`` cut out of the loss (their reward still
     counts in the group).
@@ -154,9 +157,18 @@ class GRPOUpdate(LMUpdate):
     gradient: with ``beta`` or ``entropy_coef`` > 0 or a loss of one's own."""
     ratio_max: float
     """Largest ratio of these tokens; exactly 1 with one update per batch, or none."""
+    sampler_kl: float
+    """Mean k3 estimate of KL(π_sampler ‖ π_old) over these tokens, nats: 0 but for
+    rounding where the sampler has the policy's weights and settings."""
+    effective_samples: float
+    """Effective sample size of the completions that these tokens are of, as a share of
+    their number: (Σc)² / (n Σc²) with c = π_old / π_sampler of the whole completion,
+    not limited. 1 where the sampler is the policy."""
 
     headline: ClassVar[tuple[str, ...]] = ("reward", "kl", "length")
-    may_be_nan: ClassVar[tuple[str, ...]] = ("kl", "clip_fraction", "ratio_max")
+    may_be_nan: ClassVar[tuple[str, ...]] = (
+        "kl", "clip_fraction", "ratio_max", "effective_samples",
+    )  # fmt: skip
 
 
 def group_advantages(
@@ -214,7 +226,8 @@ def grpo_surrogate(
 def grpo_loss(batch: Completions, config: GRPOConfig) -> ClippedSurrogate:
     r"""GRPO's loss of each token, ``[B, T]``, before any mean.
 
-    The clipped surrogate, weighted by min(π_old/π_sampler, cap), plus β times the
+    The clipped surrogate, weighted by min(π_old/π_sampler, cap) or as
+    ``importance_mode`` says, plus β times the
     estimate of the KL divergence to the reference, minus the entropy bonus:
 
     .. math:: -w_{i,t} \min(\rho_{i,t} A_i,\,
@@ -236,8 +249,10 @@ def grpo_loss(batch: Completions, config: GRPOConfig) -> ClippedSurrogate:
     items = grpo_surrogate(batch.log_probs, old, batch.advantages, batch.mask, config)
     loss = items.loss
     if (cap := config.importance_cap) is not None:
-        sampled = batch.sampler_log_probs
-        loss = loss * estimators.importance_weights(old, sampled, cap=cap)
+        sampled, mode = batch.sampler_log_probs, config.importance_mode
+        loss = loss * estimators.importance_weights(
+            old, sampled, cap=cap, mode=mode, mask=batch.mask
+        )
     if config.beta > 0:
         reference, kind = batch.reference_log_probs, config.kl_estimator
         kl = estimators.kl_estimate(batch.log_probs, reference, kind)
@@ -323,7 +338,7 @@ def train_grpo(
             if config.drop_unfinished:
                 batch = replace(batch, mask=batch.mask & batch.finished[:, None])
 
-            statistics, norm = Statistics(), 0.0
+            statistics, norm, log_weights = Statistics(), 0.0, list[Tensor]()
             for part in run.minibatches(batch):
                 mean, count = _mean(part.mask, config, run)
                 used = run.keep(part, part.advantages != 0) if skips else part
@@ -344,12 +359,14 @@ def train_grpo(
                         clipped=(items.clipped * piece.mask).sum(),
                         tokens=piece.mask.sum(),
                         ratio=torch.where(piece.mask, items.ratio, 0.0).max(),
+                        gap=run.gap(piece, log_weights),
                     )
                 norm = run.descend(used.mask)
             run.tell_sampler()
 
             equal = (groups == groups[:, :1]).all(dim=1)
-            loss_sum, clipped, seen = run.sums(statistics, "loss", "clipped", "tokens")
+            noted = run.sums(statistics, "loss", "clipped", "tokens", "gap")
+            loss_sum, clipped, seen, gap = noted
             run.log(
                 **run.summary(sampled),
                 gradient_norm=norm, loss=loss_sum,
@@ -357,6 +374,8 @@ def train_grpo(
                 kl=run.kl(batch, batch.sampler_log_probs),
                 clip_fraction=clipped / max(seen, 1),
                 ratio_max=run.processes.max(statistics["ratio"].max()) or 1.0,
+                sampler_kl=gap / max(seen, 1),
+                effective_samples=run.effective_samples(log_weights),
             )  # fmt: skip
     return run.result()
 

@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer as Layer
 
 from policyopt._checks import require
 from policyopt.checkpoint import optimizer_slots, optimizer_tensors, strip
+from policyopt.estimators import kl_estimate, sequence_log_prob
 from policyopt.frame import Frame, Statistics
 from policyopt.lm import sampling
 from policyopt.lm.batches import Completions
@@ -543,6 +544,25 @@ class SamplingRun(Run[ConfigT, RowT]):
     def token_losses(self, loss: Loss, batch: Completions) -> Any:
         """Return the losses of a micro-batch, with ``ratio`` and ``clipped``."""
         return item_losses(loss, batch, batch.mask.shape, ["ratio", "clipped"])
+
+    def gap(self, batch: Completions, log_weights: list[Tensor]) -> Tensor:
+        """Return the sum of k3 estimates of KL(π_sampler ‖ π_old) over the tokens, and
+        note log π_old/π_sampler of each completion.
+        """
+        old, sampled = batch.old_log_probs, batch.sampler_log_probs
+        there = batch.mask.any(1)
+        log_weights.append(sequence_log_prob(old - sampled, batch.mask)[there].cpu())
+        return torch.where(batch.mask, kl_estimate(sampled, old, "k3"), 0.0).sum()
+
+    def effective_samples(self, log_weights: list[Tensor]) -> float:
+        """Return (Σw)² / (n Σw²) over all processes; NaN without weights."""
+        mine = torch.cat([torch.empty(0), *log_weights]).double()
+        least = mine.new_full((1,), -torch.inf)
+        largest = self.processes.max(torch.cat([mine, least]).max().float())
+        w = (mine - largest).exp()
+        sums = torch.stack([w.sum(), w.square().sum(), w.new_tensor(float(len(w)))])
+        total, squares, count = self.sum(sums).tolist()
+        return total**2 / (count * squares) if count else math.nan
 
     def summary(self, batch: Completions) -> dict[str, Any]:
         """Return what a row of the history says of the completions themselves, whose
