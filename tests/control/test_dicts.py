@@ -1,4 +1,4 @@
-"""Dictionaries as observations: each part through an encoder of its own."""
+"""Dictionaries as observations, made one vector: each part through an encoder of its own."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ import torch
 from control_runs import PPO, assert_same_run, learners
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers import FlattenObservation
 
 from policyopt.control import (
     Collector,
     DictEncoder,
-    DictObservations,
     ImageEncoder,
-    MaskedObservations,
     ObservationEncoder,
     Policy,
     evaluate,
@@ -43,19 +42,18 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def dict_policy(actions: Any = TWO, seed: int = 0) -> Policy:
-    inner = PARTS["inner"]
+FLAT = spaces.flatten_space(PARTS)
+
+
+def dict_policy(actions: Any = TWO, seed: int = 0, *, normalize_clock: bool = True) -> Policy:
+    clock = ObservationEncoder(PARTS["inner"]["clock"], normalize=normalize_clock)
     parts = {
         "image": ImageEncoder(IMAGE, features=8, generator=generator(seed)),
-        "inner": DictEncoder(
-            {
-                "clock": ObservationEncoder(inner["clock"], normalize=True),
-                "suit": ObservationEncoder(inner["suit"]),
-            }
-        ),
+        "inner": DictEncoder(PARTS["inner"], {"clock": clock}),
         "speed": ObservationEncoder(PARTS["speed"], normalize=True),
     }
-    return make_policy(PARTS, actions, hidden=(16,), encoder=DictEncoder(parts), generator=generator(seed))
+    encoder = DictEncoder(PARTS, parts)
+    return make_policy(FLAT, actions, hidden=(16,), encoder=encoder, generator=generator(seed))
 
 
 class Agree(gym.Env[Any, Any]):
@@ -82,15 +80,12 @@ class Agree(gym.Env[Any, Any]):
         return self._observe(), reward, False, self.count == 5, {}
 
 
-def plain(x: Any, *place: int) -> Any:
-    """Numbers of one row, to be compared."""
-    if isinstance(x, dict):
-        return {name: plain(part, *place) for name, part in x.items()}
-    return np.asarray(x)[place].tolist()
+def flat() -> Any:
+    return FlattenObservation(Agree())
 
 
-def recorded() -> tuple[type[Agree], list[Any]]:
-    """An environment that notes what it returned."""
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
+def test_rollouts_hold_what_the_environment_returned(mode: AutoresetMode) -> None:
     seen: list[Any] = []
 
     class Noted(Agree):
@@ -98,33 +93,14 @@ def recorded() -> tuple[type[Agree], list[Any]]:
             seen.append(super()._observe())
             return seen[-1]
 
-    return Noted, seen
-
-
-@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
-def test_rollouts_hold_what_the_environment_returned(mode: AutoresetMode) -> None:
-    env, seen = recorded()
-    policy = dict_policy()
-    rollout = Collector(SyncVectorEnv([env], autoreset_mode=mode), policy, generator(), seed=0).collect(12)
-    found = rollout.observations
-    assert isinstance(found, DictObservations)
-    assert found["image"].dtype == torch.uint8
-    assert found["inner"]["clock"].dtype == torch.float64
-    assert found["inner"]["suit"].dtype == torch.int64
-    rows = [plain(found, t, 0) for t in range(12)] + [plain(rollout.last_observations, 0)]
+    env = SyncVectorEnv([lambda: FlattenObservation(Noted())], autoreset_mode=mode)
+    rollout = Collector(env, dict_policy(), generator(), seed=0).collect(12)
+    assert rollout.observations.dtype == torch.float64  # type: ignore[union-attr]
+    rows = [*rollout.observations[:, 0], rollout.last_observations[0]]
     if mode == AutoresetMode.SAME_STEP:
-        finals = [plain(rollout.final_observations, i) for i in range(2)]
         assert rollout.final_index[0].tolist() == [4, 9]
-        rows[5:5], rows[11:11] = finals[:1], finals[1:]
-    assert rows == [plain(x) for x in seen]
-    values, next_values = rollout.evaluate(lambda x: x["inner"]["clock"].squeeze(-1) - 1e9)
-    assert values[:5, 0].tolist() == [1, 2, 3, 4, 5]
-    assert next_values[:5, 0].tolist() == [2, 3, 4, 5, 6]
-    assert next_values[-1, 0] == rollout.last_observations["inner"]["clock"].item() - 1e9
-    flat = rollout.flat(found)
-    assert len(flat["image"]) == rollout.steps
-    picked = MaskedObservations(flat, torch.ones(rollout.steps, 2, dtype=torch.bool))[torch.tensor([3, 0])]
-    assert plain(picked.values, 0) == plain(seen[3])
+        rows[5:5], rows[11:11] = rollout.final_observations[:1], rollout.final_observations[1:]
+    assert [row.tolist() for row in rows] == [spaces.flatten(PARTS, x).tolist() for x in seen]
 
 
 def test_features_are_those_of_the_parts_side_by_side() -> None:
@@ -132,22 +108,30 @@ def test_features_are_those_of_the_parts_side_by_side() -> None:
     encoder: Any = policy.encoder
     PARTS.seed(0)
     one = PARTS.sample()
-    x = DictObservations({n: torch.as_tensor(one[n])[None] for n in ("image", "speed")})
-    x["inner"] = DictObservations({n: torch.as_tensor(v)[None] for n, v in one["inner"].items()})
+    x = torch.as_tensor(spaces.flatten(PARTS, one))[None]
+    read: dict[str, torch.Tensor] = {}
+    for name in ("image", "speed"):
+        encoder.parts[name].register_forward_pre_hook(
+            lambda _, given, name=name: read.update({name: given[0]})
+        )
     expected = [
-        encoder.parts["image"](x["image"]),
-        (x["inner"]["clock"]).float(),  # no statistics yet
-        torch.eye(3)[x["inner"]["suit"] - 2],
-        x["speed"],
+        encoder.parts["image"](torch.as_tensor(one["image"])[None]),
+        torch.as_tensor(one["inner"]["clock"])[None].float(),  # no statistics yet
+        torch.eye(3)[[one["inner"]["suit"] - 2]],
+        torch.as_tensor(one["speed"])[None],
     ]
-    torch.testing.assert_close(encoder(x), torch.cat([y.clamp(-10, 10) for y in expected], -1))
+    found = encoder(x)
+    torch.testing.assert_close(found, torch.cat([y.clamp(-10, 10) for y in expected], -1))
+    assert read["image"][0].tolist() == one["image"].tolist()
+    assert read["speed"][0].tolist() == one["speed"].tolist()
     assert encoder.features == 8 + 1 + 3 + 2
+    torch.testing.assert_close(encoder(torch.stack([x, x], 1)), torch.stack([found, found], 1))
 
 
 @pytest.mark.parametrize(("train", "config"), learners(8000))
 def test_what_all_parts_say_together_is_learned(train: Any, config: Any) -> None:
-    result = train(Agree, config, policy=dict_policy(), progress=False)
-    assert evaluate(result.policy, Agree, episodes=40).mean > 4.3  # of 5; two parts alone give 3.75
+    result = train(flat, config, policy=dict_policy(), progress=False)
+    assert evaluate(result.policy, flat, episodes=40).mean > 4.3  # of 5; two parts alone give 3.75
     statistics = result.policy.encoder.parts["inner"].parts["clock"]
     assert statistics.count.item() == result.steps
     assert statistics.mean.item() == pytest.approx(1e9, rel=1e-3)
@@ -159,77 +143,55 @@ def test_what_all_parts_say_together_is_learned(train: Any, config: Any) -> None
 def test_runs_on_dictionaries_are_resumed_bit_for_bit(tmp_path: Any) -> None:
     short = dataclasses.replace(PPO, total_steps=400, checkpoint_every=1, anneal_learning_rate=False)
     longer = dataclasses.replace(short, total_steps=800)
-    whole = train_ppo(Agree, longer, policy=dict_policy(), checkpoint_dir=tmp_path / "a", progress=False)
-    train_ppo(Agree, short, policy=dict_policy(), checkpoint_dir=tmp_path / "b", progress=False)
-    again = train_ppo(Agree, longer, policy=dict_policy(), checkpoint_dir=tmp_path / "b", progress=False)
+    whole = train_ppo(flat, longer, policy=dict_policy(), checkpoint_dir=tmp_path / "a", progress=False)
+    train_ppo(flat, short, policy=dict_policy(), checkpoint_dir=tmp_path / "b", progress=False)
+    again = train_ppo(flat, longer, policy=dict_policy(), checkpoint_dir=tmp_path / "b", progress=False)
     assert_same_run(again, whole)
 
 
 def test_predictions_for_one_and_for_several() -> None:
     policy = dict_policy(spaces.MultiBinary(2))
-    env = Agree()
+    env = flat()
     seen = [env.reset(seed=0)[0]] + [env.step(0)[0] for _ in range(3)]
     singles = np.stack([policy.predict(x) for x in seen])
     assert singles.shape == (4, 2)
-    several = {n: np.stack([x[n] for x in seen]) for n in ("image", "speed")}
-    several["inner"] = {n: np.stack([x["inner"][n] for x in seen]) for n in ("clock", "suit")}  # type: ignore[assignment]
-    np.testing.assert_array_equal(policy.predict(several), singles)
-    wrong = [
-        seen[0] | {"image": several["image"]},  # four images, one speed
-        {n: x for n, x in seen[0].items() if n != "speed"},
-        seen[0] | {"speed": np.zeros(3)},
-        np.zeros(3),
-    ]
-    for observation in wrong:
-        with pytest.raises(ValueError, match=r"observation must have the shape \{'image': "):
-            policy.predict(observation)
+    np.testing.assert_array_equal(policy.predict(np.stack(seen)), singles)
+    for wrong in (np.zeros(3), np.zeros((2, 3)), np.float64(0), np.zeros((1, 2, len(seen[0])))):
+        with pytest.raises(ValueError, match=r"observation must have the shape \(26,\)"):
+            policy.predict(wrong)
 
 
 # --- Bad input ---
 
 
-@pytest.mark.parametrize(
-    ("part", "value", "message"),
-    [
-        (
-            "speed",
-            np.array([0, np.nan], np.float32),
-            r"returned a NaN or infinite observation 'speed' \(nan at \[1\]",
-        ),
-        ("suit", np.int64(5), r"observations of Agree must be in Discrete\(3, start=2\), got \(\d, 5\)"),
-    ],
-)
-def test_a_bad_part_is_refused_by_name(part: str, value: Any, message: str) -> None:
+def test_a_part_that_is_not_finite_is_refused() -> None:
     class Bad(Agree):
         def _observe(self) -> Any:
-            seen = super()._observe()
-            (seen if part in seen else seen["inner"])[part] = value
-            return seen
+            return super()._observe() | {"speed": np.array([0, np.nan], np.float32)}
 
-    Bad.__name__ = "Agree"
-    with pytest.raises(ValueError, match=message):
-        train_ppo(Bad, PPO, policy=dict_policy(), progress=False)
+    with pytest.raises(ValueError, match=r"returned a NaN or infinite observation \(nan at \[25\] of it\)"):
+        train_ppo(lambda: FlattenObservation(Bad()), PPO, policy=dict_policy(), progress=False)
 
 
 def test_differences_that_float32_loses_are_refused_in_a_part() -> None:
-    policy = dict_policy()
-    encoder: Any = policy.encoder
-    encoder.parts["inner"].parts["clock"] = ObservationEncoder(PARTS["inner"]["clock"])  # not normalised
-    with pytest.raises(ValueError, match="observations of Agree must differ by more than float32 resolves"):
-        train_ppo(Agree, PPO, policy=policy, progress=False)
+    policy = dict_policy(normalize_clock=False)
+    with pytest.raises(ValueError, match="must differ by more than float32 resolves"):
+        train_ppo(flat, PPO, policy=policy, progress=False)
 
 
-def test_a_dictionary_needs_an_encoder_for_each_part() -> None:
-    with pytest.raises(ValueError, match="or give a DictEncoder to make_policy"):
-        train_ppo(Agree, PPO, progress=False)
-    encoder = DictEncoder({"image": ImageEncoder(IMAGE, generator=generator())})
-    policy = make_policy(PARTS, spaces.Discrete(2), encoder=encoder, generator=generator())
+def test_a_dictionary_is_flattened_and_read_by_its_own_encoder() -> None:
+    with pytest.raises(ValueError, match=r"arrays of numbers, got Dict.*FlattenObservation"):
+        train_ppo(Agree, PPO, policy=dict_policy(), progress=False)
+    image = {"image": ImageEncoder(IMAGE, generator=generator())}
+    other = DictEncoder(spaces.Dict(image=IMAGE), image)
+    policy = make_policy(FLAT, TWO, encoder=other, generator=generator())
+    with pytest.raises(ValueError, match="policy was made for other observations or actions than those of"):
+        train_ppo(flat, PPO, policy=policy, progress=False)
+    with pytest.raises(ValueError, match=r"parts must be of \['speed'\], got \['image'\]"):
+        DictEncoder(spaces.Dict(speed=PARTS["speed"]), image)
     with pytest.raises(
-        ValueError, match="policy was made for other observations or actions than those of Agree"
+        ValueError, match=r"parts must read \[2\] numbers, as those of \['image'\] have, got \[20\]"
     ):
-        train_ppo(Agree, PPO, policy=policy, progress=False)
-    flat = make_policy(PARTS["speed"], spaces.Discrete(2), generator=generator())
-    with pytest.raises(
-        ValueError, match=r"observations of Agree must be arrays of numbers, got Dict.*DictEncoder"
-    ):
-        train_ppo(Agree, PPO, policy=flat, progress=False)
+        DictEncoder(spaces.Dict(image=PARTS["speed"]), image)
+    with pytest.raises(ValueError, match="space must be a Dict, got Box"):
+        DictEncoder(IMAGE, image)

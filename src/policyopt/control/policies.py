@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -25,7 +25,7 @@ from policyopt.distributions import (
 )
 
 __all__ = [
-    "CategoricalPolicy", "Critic", "DictEncoder", "DictObservations", "GaussianPolicy",
+    "CategoricalPolicy", "Critic", "DictEncoder", "GaussianPolicy",
     "ImageEncoder", "MaskedObservations", "MultiCategoricalPolicy",
     "ObservationEncoder", "Policy", "make_policy",
 ]  # fmt: skip
@@ -44,69 +44,10 @@ def double(x: Tensor) -> Tensor:
     return (x if has_float64(x.device) else x.cpu()).double()
 
 
-class DictObservations(dict[str, Any]):
-    """Parts of observations by name, cut by rows as a tensor is."""
-
-    def __getitem__(self, key: Any) -> Any:
-        return (
-            dict.__getitem__(self, key)
-            if isinstance(key, str)
-            else self.map(lambda x: x[key])
-        )
-
-    def flatten(self, first: int, last: int) -> DictObservations:
-        """Make one of the leading dimensions ``first`` to ``last``."""
-        return self.map(lambda x: x.flatten(first, last))
-
-    def map(self, function: Callable[[Any], Any]) -> DictObservations:
-        """Apply a function to each part."""
-        return DictObservations({name: function(x) for name, x in self.items()})
-
-
-def append(rows: Any, last: Any) -> Any:
-    """Put one more row ``[...]`` after rows ``[T, ...]``."""
-    if isinstance(rows, DictObservations):
-        return DictObservations({n: append(x, last[n]) for n, x in rows.items()})
-    return torch.cat([rows, last[None]])
-
-
-def as_array(observation: Any, lead: int = 1) -> NDArray[Any]:
-    """Return observations with ``lead`` leading dimensions as one array; those of a
-    ``Dict`` as a structured one, with a field for each part.
-    """
-    if not isinstance(observation, dict):
-        return np.asarray(observation)
-    # Sorted: structured arrays are converted to each other by position.
-    parts = {name: as_array(observation[name], lead) for name in sorted(observation)}
-    types = [(name, x.dtype, x.shape[lead:]) for name, x in parts.items()]
-    rows = np.empty(next(iter(parts.values())).shape[:lead], types)
-    for name, x in parts.items():
-        rows[name] = x
-    return rows
-
-
-def leading(observation: Any, shape: Any) -> tuple[int, ...] | None:
-    """Return the dimensions, at most one, before those of one observation; None if it
-    does not have the shape.
-    """
-    if isinstance(shape, dict):
-        if not isinstance(observation, dict) or observation.keys() != shape.keys():
-            return None
-        found = {leading(observation[name], part) for name, part in shape.items()}
-        return found.pop() if len(found) == 1 else None
-    whole = np.shape(observation)
-    cut = len(whole) - len(shape)
-    return whole[:cut] if cut in (0, 1) and whole[cut:] == shape else None
-
-
-def to_tensor(array: NDArray[Any], device: torch.device) -> Any:
+def to_tensor(array: NDArray[Any], device: torch.device) -> Tensor:
     """Move an array to a device, as it is; only float64 becomes float32 where the
-    device does not have it. One with fields becomes :class:`DictObservations`.
+    device does not have it.
     """
-    if array.dtype.names:
-        # Copied, since tensors have no strides that are not whole numbers of entries.
-        parts = {n: to_tensor(array[n].copy(), device) for n in array.dtype.names}
-        return DictObservations(parts)
     if array.dtype == np.float64 and not has_float64(device):
         array = array.astype(np.float32)
     return torch.from_numpy(array).to(device)
@@ -131,7 +72,7 @@ class MaskedObservations:
     tensor is.
     """
 
-    values: Any
+    values: Tensor
     """The observations, ``[..., *observation shape]``."""
     mask: Tensor
     """True where an action is allowed, bool ``[..., K]``, in the order of the space;
@@ -147,10 +88,10 @@ class MaskedObservations:
         return MaskedObservations(x.flatten(first, last), mask.flatten(first, last))
 
 
-Observations: TypeAlias = Tensor | DictObservations | MaskedObservations
+Observations: TypeAlias = Tensor | MaskedObservations
 
 
-def split_mask(observations: Observations) -> tuple[Any, Tensor | None]:
+def split_mask(observations: Observations) -> tuple[Tensor, Tensor | None]:
     """Return the observations as such, and the mask if there is one."""
     if isinstance(observations, MaskedObservations):
         return observations.values, observations.mask
@@ -213,8 +154,8 @@ class ObservationEncoder(nn.Module):
     policy that collected a batch and the one that starts learning from it are the same
     function.
 
-    Where the space has numbers that float32 would round (float64, integers of 32 bits
-    and more), the mean is subtracted in float64: time stamps of 1.7e9 seconds keep
+    Where the space has numbers that float32 would round (float64, integers beyond 2²⁴),
+    the mean is subtracted in float64: time stamps of 1.7e9 seconds keep
     their differences. Without normalisation, or on Apple's GPUs, which have no float64,
     rollouts refuse observations whose differences float32 would lose.
 
@@ -242,7 +183,13 @@ class ObservationEncoder(nn.Module):
                 "after FilterObservation where a part of it is not made of numbers; or "
                 "give a DictEncoder to make_policy"
             )
-        self.wide = self.kind == "flat" and not np.can_cast(space.dtype, np.float32)
+        exact = np.can_cast(space.dtype, np.float32)
+        if np.issubdtype(space.dtype, np.integer) and isinstance(space, Box):
+            largest = np.max(
+                np.abs([space.low, space.high], dtype=np.float64), initial=0
+            )
+            exact = largest <= 2**24
+        self.wide = self.kind == "flat" and not exact
         self.normalize = normalize and self.kind == "flat"
         if self.normalize:
             self.mean = nn.Buffer(torch.zeros(self.features))
@@ -362,47 +309,68 @@ class ImageEncoder(ObservationEncoder):
 
 
 class DictEncoder(ObservationEncoder):
-    """Encode each part of ``Dict`` observations by an encoder of its own, and join the
+    """Encode each part of a ``Dict`` space by an encoder of its own, and join the
     features.
+
+    It reads what ``gymnasium.wrappers.FlattenObservation`` makes of such observations:
+    one vector, the parts in the order of the space, each flat. Every part gets its
+    shape back.
 
     Parameters
     ----------
-    parts : dict
-        An encoder for each name of the space.
+    space : gymnasium.spaces.Dict
+        As it is before the wrapper.
+    parts : mapping
+        Encoders by the names of their parts, an :class:`ImageEncoder` for instance, or
+        another ``DictEncoder``. A part without one goes into the features as the
+        wrapper writes it.
 
     Examples
     --------
     >>> import gymnasium as gym
     >>> import torch
     >>> image = gym.spaces.Box(0, 255, (32, 32, 3), "uint8")
-    >>> speed = gym.spaces.Box(-1, 1, (2,))
+    >>> space = gym.spaces.Dict(image=image, speed=gym.spaces.Box(-1, 1, (2,)))
     >>> g = torch.Generator().manual_seed(0)
-    >>> parts = {"image": ImageEncoder(image, features=64, generator=g)}
-    >>> parts["speed"] = ObservationEncoder(speed, normalize=True)
-    >>> DictEncoder(parts).features
-    66
+    >>> eyes = ImageEncoder(image, features=64, generator=g)
+    >>> encoder = DictEncoder(space, {"image": eyes})
+    >>> encoder(torch.zeros(5, 32 * 32 * 3 + 2)).shape
+    torch.Size([5, 66])
     """
 
-    def __init__(self, parts: Mapping[str, ObservationEncoder]) -> None:
-        nn.Module.__init__(self)
-        self.parts: Any = nn.ModuleDict(parts)
-        self.shape = {name: part.shape for name, part in parts.items()}
-        self.features = sum(part.features for part in parts.values())
+    def __init__(self, space: Any, parts: Mapping[str, ObservationEncoder]) -> None:
+        require(isinstance(space, Dict), "space must be a Dict", space)
+        super().__init__(gym.spaces.flatten_space(space))
+        flat: Any = {n: gym.spaces.flatten_space(part) for n, part in space.items()}
+        rule = f"parts must be of {[*flat]}"
+        require(parts.keys() <= flat.keys(), rule, [*parts])
+        encoders = {n: parts.get(n) or ObservationEncoder(flat[n]) for n in flat}
+        self.sizes = [math.prod(part.shape) for part in flat.values()]
+        sizes = [math.prod(part.shape) for part in encoders.values()]
+        rule = f"parts must read {self.sizes} numbers, as those of {[*flat]} have"
+        require(sizes == self.sizes, rule, sizes)
+        self.parts: Any = nn.ModuleDict(encoders)
+        self.features = sum(part.features for part in encoders.values())
+        self.normalize = all(x.normalize for x in encoders.values() if x.wide)
 
-    def fits(self, space: gym.Space[Any]) -> bool:
-        """Whether observations of this space can be encoded."""
-        if not isinstance(space, Dict) or space.keys() != self.shape.keys():
-            return False
-        return all(part.fits(space[name]) for name, part in self.parts.items())
+    def _pieces(self, observations: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        pieces = observations.split(self.sizes, -1)
+        for part, piece in zip(self.parts.values(), pieces, strict=True):
+            yield part, piece.reshape(*piece.shape[:-1], *part.shape)
 
-    def forward(self, observations: Any) -> Tensor:
-        """Map raw observations to features ``[..., features]`` (float32)."""
-        return torch.cat([x(observations[n]) for n, x in self.parts.items()], dim=-1)
+    def forward(self, observations: Tensor) -> Tensor:
+        """Map flat observations ``[..., D]`` to features ``[..., features]``
+        (float32).
+        """
+        found = [part(piece) for part, piece in self._pieces(observations)]
+        return torch.cat(found, -1)
 
-    def update(self, observations: Any) -> None:
-        """Take raw observations into the running statistics of each part."""
-        for name, part in self.parts.items():
-            part.update(observations[name])
+    def update(self, observations: Tensor) -> None:
+        """Take flat observations ``[B, D]`` into the running statistics of each
+        part.
+        """
+        for part, piece in self._pieces(observations):
+            part.update(piece)
 
 
 def _mlp(
@@ -515,14 +483,10 @@ class Policy(nn.Module):
         >>> action.dtype, policy.predict([observation, observation]).shape
         (dtype('int64'), (2,))
         """
-        shape = self.encoder.shape
-        rows = leading(observation, shape)
+        array, shape = np.array(observation), self.encoder.shape
+        one = array.shape == shape
         rule = f"observation must have the shape {shape}, or [N, *{shape}]"
-        named = isinstance(observation, dict)
-        require(
-            rows is not None, rule, [*observation] if named else np.shape(observation)
-        )
-        one, array = not rows, np.array(as_array(observation, len(rows or ())))
+        require(one or array.shape[1:] == shape, rule, array.shape)
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
         values = to_tensor(array[None] if one else array, device)
         batch: Observations = values

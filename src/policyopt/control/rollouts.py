@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from gymnasium.spaces import Dict, Discrete
+from gymnasium.spaces import Discrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 from torch import Tensor
@@ -30,13 +30,7 @@ from torch import Tensor
 from policyopt._checks import require
 from policyopt.control import environments, policies
 from policyopt.control.environments import EnvLike, environment_seed
-from policyopt.control.policies import (
-    LARGEST,
-    MaskedObservations,
-    Observations,
-    Policy,
-    as_array,
-)
+from policyopt.control.policies import LARGEST, MaskedObservations, Observations, Policy
 
 __all__ = ["Collector", "Episodes", "Rollout", "sample_episodes"]
 
@@ -96,13 +90,13 @@ class Rollout:
     """The episode was cut by a limit, bool ``[T, N]``."""
     valid: Tensor
     """The row is experience, bool ``[T, N]``."""
-    last_observations: Any
+    last_observations: Tensor
     """Observations after the last row, ``[N, *observation shape]``."""
     final_index: tuple[Tensor, Tensor]
     """Rows (t, n) whose successor is not the next row's observation (same-step
     autoreset), two ``[M]``.
     """
-    final_observations: Any
+    final_observations: Tensor
     """Their true successors, ``[M, *observation shape]``."""
     episodes: Episodes
     """Episodes that ended in this rollout."""
@@ -126,17 +120,11 @@ class Rollout:
         if critic is None:
             return torch.zeros_like(self.rewards), torch.zeros_like(self.rewards)
         seen, _ = policies.split_mask(self.observations)
-        values = critic(policies.append(seen, self.last_observations))
+        values = critic(torch.cat([seen, self.last_observations[None]]))
         next_values = values[1:].clone()
         if len(self.final_index[0]):
             next_values[self.final_index] = critic(self.final_observations)
         return values[:-1], next_values
-
-
-def _numeric(space: Any) -> bool:
-    if isinstance(space, Dict):
-        return all(map(_numeric, space.values()))
-    return space.shape is not None and np.dtype(space.dtype).kind in "biuf"
 
 
 class Collector:
@@ -170,11 +158,10 @@ class Collector:
         name: str = "environment",
     ) -> None:
         encoder, space = policy.encoder, env.single_observation_space
-        named = isinstance(getattr(encoder, "shape", None), dict)
-        numbers = _numeric(space) and isinstance(space, Dict) <= named
+        kind = np.dtype(space.dtype).kind if space.shape is not None else ""
         rule = f"observations of {name} must be arrays of numbers"
-        remedy = "flatten them in a wrapper, or give a DictEncoder"
-        require(numbers, rule, space, remedy)
+        remedy = "flatten them with gymnasium.wrappers.FlattenObservation"
+        require(bool(kind) and kind in "biuf", rule, space, remedy)
         ours = type(encoder).__module__ == policies.__name__
         fits = not ours or encoder.fits(space)
         actions = env.single_action_space
@@ -194,7 +181,6 @@ class Collector:
     def reset(self, seed: int | None = None) -> None:
         """Begin every copy's next episode; those under way are dropped."""
         n = self.env.num_envs
-        self._observation: Any
         self._observation, self._info = self.env.reset(seed=seed)
         given = self._asks or "action_mask" in self._info
         self._masked = self.policy.takes_masks and given
@@ -234,7 +220,7 @@ class Collector:
         env, device = self.env, self.generator.device
         act, to_env = self.policy.act, self.policy.to_env
         tensor = partial(policies.to_tensor, device=device)
-        dtype = as_array(self._observation).dtype
+        dtype = np.asarray(self._observation).dtype
         running = np.ones(env.num_envs, bool)
         rows: list[tuple[NDArray[Any], ...]] = []
         actions: list[Tensor] = []
@@ -242,12 +228,12 @@ class Collector:
         finals: list[tuple[int, int, NDArray[Any]]] = []
         for t in range(steps):
             # A copy: some environments return the same array in every step.
-            seen = as_array(self._observation).astype(dtype, casting="same_kind")
+            seen = np.asarray(self._observation).astype(dtype, casting="same_kind")
             self._check_discrete(seen)
-            batch: Any = tensor(seen)
+            batch: Observations = tensor(seen)
             if self._masked:
                 masks.append(self._mask(t))
-                batch = MaskedObservations(batch, tensor(masks[-1]))
+                batch = MaskedObservations(tensor(seen), tensor(masks[-1]))
             action = act(batch, self.generator, deterministic=deterministic)
             self._observation, reward, *ends, self._info = env.step(to_env(action))
             ended, cut = (np.array(end, bool) for end in ends)
@@ -260,7 +246,7 @@ class Collector:
             elif done.any():
                 last = self._final_observations(self._info, done)
                 over = np.where(done)[0].tolist()
-                finals += [(t, i, as_array(last[i], 0).astype(dtype)) for i in over]
+                finals += [(t, i, np.asarray(last[i]).astype(dtype)) for i in over]
             running = running & ~done
             if one_episode and not running.any():
                 break
@@ -272,7 +258,7 @@ class Collector:
                 )
         columns = map(np.stack, zip(*rows, strict=True))
         observations, rewards, terminated, truncated, valid = columns
-        after = np.array(as_array(self._observation))
+        after = np.array(self._observation)
         final = np.array([f[2] for f in finals], dtype).reshape(-1, *after.shape[1:])
         self._check_discrete(np.concatenate([after, final]))
         self._check_finite("observation", observations)
@@ -284,9 +270,9 @@ class Collector:
         late = "action_mask" in self._info and self.policy.takes_masks and not masks
         rule = f'info of {self.name} must hold "action_mask" from the reset on'
         require(not late, rule, "none there")
-        states: Any = tensor(observations)
+        states: Observations = tensor(observations)
         if masks:
-            states = MaskedObservations(states, tensor(np.stack(masks)))
+            states = MaskedObservations(tensor(observations), tensor(np.stack(masks)))
         index = np.array([f[:2] for f in finals], np.int64).reshape(-1, 2)
         return Rollout(
             observations=states, actions=torch.stack(actions),
@@ -330,9 +316,6 @@ class Collector:
 
     def _check_float32(self, observations: NDArray[Any], encoder: Any) -> None:
         """Refuse observations whose differences are lost on the way to the network."""
-        if isinstance(encoder, policies.DictEncoder):
-            for name, part in encoder.parts.items():
-                self._check_float32(observations[name], part)
         here = policies.has_float64(self.generator.device)
         if not getattr(encoder, "wide", False) or (here and encoder.normalize):
             return
@@ -347,8 +330,6 @@ class Collector:
         )  # fmt: skip
 
     def _check_finite(self, what: str, array: NDArray[Any], where: str = "") -> None:
-        for name in array.dtype.names or ():
-            self._check_finite(f"{what} {name!r}", array[name], where)
         # Networks compute in float32. Written so that NaN fails the comparison.
         bad = array.dtype.kind == "f" and ~(np.abs(array, dtype=np.float64) <= LARGEST)
         for t, i, *place in np.argwhere(bad)[:1].tolist():
@@ -359,12 +340,9 @@ class Collector:
                 f"; fix the environment or wrap it so that every {what} is finite"
             )
 
-    def _check_discrete(self, observations: NDArray[Any], part: Any = None) -> None:
+    def _check_discrete(self, observations: NDArray[Any]) -> None:
         # A GPU would answer with an assertion that ends the process.
-        space = self.env.single_observation_space if part is None else part
-        if isinstance(space, Dict):
-            for name, inner in space.items():
-                self._check_discrete(observations[name], inner)
+        space = self.env.single_observation_space
         if isinstance(space, Discrete):
             low, high = observations.min(), observations.max()
             inside = space.start <= low and high < space.start + space.n
