@@ -400,8 +400,12 @@ def test_observations_that_become_fractions_are_not_cut() -> None:
         def reset(self, **arguments: Any) -> Any:
             return super().reset(**arguments)[0].astype(np.int64), {}
 
-    with pytest.raises(TypeError, match=r"float32.*int64.*same_kind"):
-        Collector(Careless(), rule(), generator(), seed=0).collect(8)
+        def step(self, actions: Any) -> Any:
+            observation, *rest = super().step(actions)
+            return observation + np.float32(0.5), *rest
+
+    rollout = Collector(Careless(), rule(), generator(), seed=0).collect(4)
+    assert rollout.observations[:, 0].tolist() == [[1, 0], [1.5, 1.5], [1.5, 2.5], [2.5, 0.5]]
 
 
 # --- Spaces --------------------------------------------------------------------------------------------------

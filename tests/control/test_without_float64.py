@@ -18,11 +18,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from policyopt.control import ObservationEncoder, evaluate, policies
 
+_to = Tensor.to
+
 
 class WithoutFloat64(TorchDispatchMode):
-    """What ``.cpu()`` returns is on the host, and so is what comes of it; the rest is on the device.
+    """What ``.cpu()`` and ``from_numpy`` return is on the host, and so is what comes of it. The rest, and what is
+    moved by ``.to(device)``, is on the device.
 
-    As with Apple's, a float64 tensor on the device is a TypeError, and mixing the two places a RuntimeError.
+    As with Apple's, a float64 tensor on the device is a TypeError, and mixing fractions of the two places a
+    RuntimeError.
     """
 
     def __init__(self) -> None:
@@ -34,15 +38,26 @@ class WithoutFloat64(TorchDispatchMode):
         self.host[copied] = True
         return copied
 
+    def to(self, tensor: Tensor, *args: Any, **options: Any) -> Tensor:
+        moved: Tensor = _to(tensor, *args, **options)
+        if any(isinstance(x, torch.device) for x in args):
+            moved = moved.clone()
+            self.host.pop(moved, None)
+        return moved
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.lift_fresh.default:  # from NumPy
+            self.host[result] = True
+            return result
+        before = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         after = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         here = [x in self.host for x in before]
         if func is torch.ops.aten.copy_.default:  # from place to place
             after = []
         elif any(here):
-            if not all(h or x.ndim == 0 for h, x in zip(here, before, strict=True)):
+            fractions = [h for h, x in zip(here, before, strict=True) if x.ndim and x.is_floating_point()]
+            if len(set(fractions)) > 1:
                 raise RuntimeError(f"{func} of tensors on the device and on the host")
             for x in after:
                 self.host[x] = True
@@ -57,6 +72,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     mode = WithoutFloat64()
     monkeypatch.setattr(policies, "has_float64", lambda device: False)
     monkeypatch.setattr(Tensor, "cpu", lambda tensor: mode.to_host(tensor))
+    monkeypatch.setattr(Tensor, "to", lambda tensor, *args, **options: mode.to(tensor, *args, **options))
     with mode:
         yield
 

@@ -28,6 +28,11 @@ _SAME_TASK = (f"{_CARTPOLE}Env", f"{_CARTPOLE}VectorEnv")
 rewards and time limit."""
 
 
+_PROTOCOL = (
+    "num_envs, single_observation_space, single_action_space, metadata, reset, step"
+)
+
+
 def environment_name(env: EnvLike) -> str:
     """Return a short name for messages and tables."""
     if isinstance(env, str):
@@ -46,8 +51,10 @@ def describe(env: Any) -> list[str]:
     limit and arguments of the first copy, its class and those of its wrappers with
     their arguments. What a function computes cannot be told.
     """
-    one = env.unwrapped.envs[0] if isinstance(env.unwrapped, SyncVectorEnv) else env
-    told = [one.spec and (one.spec.id, one.spec.max_episode_steps, one.spec.kwargs)]
+    base = getattr(env, "unwrapped", env)
+    one = base.envs[0] if isinstance(base, SyncVectorEnv) else env
+    spec = getattr(one, "spec", None)
+    told = [spec and (spec.id, spec.max_episode_steps, spec.kwargs)]
     while isinstance(one, gym.Env):
         told.append((type(one).__name__, getattr(one, "_saved_kwargs", None)))
         one = getattr(one, "env", None)
@@ -81,6 +88,18 @@ def make_vector_env(
     rewards), and equal spaces would not show that the rewards are. To train in such an
     environment make it yourself: ``gym.make_vec(id, num_envs)``.
 
+    Vector environments of tensors are taken as Gymnasium's wrapper ``NumpyToTorch``
+    makes them, and as ManiSkill (its ``ManiSkillVectorEnv``) and Isaac Lab have them.
+    They need not inherit from ``VectorEnv``. They have ``num_envs``, the two
+    ``single_..._space`` and ``metadata["autoreset_mode"]``, which you may have to set.
+    ``reset(seed=...)`` returns observations and info. ``step`` takes a tensor of
+    actions ``[N, *shape]`` on the observations' device, in the type of the space, and
+    returns observations (a tensor, or a dictionary of them), rewards, two bool tensors
+    ``[N]``, and info. The tensors may be the same ones in every step. A copy's final
+    observation is in its row of ``info["final_obs"]`` or ``"final_observation"`` where
+    the autoreset is of the same step. Isaac Lab keeps none, so add it in a wrapper:
+    without it V of the state after a time limit is unknown.
+
     Parameters
     ----------
     env : EnvLike
@@ -92,11 +111,10 @@ def make_vector_env(
     ------
     ValueError
         If ``env`` is none of these things, ``num_envs`` < 1, or a vector environment
-        does not reset itself in one of Gymnasium's two modes.
+        lacks something or does not reset itself in one of Gymnasium's two modes.
     """
-    if isinstance(env, VectorEnv):
-        _check_autoreset(env)
-        return env, False
+    if hasattr(env, "num_envs") and not isinstance(env, type):
+        return _checked(env), False
     wanted = "env must be an id, a factory or a vector environment"
     if isinstance(env, gym.Env):
         by_spec = "its `.spec`, or " if env.spec is not None else ""
@@ -113,8 +131,7 @@ def make_vector_env(
         same = same and spec.max_episode_steps is not None
         if spec.entry_point is None or (same and not spec.additional_wrappers):
             made = gym.make_vec(spec, num_envs, vectorization_mode="vector_entry_point")
-            _check_autoreset(made)
-            return made, True
+            return _checked(made), True
         # The passive checker costs more than many environments do; rollouts check what
         # matters.
         factory: Callable[..., Any] = partial(gym.make, spec, disable_env_checker=True)
@@ -126,8 +143,13 @@ def make_vector_env(
     return SyncVectorEnv([factory] * num_envs, autoreset_mode=mode), True
 
 
-def _check_autoreset(env: VectorEnv[Any, Any, Any]) -> None:
-    mode, kind = env.metadata.get("autoreset_mode"), type(env).__name__
+def _checked(env: Any) -> Any:
+    kind, rule = type(env).__name__, f"a vector environment must have {_PROTOCOL}"
+    missing = [name for name in _PROTOCOL.split(", ") if not hasattr(env, name)]
+    require(not missing, rule, f"a {kind} without {', '.join(missing)}")
+    mode = env.metadata.get("autoreset_mode")
     allowed = (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP)
     rule = f"env must reset its copies itself (the autoreset_mode of {kind})"
-    require(mode in allowed, rule, mode, "use AutoresetMode.NEXT_STEP or SAME_STEP")
+    remedy = "use AutoresetMode.NEXT_STEP or SAME_STEP, and name it in env.metadata"
+    require(mode in allowed, rule, mode, remedy)
+    return env

@@ -44,13 +44,22 @@ def double(x: Tensor) -> Tensor:
     return (x if has_float64(x.device) else x.cpu()).double()
 
 
-def to_tensor(array: NDArray[Any], device: torch.device) -> Tensor:
-    """Move an array to a device, as it is; only float64 becomes float32 where the
-    device does not have it.
+def to_tensor(given: Any) -> Tensor:
+    """Copy what an environment returned to a tensor of the same type, where it is.
+
+    A copy: some environments return the same array or tensor in every step.
     """
-    if array.dtype == np.float64 and not has_float64(device):
-        array = array.astype(np.float32)
-    return torch.from_numpy(array).to(device)
+    if isinstance(given, Tensor):
+        return given.detach().clone()
+    return torch.from_numpy(np.array(given))
+
+
+def move(x: Tensor, device: torch.device) -> Tensor:
+    """Move observations to a device, as they are; only float64 becomes float32 where
+    the device does not have it.
+    """
+    narrow = x.dtype == torch.float64 and not has_float64(device)
+    return (x.float() if narrow else x).to(device)
 
 
 def first_action(actions: Any) -> Any:
@@ -373,6 +382,10 @@ class DictEncoder(ObservationEncoder):
             part.update(piece)
 
 
+def _cast(x: Tensor, space: gym.Space[Any]) -> Tensor:
+    return x.to(torch.from_numpy(np.empty(0, space.dtype)).dtype)
+
+
 def _mlp(
     sizes: Sequence[int],
     activation: str,
@@ -403,9 +416,10 @@ class Policy(nn.Module):
     """A stochastic policy π_θ(a|s): call it on observations to get a
     :class:`~policyopt.distributions.Distribution`.
 
-    Subclasses define :meth:`forward` and :meth:`to_env`. Your own policy needs no more
-    than that, plus an ``encoder`` that handles raw observations; for :meth:`predict`
-    the encoder has the ``shape`` of one.
+    Subclasses define :meth:`forward`, and :meth:`to_space` or, for environments of
+    NumPy alone, :meth:`to_env`. Your own policy needs no more than that, plus an
+    ``encoder`` that handles raw observations; for :meth:`predict` the encoder has the
+    ``shape`` of one.
 
     Where ``takes_masks`` is True and the environment says which actions are allowed,
     the observations that it is called on are :class:`MaskedObservations`. Otherwise
@@ -421,12 +435,21 @@ class Policy(nn.Module):
         """Return π_θ(·|s) for raw observations ``[..., *observation shape]``."""
         raise NotImplementedError
 
+    def to_space(self, actions: Tensor) -> Tensor:
+        """Translate actions ``[N, ...]`` of the distribution to those of the space,
+        ``[N, *space.shape]`` in its type: what the ``step`` of an environment of
+        tensors takes.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define to_space for environments of tensors"
+        )
+
     def to_env(self, actions: Tensor) -> Any:
         """Translate actions ``[N, ...]`` of the distribution to what the environment's
         ``step`` takes: an array ``[N, ...]``, or for a ``Dict`` or ``Tuple`` space a
         dictionary or tuple of them.
         """
-        raise NotImplementedError
+        return self.to_space(actions).cpu().numpy()
 
     @torch.inference_mode()
     def act(
@@ -488,14 +511,14 @@ class Policy(nn.Module):
         rule = f"observation must have the shape {shape}, or [N, *{shape}]"
         require(one or array.shape[1:] == shape, rule, array.shape)
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
-        values = to_tensor(array[None] if one else array, device)
+        values = move(to_tensor(array[None] if one else array), device)
         batch: Observations = values
         if action_mask is not None:
             kind = type(self).__name__
             require(self.takes_masks, "action_mask needs a policy that takes it", kind)
             mask = np.array(action_mask)[None] if one else action_mask
             allowed = read_mask(mask, self.action_space, len(values))
-            batch = MaskedObservations(values, to_tensor(allowed, device))
+            batch = MaskedObservations(values, move(to_tensor(allowed), device))
         actions = self.to_env(self.act(batch, generator, deterministic=deterministic))
         return first_action(actions) if one else actions
 
@@ -519,10 +542,9 @@ class CategoricalPolicy(Policy):
         values, mask = split_mask(observations)
         return Categorical.from_logits(self.network(self.encoder(values)), mask)
 
-    def to_env(self, actions: Tensor) -> NDArray[Any]:
+    def to_space(self, actions: Tensor) -> Tensor:
         """Return the actions as integers of the space (which may not start at 0)."""
-        array = actions.cpu().numpy().astype(self.action_space.dtype, copy=False)
-        return array + int(self.action_space.start)
+        return _cast(actions + int(self.action_space.start), self.action_space)
 
 
 class MultiCategoricalPolicy(Policy):
@@ -548,6 +570,8 @@ class MultiCategoricalPolicy(Policy):
         # [D, K]: where the logit of a value is, and whether the choice has the value.
         self.place = nn.Buffer(torch.from_numpy(place), persistent=False)
         self.exists = nn.Buffer(torch.from_numpy(value < sizes), persistent=False)
+        start = np.array(getattr(space, "start", 0), np.int64)
+        self.start = nn.Buffer(torch.from_numpy(start), persistent=False)
 
     def forward(self, observations: Observations) -> MultiCategorical:
         """Return π_θ(·|s) over the ``D`` choices."""
@@ -556,19 +580,17 @@ class MultiCategoricalPolicy(Policy):
         allowed = self.exists if mask is None else self.exists & mask[..., self.place]
         return MultiCategorical(Categorical.from_logits(logits, allowed))
 
-    def to_env(self, actions: Tensor) -> NDArray[Any]:
+    def to_space(self, actions: Tensor) -> Tensor:
         """Return the actions as integers of the space, ``[N, *space.shape]``."""
-        array = actions.cpu().numpy().astype(self.action_space.dtype)
-        array = array.reshape(len(array), *self.action_space.shape)
-        start: NDArray[Any] | int = getattr(self.action_space, "start", 0)
-        return array + start
+        found = actions.reshape(len(actions), *self.action_space.shape) + self.start
+        return _cast(found, self.action_space)
 
 
 class GaussianPolicy(Policy):
     """Diagonal Gaussian policy over ``Box`` actions ``[D]``: an MLP gives the mean, log
     σ is a free parameter.
 
-    The distribution lives on a standard scale. :meth:`to_env` maps −1…1 to the bounds
+    The distribution lives on a standard scale. :meth:`to_space` maps −1…1 to the bounds
     of each bounded dimension and clips there; unbounded dimensions pass through, and
     with one bound 0 stands for the number nearest to 0 that the bound allows. The
     log-probability is that of the unclipped action.
@@ -585,27 +607,28 @@ class GaussianPolicy(Policy):
     ) -> None:
         super().__init__()
         self.encoder, self.network, self.action_space = encoder, network, space
-        # In NumPy: float64 holds every bound, and Apple's GPUs do not have it.
         finite, bounds = np.finfo(str(space.dtype)), (space.low, space.high)
         bounded = np.isfinite(space.low) & np.isfinite(space.high)
         low, high = (np.float64(b.clip(finite.min, finite.max)) for b in bounds)
-        self.low, self.high = low, high
-        self.centre = np.where(bounded, low / 2 + high / 2, np.clip(0, low, high))
-        self.half_range = np.where(bounded, high / 2 - low / 2, 1.0)
+        centre = np.where(bounded, low / 2 + high / 2, np.clip(0, low, high))
+        half_range = np.where(bounded, high / 2 - low / 2, 1.0)
+        # No buffer: float64 holds every bound, and Apple's GPUs do not have it.
+        self.scale = torch.from_numpy(np.stack([centre, half_range, low, high]))
         self.log_std = nn.Parameter(torch.full((low.size,), float(log_std)))
 
     def forward(self, observations: Tensor) -> DiagonalGaussian:
         """Return π_θ(·|s) over ``[D]`` numbers."""
         return DiagonalGaussian(self.network(self.encoder(observations)), self.log_std)
 
-    def to_env(self, actions: Tensor) -> NDArray[Any]:
+    def to_space(self, actions: Tensor) -> Tensor:
         """Return the actions in the environment's units, clipped to its bounds, ``[N,
         *space.shape]``.
         """
-        array = actions.cpu().numpy().astype(np.float64)
-        array = array.reshape(len(array), *self.action_space.shape)
-        scaled = np.clip(self.centre + self.half_range * array, self.low, self.high)
-        return scaled.astype(self.action_space.dtype)
+        standard = double(actions).reshape(len(actions), *self.action_space.shape)
+        self.scale = self.scale.to(standard)
+        centre, half_range, low, high = self.scale
+        scaled = (centre + half_range * standard).clamp(low, high)
+        return _cast(scaled, self.action_space)
 
 
 class Critic(nn.Module):

@@ -10,14 +10,18 @@ next-step
     it is marked ``valid = False``.
 same-step
     ``step`` returns the first observation of the next episode at once and hides the
-    final one in ``info["final_obs"]``. It is picked out and kept beside them.
+    final one in ``info["final_obs"]`` (or ``"final_observation"``, its older name). It
+    is picked out and kept beside them.
+
+An environment may be one of tensors: see :func:`make_vector_env`. Then no step copies
+anything to NumPy, and nothing leaves its device except where the policy is on another.
+Returns of episodes are counted once per rollout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,7 +34,13 @@ from torch import Tensor
 from policyopt._checks import require
 from policyopt.control import environments, policies
 from policyopt.control.environments import EnvLike, environment_seed
-from policyopt.control.policies import LARGEST, MaskedObservations, Observations, Policy
+from policyopt.control.policies import (
+    MaskedObservations,
+    Observations,
+    Policy,
+    move,
+    to_tensor,
+)
 
 __all__ = ["Collector", "Episodes", "Rollout", "sample_episodes"]
 
@@ -173,7 +183,7 @@ class Collector:
         self.env, self.policy, self.generator = env, policy, generator
         self.name, self.steps = name, 0
         self._same_step = env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
-        self._base: Any = env.unwrapped
+        self._base: Any = getattr(env, "unwrapped", env)
         copies = self._base.envs if isinstance(self._base, SyncVectorEnv) else []
         self._asks = any(copy.has_wrapper_attr("action_masks") for copy in copies[:1])
         self.reset(seed)
@@ -184,7 +194,10 @@ class Collector:
         self._observation, self._info = self.env.reset(seed=seed)
         given = self._asks or "action_mask" in self._info
         self._masked = self.policy.takes_masks and given
-        self._pending_reset = np.zeros(n, dtype=bool)
+        one = self._observation
+        # The device of an environment of tensors; None where it is of NumPy.
+        self._place = one.device if isinstance(one, Tensor) else None
+        self._pending_reset = torch.zeros(n, dtype=torch.bool, device=self._place)
         self._returns = np.zeros(n)
         self._lengths = np.zeros(n, dtype=np.int64)
 
@@ -217,36 +230,28 @@ class Collector:
         return self._run(max_steps, deterministic=deterministic, one_episode=True)
 
     def _run(self, steps: int, *, deterministic: bool, one_episode: bool) -> Rollout:
-        env, device = self.env, self.generator.device
-        act, to_env = self.policy.act, self.policy.to_env
-        tensor = partial(policies.to_tensor, device=device)
-        dtype = np.asarray(self._observation).dtype
-        running = np.ones(env.num_envs, bool)
-        rows: list[tuple[NDArray[Any], ...]] = []
-        actions: list[Tensor] = []
-        masks: list[NDArray[np.bool_]] = []
-        finals: list[tuple[int, int, NDArray[Any]]] = []
+        device = self.generator.device
+        running = torch.ones_like(self._pending_reset)
+        rows: list[tuple[Any, ...]] = []
+        masks: list[Tensor] = []
+        finals: list[Any] = []
         for t in range(steps):
-            # A copy: some environments return the same array in every step.
-            seen = np.asarray(self._observation).astype(dtype, casting="same_kind")
+            seen = to_tensor(self._observation)
             self._check_discrete(seen)
-            batch: Observations = tensor(seen)
+            values = move(seen, device)
+            batch: Observations = values
             if self._masked:
-                masks.append(self._mask(t))
-                batch = MaskedObservations(tensor(seen), tensor(masks[-1]))
-            action = act(batch, self.generator, deterministic=deterministic)
-            self._observation, reward, *ends, self._info = env.step(to_env(action))
-            ended, cut = (np.array(end, bool) for end in ends)
+                masks.append(move(to_tensor(self._mask(t)), device))
+                batch = MaskedObservations(values, masks[-1])
+            action = self.policy.act(batch, self.generator, deterministic=deterministic)
+            reward, ended, cut = self._step(action)
             valid = running if one_episode else ~self._pending_reset
-            rows.append((seen, np.array(reward, np.float32), ended, cut, valid))
-            actions.append(action)
+            rows.append((seen, action, reward, ended, cut, valid))
             done = ended | cut
             if not self._same_step:
                 self._pending_reset = done
             elif done.any():
-                last = self._final_observations(self._info, done)
-                over = np.where(done)[0].tolist()
-                finals += [(t, i, np.asarray(last[i]).astype(dtype)) for i in over]
+                finals.append(self._final_observations(done.nonzero()[:, 0]))
             running = running & ~done
             if one_episode and not running.any():
                 break
@@ -256,11 +261,11 @@ class Collector:
                     f"an episode of {self.name} is not over after {steps} steps; raise "
                     "max_steps or wrap it in gymnasium.wrappers.TimeLimit"
                 )
-        columns = map(np.stack, zip(*rows, strict=True))
-        observations, rewards, terminated, truncated, valid = columns
-        after = np.array(self._observation)
-        final = np.array([f[2] for f in finals], dtype).reshape(-1, *after.shape[1:])
-        self._check_discrete(np.concatenate([after, final]))
+        columns = [torch.stack(c) for c in zip(*rows, strict=True)]
+        observations, actions, rewards, terminated, truncated, valid = columns
+        after = to_tensor(self._observation)
+        final = torch.cat([after[:0], *finals])
+        self._check_discrete(torch.cat([after, final]))
         self._check_finite("observation", observations)
         self._check_finite("reward", rewards)
         # Neither is a row of the rollout, but both are bootstrapped from.
@@ -270,56 +275,71 @@ class Collector:
         late = "action_mask" in self._info and self.policy.takes_masks and not masks
         rule = f'info of {self.name} must hold "action_mask" from the reset on'
         require(not late, rule, "none there")
-        states: Observations = tensor(observations)
-        if masks:
-            states = MaskedObservations(tensor(observations), tensor(np.stack(masks)))
-        index = np.array([f[:2] for f in finals], np.int64).reshape(-1, 2)
+        values = move(observations, device)
+        states = MaskedObservations(values, torch.stack(masks)) if masks else values
+        done = terminated | truncated
+        t, n = (done & self._same_step).nonzero().T.to(device)
         return Rollout(
-            observations=states, actions=torch.stack(actions),
-            rewards=tensor(rewards), terminated=tensor(terminated),
-            truncated=tensor(truncated), valid=tensor(valid),
-            last_observations=tensor(after),
-            final_index=(tensor(index[:, 0]), tensor(index[:, 1])),
-            final_observations=tensor(final),
-            episodes=self._close_episodes(rewards, terminated | truncated, valid),
+            observations=states, actions=actions, rewards=rewards.to(device),
+            terminated=terminated.to(device), truncated=truncated.to(device),
+            valid=valid.to(device), last_observations=move(after, device),
+            final_index=(t, n), final_observations=move(final, device),
+            episodes=self._close_episodes(rewards, done, valid),
         )  # fmt: skip
+
+    def _step(self, action: Tensor) -> tuple[Tensor, ...]:
+        """Step the environment; return the rewards and the two kinds of ends."""
+        if self._place is None:
+            given = self.policy.to_env(action)
+        else:
+            # A copy: the environment may keep it, or change it.
+            given = self.policy.to_space(action).to(self._place, copy=True)
+        self._observation, reward, *ends, self._info = self.env.step(given)
+        flags = (to_tensor(end).to(self._place, torch.bool) for end in ends)
+        return to_tensor(reward).to(self._place, torch.float32), *flags
 
     def _mask(self, t: int) -> NDArray[np.bool_]:
         """Which actions each copy may take now, ``[N, K]``; all where it is about to be
         reset, as the action will be ignored.
         """
         here = f"at step {t} of the rollout in copy"
+        ignored = self._pending_reset.cpu().numpy()
         space: Any = self.env.single_action_space
         if self._asks:
             found, what = self._base.call("action_masks"), "action_masks()"
         else:
             found, what = self._info.get("action_mask"), "action_mask"
+            found = found.cpu() if isinstance(found, Tensor) else found
             # Gymnasium says so whose infos have it.
             given = np.full(self.env.num_envs, found is not None)
-            missing = ~self._info.get(f"_{what}", given) & ~self._pending_reset
+            missing = ~self._info.get(f"_{what}", given) & ~ignored
             rule = f'info of {self.name} must hold "{what}" in each step'
             require(not missing.any(), rule, f"none {here} {missing.argmax()}")
             if found is None:  # no copy acts
                 found = np.ones((len(given), policies.choices(space).sum()))
         return policies.read_mask(
             found, space, self.env.num_envs, name=f"{what} of {self.name}", where=here,
-            ignored=self._pending_reset,
+            ignored=ignored,
         )  # fmt: skip
 
-    def _final_observations(self, info: dict[str, Any], done: NDArray[Any]) -> Any:
-        last, name = info.get("final_obs", [None] * len(done)), self.name
-        found = all(last[i] is not None for i in np.where(done)[0])
-        rule = f'info of {name}, which resets in the same step, must hold "final_obs"'
-        remedy = "put the observations before the reset there"
-        require(found, rule, sorted(info), f"{remedy}, or use AutoresetMode.NEXT_STEP")
-        return last
+    def _final_observations(self, over: Tensor) -> Tensor:
+        """Return the final observations of the copies whose episodes are over."""
+        last = self._info.get("final_obs", self._info.get("final_observation"))
+        if isinstance(last, Tensor):  # of all copies
+            return to_tensor(last)[over]
+        rows = [None if last is None else last[i] for i in over.tolist()]
+        rule = f"info of {self.name}, which resets in the same step, must hold"
+        remedy = "put the observations before the reset there, or use AutoresetMode"
+        found = all(row is not None for row in rows)
+        require(found, f'{rule} "final_obs"', [*self._info], f"{remedy}.NEXT_STEP")
+        return torch.stack([to_tensor(row) for row in rows])
 
-    def _check_float32(self, observations: NDArray[Any], encoder: Any) -> None:
+    def _check_float32(self, observations: Tensor, encoder: Any) -> None:
         """Refuse observations whose differences are lost on the way to the network."""
         here = policies.has_float64(self.generator.device)
         if not getattr(encoder, "wide", False) or (here and encoder.normalize):
             return
-        exact = observations.astype(np.float64)
+        exact = observations.cpu().numpy().astype(np.float64)
         error, spread = exact - exact.astype(np.float32), exact.std(axis=(0, 1))
         # Differences of 1e-4 are too small to learn from anyway.
         lost = error.std(axis=(0, 1)) > np.maximum(0.1 * spread, 1e-4)
@@ -329,38 +349,37 @@ class Collector:
             "set normalize_observations=True (and device='cpu' if it is 'mps')"
         )  # fmt: skip
 
-    def _check_finite(self, what: str, array: NDArray[Any], where: str = "") -> None:
-        # Networks compute in float32. Written so that NaN fails the comparison.
-        bad = array.dtype.kind == "f" and ~(np.abs(array, dtype=np.float64) <= LARGEST)
-        for t, i, *place in np.argwhere(bad)[:1].tolist():
-            value = f"{array[t, i, *place]}" + (f" at {place} of it" if place else "")
+    def _check_finite(self, what: str, x: Tensor, where: str = "") -> None:
+        # Networks compute in float32.
+        bad = ~x.float().isfinite() if x.is_floating_point() else torch.empty(0)
+        for t, i, *place in bad.nonzero()[:1].tolist():
+            value = f"{x[t, i, *place]}" + (f" at {place} of it" if place else "")
             where = where or f"at step {t} of the rollout in copy {i}"
             raise ValueError(
                 f"{self.name} returned a NaN or infinite {what} ({value}) {where}"
                 f"; fix the environment or wrap it so that every {what} is finite"
             )
 
-    def _check_discrete(self, observations: NDArray[Any]) -> None:
+    def _check_discrete(self, observations: Tensor) -> None:
         # A GPU would answer with an assertion that ends the process.
         space = self.env.single_observation_space
         if isinstance(space, Discrete):
-            low, high = observations.min(), observations.max()
+            low, high = (int(x) for x in observations.long().aminmax())
             inside = space.start <= low and high < space.start + space.n
             rule = f"observations of {self.name} must be in {space}"
             remedy = "fix the environment or its observation_space"
-            require(inside, rule, (int(low), int(high)), remedy)
+            require(inside, rule, (low, high), remedy)
 
-    def _close_episodes(
-        self, rewards: NDArray[Any], done: NDArray[Any], valid: NDArray[Any]
-    ) -> Episodes:
+    def _close_episodes(self, rewards: Tensor, done: Tensor, valid: Tensor) -> Episodes:
         """Account for the rows just collected, and return the episodes that ended in
         them.
         """
-        returns = np.cumsum(rewards * valid, axis=0, dtype=np.float64) + self._returns
-        lengths = np.cumsum(valid, axis=0) + self._lengths
-        steps = self.steps + np.cumsum(valid.sum(axis=1))
+        gained, counts = (rewards * valid).cpu().numpy(), valid.cpu().numpy()
+        returns = np.cumsum(gained, axis=0, dtype=np.float64) + self._returns
+        lengths = np.cumsum(counts, axis=0) + self._lengths
+        steps = self.steps + np.cumsum(counts.sum(axis=1))
         before, begun = np.zeros_like(returns[0]), np.zeros_like(lengths[0])
-        ends = np.nonzero(done & valid)
+        ends = np.nonzero((done & valid).cpu().numpy())
         totals, sizes = returns[ends], lengths[ends]
         for k, i in enumerate(ends[1]):
             # What the copy's earlier episodes gathered is none of this one's.
