@@ -130,8 +130,8 @@ def train_ppo(
         policy=policy, checkpoint_dir=checkpoint_dir, callback=callback,
         progress=progress,
     )  # fmt: skip
-    policy, critic = run.policy, run.critic
-    optimizer = run.adam(run.trainable(), config.learning_rate)
+    policy, critic, parameters = run.policy, run.critic, run.trainable()
+    optimizer = run.adam(parameters, config.learning_rate)
     statistics = ("ratio", "kl", "clipped")
     required = ("kl",) if config.target_kl else ()
     largest_norm = config.max_gradient_norm or torch.inf
@@ -158,7 +158,7 @@ def train_ppo(
                     total = policy_loss - config.entropy_coef * entropy
                     optimizer.zero_grad()
                     (total + config.value_coef * value_loss).backward()
-                    norm = nn.utils.clip_grad_norm_(run.trainable(), largest_norm)
+                    norm = nn.utils.clip_grad_norm_(parameters, largest_norm)
                     optimizer.step()
                     seen.add(
                         policy_loss=policy_loss, value_loss=value_loss, entropy=entropy,

@@ -252,7 +252,7 @@ class Collector:
                 self._pending_reset = done
             elif done.any():
                 finals.append(self._final_observations(done.nonzero()[:, 0]))
-            running = running & ~done
+            running = running & ~done if one_episode else running
             if one_episode and not running.any():
                 break
         else:

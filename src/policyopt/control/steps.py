@@ -46,8 +46,8 @@ class Steps:
     def __len__(self) -> int:
         return len(self.actions)
 
-    def select(self, rows: Tensor) -> Self:
-        """Return the steps that an index or a mask picks."""
+    def select(self, rows: Tensor | slice) -> Self:
+        """Return the steps that an index, a mask or a slice picks."""
         return type(self)(**{name: x[rows] for name, x in vars(self).items()})
 
     def minibatches(self, size: int, generator: torch.Generator) -> Iterator[Self]:
@@ -57,8 +57,10 @@ class Steps:
         the mean that is descended.
         """
         order = torch.randperm(len(self), generator=generator, device=generator.device)
-        for rows in order.tensor_split(math.ceil(len(self) / size)):
-            yield self.select(rows)
+        shuffled = self.select(order)
+        for rows in torch.arange(len(self)).tensor_split(math.ceil(len(self) / size)):
+            # Views: one copy for all of them costs less than one for each.
+            yield shuffled.select(slice(int(rows[0]), int(rows[-1]) + 1))
 
     def scored(self, distribution: Distribution) -> Self:
         """Return the steps with the ``log_prob`` of another distribution of actions."""
