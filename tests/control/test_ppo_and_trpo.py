@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from policyopt.control import Steps, make_policy, train_ppo, train_trpo
+from policyopt.control import PPOConfig, Steps, make_policy, ppo_loss, train_ppo, train_trpo
 from policyopt.control import trpo as trpo_module
 from policyopt.control.steps import estimate_advantages
 from policyopt.control.training import Run
@@ -73,6 +73,27 @@ def test_minibatches_partition_the_batch_evenly(size: int, minibatch: int) -> No
     assert max(lengths) <= minibatch
     assert max(lengths) - min(lengths) <= 1
     assert len(pieces) == math.ceil(size / minibatch)
+
+
+def test_advantages_of_each_minibatch_are_scaled_if_asked() -> None:
+    plain = list(numbered(50).minibatches(8, torch.Generator().manual_seed(0)))
+    scaled = list(numbered(50).minibatches(8, torch.Generator().manual_seed(0), normalized=True))
+    for one, other in zip(plain, scaled, strict=True):
+        wanted = (one.advantages - one.advantages.mean()) / one.advantages.std(correction=0)
+        torch.testing.assert_close(other.advantages, wanted)
+        assert torch.equal(one.targets, other.targets)
+    seen: list[torch.Tensor] = []
+    config = PPOConfig(
+        total_steps=64, num_envs=2, rollout_steps=32, minibatch_size=8, normalize_minibatches=True
+    )
+
+    def spy(steps: Steps) -> ClippedSurrogate:
+        seen.append(steps.advantages)
+        return ppo_loss(steps, config)
+
+    train_ppo("CartPole-v1", config, loss=spy, progress=False)
+    assert len(seen) == 4 * 8
+    assert all(abs(x.mean()) < 1e-5 and abs(x.std(correction=0) - 1) < 1e-3 for x in seen)
 
 
 def test_rows_are_picked_from_every_field_alike() -> None:

@@ -37,6 +37,10 @@ class PPOConfig(ActorCriticConfig):
     """Steps per gradient step; batches are cut into near-equal pieces of at most this
     size.
     """
+    normalize_minibatches: bool = False
+    """Shift and scale advantages over each minibatch too, as most other implementations
+    do: it matters where minibatches are small.
+    """
     learning_rate: Positive = 3e-3
     """Adam's step size."""
     anneal_learning_rate: bool = True
@@ -134,6 +138,7 @@ def train_ppo(
     optimizer = run.adam(parameters, config.learning_rate)
     statistics = ("ratio", "kl", "clipped")
     required = ("kl",) if config.target_kl else ()
+    size, again = config.minibatch_size, config.normalize_minibatches
     largest_norm = config.max_gradient_norm or torch.inf
 
     with run:
@@ -146,7 +151,7 @@ def train_ppo(
 
             for passes in range(1, config.epochs_per_batch + 1):  # noqa: B007
                 seen = Statistics()
-                for part in steps.minibatches(config.minibatch_size, run.generator):
+                for part in steps.minibatches(size, run.generator, normalized=again):
                     distribution = policy(part.observations)
                     part = part.scored(distribution)
                     items = losses.item_losses(

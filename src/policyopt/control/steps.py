@@ -50,8 +50,11 @@ class Steps:
         """Return the steps that an index, a mask or a slice picks."""
         return type(self)(**{name: x[rows] for name, x in vars(self).items()})
 
-    def minibatches(self, size: int, generator: torch.Generator) -> Iterator[Self]:
-        """Shuffle the steps and cut them into near-equal pieces of at most ``size``.
+    def minibatches(
+        self, size: int, generator: torch.Generator, *, normalized: bool = False
+    ) -> Iterator[Self]:
+        """Shuffle the steps and cut them into near-equal pieces of at most ``size``;
+        with ``normalized`` shift and scale the advantages of each.
 
         Near-equal, because a small leftover batch would count as much as a full one in
         the mean that is descended.
@@ -60,7 +63,11 @@ class Steps:
         shuffled = self.select(order)
         for rows in torch.arange(len(self)).tensor_split(math.ceil(len(self) / size)):
             # Views: one copy for all of them costs less than one for each.
-            yield shuffled.select(slice(int(rows[0]), int(rows[-1]) + 1))
+            part = shuffled.select(slice(int(rows[0]), int(rows[-1]) + 1))
+            if normalized:
+                scaled = normalize(part.advantages)
+                part = dataclasses.replace(part, advantages=scaled)
+            yield part
 
     def scored(self, distribution: Distribution) -> Self:
         """Return the steps with the ``log_prob`` of another distribution of actions."""
