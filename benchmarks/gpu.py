@@ -69,7 +69,8 @@ HEAD = """# Speed: on a GPU
 
 How fast are the trainers on one GPU, with a model of Qwen2.5-0.5B's shape and random weights, beside
 [TRL](https://github.com/huggingface/trl) and `transformers.generate`? Both libraries get the same model, batches,
-lengths and number of updates. And what does a GPU do for PPO's small networks, while the environment runs on the CPU?
+lengths and number of updates. And what does a GPU do for PPO's small networks, while the environment runs on the CPU,
+and when it runs on the GPU too?
 
 """
 NOT_YET = """**Not run on a GPU yet**, so there are no figures here. On a machine with an NVIDIA GPU, `make gpu` runs
@@ -81,12 +82,13 @@ is trained. Seconds are on the wall. *Whole call* includes what comes before the
 reference. *Peak memory* is the most that PyTorch held on the GPU, weights and optimiser included. One run each:
 differences of a few per cent mean nothing.
 """
-TITLES = {"sft": "SFT", "dpo": "DPO", "grpo": "GRPO", "generation": "Generation", "ppo": "PPO on CartPole"}
+TITLES = {"sft": "SFT", "dpo": "DPO", "grpo": "GRPO", "generation": "Generation", "ppo": "PPO on CartPole",
+          "ppo_tensors": "PPO on a CartPole of tensors"}  # fmt: skip
 
 
 def describe(task: str, s: dict[str, Any]) -> str:
     """Say in one sentence what was run."""
-    if task == "ppo":
+    if task in ("ppo", "ppo_tensors"):
         what = f"{s['num_envs']} environments × {s['rollout_steps']} steps"
     elif task in ("sft", "dpo"):
         what = f"{s['batch']} {'pairs' if task == 'dpo' else 'sequences'} of {s['prompt'] + s['completion']} tokens"

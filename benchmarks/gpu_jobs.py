@@ -25,7 +25,8 @@ FULL: dict[str, dict[str, Any]] = {
     "dpo": {"updates": 24, "warm": 4, "batch": 8, "prompt": 128, "completion": 128},
     "grpo": {"updates": 6, "warm": 2} | GROUPS,
     "generation": {"updates": 5, "warm": 1} | GROUPS,
-    "ppo": {"updates": 40, "warm": 4, "num_envs": 32, "rollout_steps": 64},
+    "ppo": {"updates": 40, "warm": 4, "num_envs": 32, "rollout_steps": 64, "minibatch_size": 512},
+    "ppo_tensors": {"updates": 20, "warm": 2, "num_envs": 4096, "rollout_steps": 16, "minibatch_size": 8192},
 }
 SMALL = {"updates": 2, "warm": 1, "batch": 2, "group": 2, "prompt": 4, "completion": 8, "num_envs": 4,
          "vocab_size": 64, "hidden_size": 28, "intermediate_size": 64, "num_hidden_layers": 2}  # fmt: skip
@@ -202,14 +203,16 @@ def run_generation(job: Job) -> dict[str, Any]:
 
 
 def run_ppo(job: Job) -> dict[str, Any]:
-    """Train PPO on CartPole: the environment on the CPU, the networks there or on the GPU."""
+    """Train PPO on CartPole: Gymnasium's on the CPU, or the book's of tensors where the networks are."""
     from policyopt.control import PPOConfig, train_ppo
+    from policyopt_book.tasks.tensor_envs import CartPole
 
     s, meter = job.settings, job.meter()
-    copies = {"num_envs": s["num_envs"], "rollout_steps": s["rollout_steps"]}
+    sizes = {name: s[name] for name in ("num_envs", "rollout_steps", "minibatch_size")}
     place = "cpu" if "CPU" in job.contestant else job.device
-    config = PPOConfig(total_steps=s["updates"] * s["num_envs"] * s["rollout_steps"], device=place, **copies)
-    train_ppo("CartPole-v1", config, progress=False, callback=lambda row: meter.mark(row.steps))
+    config = PPOConfig(total_steps=s["updates"] * s["num_envs"] * s["rollout_steps"], device=place, **sizes)
+    env = CartPole(s["num_envs"], device=place) if job.task == "ppo_tensors" else "CartPole-v1"
+    train_ppo(env, config, progress=False, callback=lambda row: meter.mark(row.steps))
     figures = meter.figures()
     return {"steps_per_second": figures["tokens_per_second"], "seconds": figures["seconds"]}
 
@@ -219,6 +222,7 @@ PARTS: dict[str, dict[str, Callable[[Job], dict[str, Any]]]] = {
     "sft": LEARNERS, "dpo": LEARNERS, "grpo": LEARNERS,
     "generation": {"policyopt": run_generation, "transformers": run_generation},
     "ppo": {"networks on the GPU": run_ppo, "networks on the CPU": run_ppo},
+    "ppo_tensors": {"all on the GPU": run_ppo, "all on the CPU": run_ppo},
 }  # fmt: skip
 
 

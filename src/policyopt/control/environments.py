@@ -144,9 +144,10 @@ def make_vector_env(
 
 
 def _checked(env: Any) -> Any:
-    kind, rule = type(env).__name__, f"a vector environment must have {_PROTOCOL}"
+    kind = type(env).__name__
     missing = [name for name in _PROTOCOL.split(", ") if not hasattr(env, name)]
-    require(not missing, rule, f"a {kind} without {', '.join(missing)}")
+    if missing:
+        raise ValueError(f"env must have {_PROTOCOL}; {kind} has no {missing[0]}")
     mode = env.metadata.get("autoreset_mode")
     allowed = (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP)
     rule = f"env must reset its copies itself (the autoreset_mode of {kind})"

@@ -309,7 +309,7 @@ class Collector:
             found, what = self._base.call("action_masks"), "action_masks()"
         else:
             found, what = self._info.get("action_mask"), "action_mask"
-            found = found.cpu() if isinstance(found, Tensor) else found
+            found = found.cpu().numpy() if isinstance(found, Tensor) else found
             # Gymnasium says so whose infos have it.
             given = np.full(self.env.num_envs, found is not None)
             missing = ~self._info.get(f"_{what}", given) & ~ignored
