@@ -157,6 +157,17 @@ class LanguageModel:
             ids, encoded, prompt_index, pad_id=self.pad_id, device=self.device
         )
 
+    def pad(self, items: Sequence[data.Item]) -> Sequences:
+        """Return a batch of all completions of some items of the data, one after the
+        other; those of an item share its prompt.
+        """
+        return Sequences.pad(
+            [item.prompt_ids for item in items],
+            [ids for item in items for ids in item.completions],
+            [i for i, item in enumerate(items) for _ in item.completions],
+            pad_id=self.pad_id, device=self.device,
+        )  # fmt: skip
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a completion's tokens, special tokens left out. :meth:`encode` turns
         it into the same tokens again.

@@ -25,7 +25,7 @@ from policyopt.losses import aggregate, check_loss, item_losses
 from policyopt.runs import Count, NonNegative
 
 __all__ = [
-    "RewardConfig", "RewardUpdate", "pad_pairs", "pair_accuracy", "train_reward_model",
+    "RewardConfig", "RewardUpdate", "pair_accuracy", "train_reward_model",
 ]  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def train_reward_model(
 
     with run:
         for _ in run.updates():
-            batch = pad_pairs(run.batch(), start)
+            batch = start.pad(run.batch())
             count = run.sum(len(batch) // 2)
             statistics = Statistics()
             for rows in run.micro_batches(len(batch), 2):
@@ -195,18 +195,6 @@ def pair_accuracy(
     return _pairs_accuracy(reward_model, pairs, config)
 
 
-def pad_pairs(pairs: Sequence[Pair], language_model: LanguageModel) -> Sequences:
-    """Return a batch of 2 ``len(pairs)`` completions: chosen, rejected, chosen, …; each
-    pair shares its prompt.
-    """
-    return Sequences.pad(
-        [pair.prompt_ids for pair in pairs],
-        [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)],
-        [i // 2 for i in range(2 * len(pairs))],
-        pad_id=language_model.pad_id, device=language_model.device,
-    )  # fmt: skip
-
-
 @torch.no_grad()
 def _pairs_accuracy(
     reward_model: Scorer, pairs: Sequence[Pair], config: RewardConfig
@@ -215,7 +203,7 @@ def _pairs_accuracy(
     right, size = 0.0, config.micro_batch_size or config.batch_size
     with gathered(network), evaluating(network):
         for start in range(0, len(pairs), size):
-            batch = pad_pairs(pairs[start : start + size], reward_model.language_model)
+            batch = reward_model.language_model.pad(pairs[start : start + size])
             scores = reward_model.scores(batch)
             margins = scores[0::2] - scores[1::2]
             right += float(ordered_rightly(margins, tie=0.5).sum())

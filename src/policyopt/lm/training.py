@@ -170,8 +170,8 @@ class Run(Frame[ConfigT, RowT]):
 
     def batch_numbers(self) -> list[int]:
         """Return the numbers of these items."""
-        size, update = self.config.batch_size, self.update
-        indices = batch_indices(len(self.items), size, update, self.seed)
+        size = self.config.batch_size * getattr(self.config, "oversampling", 1)
+        indices = batch_indices(len(self.items), size, self.update, self.seed)
         share = len(indices) // self.world
         return indices[self.rank * share : (self.rank + 1) * share]
 
@@ -463,6 +463,18 @@ class SamplingRun(Run[ConfigT, RowT]):
             finished=samples.finished.to(self.device),
             sampler_log_probs=samples.log_probs.to(self.device),
         )  # fmt: skip
+
+    def full(self, batch: Completions) -> Completions:
+        """Keep as many groups as this process learns from: the first whose rewards
+        differ, and where these are too few the first of the others.
+        """
+        wanted, size = self.config.batch_size // self.world, self._group
+        if len(batch) == wanted * size:
+            return batch
+        groups = batch.rewards.view(-1, size)
+        kept = (groups == groups[:, :1]).all(1).int().argsort(stable=True)[:wanted]
+        rows = kept[:, None] * size + torch.arange(size, device=self.device)
+        return batch.select(rows.flatten())
 
     def _draw(
         self, contexts: list[list[int]], size: int, turn: int, first: Any
