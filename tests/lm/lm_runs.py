@@ -64,6 +64,7 @@ def records(count: int = 12) -> list[dict[str, Any]]:
             {
                 "prompt": " ".join(WORDS[: 1 + i % 5]),
                 "completion": texts[0],
+                "label": i % 3 > 0,
                 "chosen": texts[0],
                 "rejected": texts[1] + " ten",
                 "ranked": [texts[0], texts[1] + " one", texts[2] + " two three"],
@@ -107,6 +108,11 @@ def run_dpo(model: LanguageModel, **options: Any) -> LMResult[Any, Any]:
     return train_dpo(model, records(), config, progress=False, **options)
 
 
+def run_kto(model: LanguageModel, **options: Any) -> LMResult[Any, Any]:
+    changes = {"loss": "kto", "undesirable_weight": 1.5, "beta": 0.3}
+    return run_dpo(model, changes={**changes, **options.pop("changes", {})}, **options)
+
+
 def run_ranking(model: LanguageModel, **options: Any) -> LMResult[Any, Any]:
     config = RankingConfig(**{**COMMON, **options.pop("changes", {})})
     return train_ranking(model, records(), config, progress=False, **options)
@@ -128,6 +134,7 @@ TRAINERS: dict[str, Train] = {
     "sft": run_sft,
     "reward": run_reward,
     "dpo": run_dpo,
+    "kto": run_kto,
     "ranking": run_ranking,
     "grpo": run_grpo,
     "ppo": run_ppo,

@@ -669,7 +669,7 @@ def preference_pairs(
     return _read(data, make, limits)
 
 
-def labelled_completions(
+def labelled_items(
     data: Records, tokenizer: Tokenizer, limits: Limits = Limits()
 ) -> list[Labelled]:
     """Read completions with a label each.
@@ -705,15 +705,14 @@ def labelled_completions(
         return Labelled(prompt, ids, encoded[0], [], label)
 
     items = _read(data, make, limits)
-    labels = [*{item.desirable for item in items}]
+    kinds = {item.desirable for item in items}
     rule = "column 'label' must hold both true and false"
-    require(len(labels) == 2, rule, labels, "for good completions alone use train_sft")
+    require(len(kinds) == 2, rule, kinds, "for good completions alone use train_sft")
     order = epoch_order(len(items), 0, 0)
     for before, i in zip(order, order[1:] + order[:1], strict=True):
-        room = limits.context_length and limits.context_length - len(
-            items[i].prompt_ids
-        )
-        items[i] = replace(items[i], other_ids=items[before].completion_ids[:room])
+        here = items[i]
+        room = limits.context_length and limits.context_length - len(here.prompt_ids)
+        items[i] = replace(here, other_ids=items[before].completion_ids[:room])
     return items
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,15 +18,9 @@ from policyopt.estimators import sequence_log_prob
 from policyopt.frame import Callback, Statistics
 from policyopt.lm.batches import Pairs, Tokens, ordered_rightly
 from policyopt.lm.config import OfflineConfig
-from policyopt.lm.data import (
-    Prompt,
-    Records,
-    batch_indices,
-    labelled_completions,
-    preference_pairs,
-)
+from policyopt.lm.data import Records, batch_indices, labelled_items, preference_pairs
 from policyopt.lm.log_probs import completion_log_probs
-from policyopt.lm.models import LanguageModel, is_adapted, text_batches
+from policyopt.lm.models import LanguageModel, TextScorer, is_adapted
 from policyopt.lm.policies import PolicyNetwork, Reference
 from policyopt.lm.results import LMResult, LMUpdate
 from policyopt.lm.sequences import Sequences, evaluating
@@ -132,7 +126,7 @@ class DPOUpdate(LMUpdate):
     )  # fmt: skip
 
 
-class ImplicitReward:
+class ImplicitReward(TextScorer):
     """The reward that a policy trained by DPO believes in: r(x, y) = β log(π_θ(y|x) /
     π_ref(y|x)).
 
@@ -193,17 +187,6 @@ class ImplicitReward:
             log_probs = completion_log_probs(self.policy.model, sequences).log_probs
         log_ratio = log_probs - self.reference.log_probs(sequences)
         return self.beta * sequence_log_prob(log_ratio, sequences.completion_mask)
-
-    def __call__(
-        self,
-        completions: Sequence[str],
-        prompts: Sequence[Prompt],
-        finished: Sequence[bool] | None = None,
-        **columns: Any,
-    ) -> list[float]:
-        """Score texts, one prompt to each: the interface of a reward function."""
-        batches = text_batches(self, completions, prompts, finished, columns)
-        return [score for batch in batches for score in self.scores(batch).tolist()]
 
 
 def pair_loss(batch: Pairs, config: DPOConfig) -> DPO:
@@ -271,7 +254,7 @@ def train_dpo(
     Rafailov et al. (2023), Direct preference optimization, arXiv:2305.18290, eq. 7.
     """
     limits, kto = config.limits(language_model), config.loss == "kto"
-    read: Any = labelled_completions if kto else preference_pairs
+    read: Any = labelled_items if kto else preference_pairs
     pairs = read(data, language_model.tokenizer, limits)
     run: Run[DPOConfig, DPOUpdate] = Run(
         "dpo", language_model, PolicyNetwork(language_model.model), config, DPOUpdate,
@@ -322,10 +305,8 @@ def train_dpo(
 
 
 @torch.no_grad()
-def _mismatched(
-    run: Run[DPOConfig, DPOUpdate], batch: Sequences, reference_of: Tensor
-) -> Tensor:
-    """Return the mean log π/π_ref of every second completion, over all processes."""
+def _mismatched(run: Run[Any, Any], batch: Sequences, reference_of: Tensor) -> Tensor:
+    """Return the mean log π/π_ref of each second completion of the whole batch."""
     total = torch.zeros((), device=run.device)
     for pairs in run.micro_batches(len(batch), 2):
         rows = pairs[1::2]
@@ -340,9 +321,7 @@ def _by_label(x: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(label, x, 0.0), torch.where(label, 0.0, x)
 
 
-def _reference_log_probs(
-    run: Run[DPOConfig, DPOUpdate], reference: LanguageModel | None
-) -> Tensor:
+def _reference_log_probs(run: Run[Any, Any], reference: LanguageModel | None) -> Tensor:
     """Return log π_ref of the chosen and the rejected completion of each pair,
     ``[N, 2]``, on the CPU.
 

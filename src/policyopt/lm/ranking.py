@@ -234,8 +234,7 @@ def train_ranking(
                 accuracy=right_sum / count if pairs else math.nan,
                 margin=margin / count if pairs else math.nan,
                 best_log_prob=best / float(run.sum(len(sizes))),
-                reward=run.reward,
-                kl=run.kl(batch, batch.sampler_log_probs),
+                reward=run.reward, kl=run.kl(batch, batch.sampler_log_probs),
             )  # fmt: skip
     return run.result()
 

@@ -6,19 +6,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from policyopt import losses
 from policyopt.frame import Callback, Statistics
 from policyopt.lm.batches import ScoredPairs, ordered_rightly
 from policyopt.lm.config import OfflineConfig
 from policyopt.lm.data import Pair, Records, preference_pairs
-from policyopt.lm.models import LanguageModel, RewardModel
+from policyopt.lm.models import LanguageModel, RewardModel, TextScorer
 from policyopt.lm.results import LMResult, LMUpdate
-from policyopt.lm.sequences import Sequences, evaluating
+from policyopt.lm.sequences import evaluating
 from policyopt.lm.sharding import gathered
 from policyopt.lm.training import Run
 from policyopt.losses import aggregate, check_loss, item_losses
@@ -154,23 +154,8 @@ def train_reward_model(
     return result
 
 
-class Scorer(Protocol):
-    """What scores completions: a reward model, or the implicit reward of a policy."""
-
-    @property
-    def language_model(self) -> LanguageModel:
-        """Whose tokenizer writes the completions."""
-
-    @property
-    def network(self) -> nn.Module:
-        """What computes the scores."""
-
-    def scores(self, sequences: Sequences) -> Tensor:
-        """Scores ``[B]``."""
-
-
 def pair_accuracy(
-    reward_model: Scorer, data: Records, config: RewardConfig = RewardConfig()
+    reward_model: TextScorer, data: Records, config: RewardConfig = RewardConfig()
 ) -> float:
     """Share of preference pairs whose chosen completion scores higher; a tie counts
     half.
@@ -197,7 +182,7 @@ def pair_accuracy(
 
 @torch.no_grad()
 def _pairs_accuracy(
-    reward_model: Scorer, pairs: Sequence[Pair], config: RewardConfig
+    reward_model: TextScorer, pairs: Sequence[Pair], config: RewardConfig
 ) -> float:
     network = reward_model.network
     right, size = 0.0, config.micro_batch_size or config.batch_size
