@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from policyopt.lm import (
     PPOConfig,
     RankingConfig,
     RewardConfig,
+    Samples,
     SamplingConfig,
     SFTConfig,
+    TransformersSampler,
     train_dpo,
     train_grpo,
     train_ppo,
@@ -75,6 +78,36 @@ def records(count: int = 12) -> list[dict[str, Any]]:
 
 def count_ones(completions: list[str], **columns: Any) -> list[float]:
     return [text.split().count("one") - 0.1 * len(text.split()) for text in completions]
+
+
+class Recording(TransformersSampler):
+    """The model's sampler, which remembers what it drew last."""
+
+    samples: Samples
+
+    def sample(self, *args: Any, **options: Any) -> Samples:
+        self.samples = super().sample(*args, **options)
+        return self.samples
+
+
+def gradients_of(model: LanguageModel) -> dict[str, torch.Tensor]:
+    """Gradient of each parameter in the step to come; it outlives the optimiser's clearing."""
+    gradients: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, p: torch.Tensor) -> None:
+        gradients[name] = p.grad.clone()  # type: ignore[union-attr]
+
+    for name, p in model.model.named_parameters():
+        p.register_post_accumulate_grad_hook(partial(keep, name))
+    return gradients
+
+
+def assert_gradients(found: dict[str, torch.Tensor], model: LanguageModel) -> None:
+    """The gradients are those that a backward pass has left in the model."""
+    scale = max(float(p.grad.abs().max()) for p in model.model.parameters() if p.grad is not None)
+    assert scale > 1e-4
+    for name, p in model.model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-5 * scale)
 
 
 COMMON: dict[str, Any] = {

@@ -201,7 +201,7 @@ def train_ranking(
         for _ in run.updates():
             batch, sizes = run.lists()
             if isinstance(run, _GroupRun):
-                batch = run.score(batch, frozen, old=False)
+                batch = run.score(batch, frozen, old=False, group=sizes[0])
             above = [_is_above(rewards) for rewards in batch.rewards.split(sizes)]
             pairs = run.sum(torch.cat(above).sum())
             tokens, norm = run.sum(batch.mask.sum()), 0.0

@@ -493,16 +493,17 @@ class SamplingRun(Run[ConfigT, RowT]):
 
     @torch.no_grad()
     def score(
-        self, batch: Completions, reference: Reference | None, *, old: bool = True
-    ) -> Completions:
-        """Fill in what π_ref and (with ``old``) the policy say before the first
-        step.
+        self, batch: Completions, reference: Reference | None, *, old: bool = True,
+        group: int | None = None,
+    ) -> Completions:  # fmt: skip
+        """Fill in what π_ref and (with ``old``) the policy say before the first step.
+        ``group`` is the size of the batch's groups, if it is another than was sampled.
         """
         if reference is None and not old:
             return batch
         sequences = batch.sequences
         changes: dict[str, Any] = {}
-        cuts = list(self.micro_batches(len(batch), self._group))
+        cuts = list(self.micro_batches(len(batch), group or self._group))
         if reference is not None:
             scores = reference.log_probs(sequences, cuts, **self.scoring)
             changes["reference_log_probs"] = scores
