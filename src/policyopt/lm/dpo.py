@@ -1,4 +1,4 @@
-"""DPO: preferences straight into the policy: no reward model, no sampling."""
+"""DPO and KTO: preferences straight into the policy: no reward model, no sampling."""
 
 from __future__ import annotations
 
@@ -228,30 +228,37 @@ def train_dpo(
     progress: bool = True,
     checkpoint_dir: str | Path | None = None,
 ) -> LMResult[DPOConfig, DPOUpdate]:
-    """Train a policy on preference pairs by direct preference optimisation.
+    """Train a policy on preference pairs by direct preference optimisation, or with
+    ``config.loss`` "kto" on completions with a label each.
 
     The reference's log-probabilities are computed once, before the first step: no
-    second model is kept.
+    second model is kept. KTO's baseline z_0 is the mean log-ratio of mismatched pairs:
+    after each prompt of the batch the completion of another record, always the same
+    one. It costs a pass without gradient, is one number for the whole batch of all
+    processes, and does not change with ``micro_batch_size``.
 
     Parameters
     ----------
     language_model : LanguageModel
         π_θ, trained in place.
     data : records
-        Columns ``prompt``, ``chosen`` and ``rejected``.
+        Columns ``prompt``, ``chosen`` and ``rejected``. For KTO ``prompt``,
+        ``completion`` and ``label``, which is true where the completion is desirable.
     config : DPOConfig
     reference : LanguageModel, optional
         π_ref; by default the policy as it is given.
     loss : callable, optional
         A function of the :class:`~policyopt.lm.batches.Pairs` of a micro-batch that
-        returns one loss per pair, ``[N]``: a :class:`~policyopt.losses.DPO`, another
-        named tuple with the field ``loss``, or a tensor. By default :func:`pair_loss`.
+        returns one loss per pair (of KTO per completion), ``[N]``: a
+        :class:`~policyopt.losses.DPO`, another named tuple with the field ``loss``, or
+        a tensor. By default :func:`pair_loss`.
     seed, callback, progress, checkpoint_dir
         As in :func:`~policyopt.lm.sft.train_sft`.
 
     References
     ----------
     Rafailov et al. (2023), Direct preference optimization, arXiv:2305.18290, eq. 7.
+    KTO: Ethayarajh et al. (2024), arXiv:2402.01306, eq. 7 and 8.
     """
     limits, kto = config.limits(language_model), config.loss == "kto"
     read: Any = labelled_items if kto else preference_pairs
