@@ -112,8 +112,9 @@ class _GroupRun(SamplingRun[Any, RankingUpdate]):
     def lists(self) -> tuple[Completions, list[int]]:
         """Return the completions of this update, and how many each list has."""
         batch, size = self.sample(), self.config.group_size
-        groups, self.reward = batch.rewards.view(-1, size), self.mean(batch.rewards)
+        groups = batch.rewards.view(-1, size)
         order = groups.argsort(dim=1, descending=True, stable=True)
+        self.reward = self.mean(groups.gather(1, order).flatten())
         if self.config.loss == "dpo":
             order, size = order[:, [0, -1]], 2
         first = torch.arange(0, len(batch), groups.shape[1], device=self.device)
