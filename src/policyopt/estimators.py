@@ -31,7 +31,7 @@ from torch import Tensor
 from policyopt._checks import check_shapes, require
 
 __all__ = [
-    "ImportanceMode", "adaptive_kl_coefficient", "bounded_log_ratio",
+    "ImportanceMode", "adaptive_kl_coefficient", "best_of_group", "bounded_log_ratio",
     "discounted_returns", "explained_variance", "gae", "group_relative_advantages",
     "importance_weights", "kl_estimate", "kl_shaped_rewards",
     "leave_one_out_advantages", "normalize", "pass_at_k_advantages",
@@ -354,6 +354,34 @@ def pass_at_k_advantages(rewards: Tensor, *, k: int) -> Tensor:
 
     joined = best(torch.maximum(others, own[..., None]), k - 1) if k > 1 else own
     return k * (joined - best(others, k))
+
+
+def best_of_group(rewards: Tensor) -> Tensor:
+    r"""Return 1 for the best sample of each group and 0 for the others: best-of-n, or
+    rejection-sampling, fine-tuning.
+
+    As advantages they make the policy imitate its own best of K samples, −∇L = ∇ log
+    π(best of K). Among equal rewards the first sample is taken, also where all are
+    equal: such a group still teaches what the policy does already.
+
+    Parameters
+    ----------
+    rewards : Tensor
+        Shape ``[..., K]`` with ``K`` ≥ 2.
+
+    References
+    ----------
+    Dong et al. (2023), RAFT, arXiv:2304.06767, algorithm 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> best_of_group(torch.tensor([1.0, 3.0, 3.0]))
+    tensor([0., 1., 0.])
+    """
+    _check_group(rewards)
+    best = rewards.argmax(dim=-1, keepdim=True)
+    return torch.zeros_like(rewards).scatter(-1, best, 1.0)
 
 
 def _check_group(rewards: Tensor) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from policyopt import losses
 from policyopt.distributions import Categorical
 from policyopt.estimators import (
+    best_of_group,
     gae,
     group_relative_advantages,
     importance_weights,
@@ -401,6 +402,14 @@ def pass_at_k() -> None:
     clip(None, advantages=lambda: found[:, None].expand(10, 8))
 
 
+def best_of_n() -> None:
+    expected = [[float(row.index(max(row)) == i) for i in range(len(row))] for row in REWARDS.tolist()]
+    found = best_of_group(REWARDS).flatten()
+    same(found, torch.tensor(expected, dtype=torch.float64).flatten())
+    log_prob, advantage = normal(0, 10, 8).requires_grad_(), found[:, None].expand(10, 8)
+    same(pull(clipped_surrogate_loss(log_prob, log_prob.detach(), advantage).loss, log_prob), advantage)
+
+
 def correction() -> None:
     log_prob, old, sampler, advantage = (0.5 * normal(i, 30) for i in range(4))
     log_prob.requires_grad_()
@@ -542,6 +551,11 @@ CHECKS: dict[str, tuple[str, str, Callable[[], None] | None]] = {
         r"$-\lambda_U\,\beta\,\sigma(z)\,\sigma(-z)$",
         kto,
     ),
+    "Online DPO": (
+        r"$-\log \sigma(m)$, $y_w$ the best and $y_l$ the worst of a group of samples",
+        r"$\beta\,\sigma(-m)$",
+        lambda: preferences(lambda m: -torch.log(sigma(m)), lambda m: 0.7 * sigma(-m)),
+    ),
     "Ranking": (
         r"$-\log \sigma(m_{ij})$, $m_{ij} = \beta\,(\ell_i - \ell_j)$, for each pair with $y_i$ above $y_j$",
         r"of $\nabla \ell_i$: $\beta\,\bigl[\sum_{j > i} \sigma(-m_{ij}) - \sum_{j < i} \sigma(-m_{ji})\bigr]$",
@@ -598,6 +612,11 @@ CHECKS: dict[str, tuple[str, str, Callable[[], None] | None]] = {
         ),
         opened(COMPLETION),
         pass_at_k,
+    ),
+    "Best of n": (
+        clipped(COMPLETION, r"$, $A_i = \mathbb 1[i \text{ is the first with } r_i = \max_j r_j]$"),
+        opened(COMPLETION),
+        best_of_n,
     ),
     "Sampler correction": (
         r"$c_t\, L_t$, $c_t = \min(e^{\ell_{\text{old},t} - \ell_{\text{sampler},t}}, \text{cap})$; "

@@ -65,7 +65,7 @@ def test_every_name_of_ours_exists(half: str) -> None:
 
 def test_names_of_trl_exist() -> None:
     trl = pytest.importorskip("trl")
-    theirs = fields([trl.SFTConfig, trl.RewardConfig, trl.DPOConfig, trl.GRPOConfig])
+    theirs = fields([trl.SFTConfig, trl.RewardConfig, trl.DPOConfig, trl.GRPOConfig, trl.KTOConfig])
     for row in cells(LANGUAGE):
         if row[-1].startswith("PPO"):
             continue  # of a trainer that is gone

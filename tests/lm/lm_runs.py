@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from policyopt.lm import (
     PPOConfig,
     RankingConfig,
     RewardConfig,
+    Samples,
     SamplingConfig,
     SFTConfig,
+    TransformersSampler,
     train_dpo,
     train_grpo,
     train_ppo,
@@ -64,6 +67,7 @@ def records(count: int = 12) -> list[dict[str, Any]]:
             {
                 "prompt": " ".join(WORDS[: 1 + i % 5]),
                 "completion": texts[0],
+                "label": i % 3 > 0,
                 "chosen": texts[0],
                 "rejected": texts[1] + " ten",
                 "ranked": [texts[0], texts[1] + " one", texts[2] + " two three"],
@@ -74,6 +78,36 @@ def records(count: int = 12) -> list[dict[str, Any]]:
 
 def count_ones(completions: list[str], **columns: Any) -> list[float]:
     return [text.split().count("one") - 0.1 * len(text.split()) for text in completions]
+
+
+class Recording(TransformersSampler):
+    """The model's sampler, which remembers what it drew last."""
+
+    samples: Samples
+
+    def sample(self, *args: Any, **options: Any) -> Samples:
+        self.samples = super().sample(*args, **options)
+        return self.samples
+
+
+def gradients_of(model: LanguageModel) -> dict[str, torch.Tensor]:
+    """Gradient of each parameter in the step to come; it outlives the optimiser's clearing."""
+    gradients: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, p: torch.Tensor) -> None:
+        gradients[name] = p.grad.clone()  # type: ignore[union-attr]
+
+    for name, p in model.model.named_parameters():
+        p.register_post_accumulate_grad_hook(partial(keep, name))
+    return gradients
+
+
+def assert_gradients(found: dict[str, torch.Tensor], model: LanguageModel) -> None:
+    """The gradients are those that a backward pass has left in the model."""
+    scale = max(float(p.grad.abs().max()) for p in model.model.parameters() if p.grad is not None)
+    assert scale > 1e-4
+    for name, p in model.model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-5 * scale)
 
 
 COMMON: dict[str, Any] = {
@@ -107,6 +141,11 @@ def run_dpo(model: LanguageModel, **options: Any) -> LMResult[Any, Any]:
     return train_dpo(model, records(), config, progress=False, **options)
 
 
+def run_kto(model: LanguageModel, **options: Any) -> LMResult[Any, Any]:
+    changes = {"loss": "kto", "undesirable_weight": 1.5, "beta": 0.3}
+    return run_dpo(model, changes={**changes, **options.pop("changes", {})}, **options)
+
+
 def run_ranking(model: LanguageModel, **options: Any) -> LMResult[Any, Any]:
     config = RankingConfig(**{**COMMON, **options.pop("changes", {})})
     return train_ranking(model, records(), config, progress=False, **options)
@@ -128,6 +167,7 @@ TRAINERS: dict[str, Train] = {
     "sft": run_sft,
     "reward": run_reward,
     "dpo": run_dpo,
+    "kto": run_kto,
     "ranking": run_ranking,
     "grpo": run_grpo,
     "ppo": run_ppo,

@@ -6,6 +6,7 @@ import json
 import math
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def run(
         "sft": (train_sft, SFTConfig),
         "reward": (train_reward_model, RewardConfig),
         "dpo": (train_dpo, DPOConfig),
+        "kto": (train_dpo, partial(DPOConfig, loss="kto")),
         "ranking": (train_ranking, RankingConfig),
     }[name]
     return trainer(model, data, config_type(**settings), **options)
@@ -149,7 +151,7 @@ def test_equal_texts_have_no_order(name: str) -> None:
         run(name, data)
 
 
-@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "ranking"])
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "kto", "ranking"])
 def test_empty_completions_are_eos_alone(name: str) -> None:
     data = [{**record, "completion": "", "rejected": "", "ranked": ["", "one"]} for record in records()]
     result = run(name, data)

@@ -22,6 +22,7 @@ DEFAULTS: dict[str, tuple[type, Any]] = {
     "sft": (Tokens, sft_loss),
     "reward": (ScoredPairs, lambda batch: bradley_terry_loss(batch.chosen_scores, batch.rejected_scores)),
     "dpo": (Pairs, partial(pair_loss, config=DPOConfig())),
+    "kto": (Pairs, partial(pair_loss, config=DPOConfig(loss="kto", undesirable_weight=1.5, beta=0.3))),
     "ranking": (RankedGroup, lambda group: ranking_loss(group.log_prob, beta=0.1)),
     "grpo": (Completions, partial(grpo_loss, config=GRPO)),
     "ppo": (Completions, partial(ppo_loss, config=PPOConfig())),

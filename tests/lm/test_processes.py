@@ -50,12 +50,14 @@ SETTINGS = {
         "ppo", {"beta": 0.0, "gae_lambda": 1.0, "value_coef": 0.0}, silent_from=2
     ),
     "ranking that falls silent": Setting("ranking", {}, silent_from=2),
+    "online dpo with few signals": Setting("ranking", {"loss": "dpo", "micro_batch_size": 3}, signal="few"),
+    "best of n": Setting("grpo", {"baseline": "best", "micro_batch_size": 2}),
     "ranking with few signals": Setting("ranking", {"micro_batch_size": 3}, signal="few"),
 }
 
 SHARDED = [
     "grpo", "grpo that falls silent", "grpo with few signals in pieces", "grpo, nothing finished",
-    "ranking with few signals",
+    "ranking with few signals", "online dpo with few signals",
 ]  # fmt: skip
 
 
@@ -129,6 +131,16 @@ def test_sharded_processes_refuse_minibatches_that_do_not_divide(worlds: dict[st
                 "with FSDP all processes must have as many prompts in every minibatch: batch_size must be a "
                 "multiple of 2 processes times 2 minibatches, got 6; or launch without FSDP"
             )
+
+
+@pytest.mark.parametrize("world", ["two", "sharded"])
+def test_each_process_fills_its_own_share_when_oversampling(world: str, worlds: dict[str, World]) -> None:
+    one, other = worlds[world].run(Setting("grpo", {"oversampling": 3, "minibatches": 2}, signal="few"))
+    compare(one, [other], within=1e-7)
+    for row in one.rows:
+        assert row["completions"] == 3 * 4 * 3
+        assert 0 < row["zero_variance"] < 1
+    assert one.rows[0]["gradient_norm"] > 0
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(worlds: dict[str, World]) -> None:

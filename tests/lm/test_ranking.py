@@ -7,9 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from lm_runs import SHORT, count_ones, records, tiny_model, weights
+from lm_runs import (
+    SHORT,
+    Recording,
+    assert_gradients,
+    count_ones,
+    gradients_of,
+    records,
+    tiny_model,
+    weights,
+)
 
-from policyopt.lm import OnlineRankingConfig, RankingConfig, train_ranking
+from policyopt.estimators import sequence_log_prob
+from policyopt.lm import OnlineRankingConfig, RankingConfig, completion_log_probs, train_ranking
+from policyopt.losses import dpo_loss, ranking_loss
 
 PROMPTS = [{"prompt": record["prompt"]} for record in records()]
 ONLINE: dict[str, Any] = {
@@ -18,7 +29,11 @@ ONLINE: dict[str, Any] = {
 
 
 def online(model: Any, reward: Any = count_ones, **changes: Any) -> Any:
-    options = {name: changes.pop(name) for name in ("loss", "seed", "reference") if name in changes}
+    options = {
+        name: changes.pop(name) for name in ("loss", "seed", "reference", "sampler") if name in changes
+    }
+    if "loss_kind" in changes:
+        changes["loss"] = changes.pop("loss_kind")
     config = OnlineRankingConfig(**{**ONLINE, **changes})
     return train_ranking(model, PROMPTS, config, reward_functions=reward, progress=False, **options)
 
@@ -59,10 +74,6 @@ def test_online_on_a_fixed_batch_is_offline_on_its_list() -> None:
 def offline_accuracy(prompt: str, ranked: list[str]) -> float:
     model = tiny_model()
     sequences = model.encode([prompt], ranked)
-    from policyopt.estimators import sequence_log_prob
-    from policyopt.lm import completion_log_probs
-    from policyopt.losses import ranking_loss
-
     tokens = completion_log_probs(model.model, sequences).log_probs
     scores = sequence_log_prob(tokens, sequences.completion_mask)
     return float((ranking_loss(scores, beta=0.1).margin > 0).float().mean())
@@ -104,6 +115,84 @@ def test_micro_batches_and_repetition() -> None:
 
 def test_it_learns_the_order() -> None:
     result = online(tiny_model(), updates=40, batch_size=8, learning_rate=1e-2, beta=0.3)
+    rewards = result.history.column("reward")
+    assert rewards[-5:].mean() > rewards[:5].mean() + 0.2
+
+
+# --- online DPO ------------------------------------------------------------------------------------------------
+
+
+class Judge:
+    """Reward the members of each group as told, or all alike in the first of a batch."""
+
+    def __init__(self, rewards: list[float], *, tied: bool = False) -> None:
+        self.rewards, self.tied = rewards, tied
+
+    def __call__(self, completions: list[str], **columns: Any) -> list[float]:
+        size = len(self.rewards)
+        found = self.rewards * (len(completions) // size)
+        return [1.0] * size + found[size:] if self.tied else found
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("rewards", "best", "worst"), [([0.0, 1.0], 1, 0), ([0.5, -1.0, 2.0, 1.0], 2, 1)])
+def test_online_dpo_is_dpo_on_the_best_and_the_worst(
+    rewards: list[float], best: int, worst: int, tied: bool
+) -> None:
+    reference, dense, model, size = tiny_model(1), tiny_model(), tiny_model(), len(rewards)
+    gradients, sampler = gradients_of(model), Recording(model)
+    result = online(
+        model, Judge(rewards, tied=tied), loss_kind="dpo", updates=1, group_size=size, reference=reference,
+        beta=0.3, micro_batch_size=4, sampler=sampler,
+    )  # fmt: skip
+    sequences, losses, margins = sampler.samples.sequences, [], []
+    assert len(sequences) == 4 * size
+
+    def scores(model: Any, group: int) -> torch.Tensor:
+        part = sequences.select(torch.arange(group * size, (group + 1) * size))
+        return sequence_log_prob(completion_log_probs(model.model, part).log_probs, part.completion_mask)
+
+    for group in range(int(tied), 4):
+        with torch.no_grad():
+            theirs = scores(reference, group)
+        ours = scores(dense, group)
+        pair = dpo_loss(ours[best], ours[worst], theirs[best], theirs[worst], beta=0.3)
+        losses.append(pair.loss)
+        margins.append(float(pair.margin))
+    assert len(losses) == 4 - tied
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    row = result.history[0]
+    assert row.loss == pytest.approx(float(loss.detach()), rel=1e-4)
+    assert row.margin == pytest.approx(sum(margins) / len(margins), rel=1e-3)
+    assert row.accuracy == sum(margin > 0 for margin in margins) / len(margins)
+    mean = sum(rewards) / len(rewards)
+    assert row.reward == pytest.approx((mean * (4 - tied) + tied) / 4)  # of all, not of the pairs
+    assert_gradients(gradients, dense)
+
+
+def test_online_dpo_keeps_its_start_as_the_reference() -> None:
+    result = online(tiny_model(), Judge([0.0, 1.0]), loss_kind="dpo", group_size=2, learning_rate=1e-2)
+    first, *_, last = result.history
+    assert first.loss == pytest.approx(math.log(2), rel=1e-4)
+    assert first.margin == pytest.approx(0, abs=1e-5)
+    assert first.kl == pytest.approx(0, abs=1e-4)
+    assert last.kl != pytest.approx(0, abs=1e-3)
+    given = online(
+        tiny_model(), Judge([0.0, 1.0]), loss_kind="dpo", group_size=2, learning_rate=1e-2, reference=tiny_model()
+    )  # fmt: skip
+    assert furthest(result, given) < 1e-5
+
+
+def test_online_dpo_learns_from_no_ties() -> None:
+    model = tiny_model()
+    before = {name: p.detach().clone() for name, p in model.model.named_parameters()}
+    online(model, Judge([1.0, 1.0, 1.0]), loss_kind="dpo", group_size=3)
+    assert all(torch.equal(p, before[name]) for name, p in model.model.named_parameters())
+
+
+def test_online_dpo_raises_the_reward() -> None:
+    result = online(tiny_model(), loss_kind="dpo", updates=40, batch_size=8, group_size=2, learning_rate=1e-2)
     rewards = result.history.column("reward")
     assert rewards[-5:].mean() > rewards[:5].mean() + 0.2
 

@@ -24,7 +24,10 @@ from lm_runs import (
     FORKED,
     SHORT,
     TRAINERS,
+    Recording,
+    assert_gradients,
     count_ones,
+    gradients_of,
     main,
     records,
     run_dpo,
@@ -69,7 +72,7 @@ from policyopt.lm import (
 )
 from policyopt.lm.batches import Completions, Pairs
 from policyopt.lm.dpo import pair_loss
-from policyopt.lm.grpo import group_advantages
+from policyopt.lm.grpo import group_advantages, grpo_loss
 from policyopt.lm.policies import PolicyNetwork
 from policyopt.lm.ppo import token_advantages
 from policyopt.lm.results import LMUpdate
@@ -344,6 +347,106 @@ def test_group_advantages_of_the_whole_batch() -> None:
     assert group_advantages(one, config)[0].tolist() == pytest.approx([3, -1, -1, -1])
 
 
+def test_best_of_n_descends_the_likelihood_of_the_best_completions() -> None:
+    def grade(completions: list[str], **columns: Any) -> list[float]:
+        return [[0.0, 2.0, -1.0, 2.0][i % 4] for i in range(len(completions))]
+
+    data = [{"prompt": record["prompt"]} for record in records()]
+    config = GRPOConfig(
+        updates=1, batch_size=4, group_size=4, sampling=SHORT, baseline="best", loss_mean="constant",
+        micro_batch_size=3,
+    )  # fmt: skip
+    model, dense = tiny_model(), tiny_model()
+    gradients, sampler = gradients_of(model), Recording(model)
+    row = train_grpo(model, data, grade, config, sampler=sampler, progress=False).history[0]
+    assert len(sampler.samples.sequences) == 16
+    best = sampler.samples.sequences.select(torch.tensor([1, 5, 9, 13]))  # the first of two equals
+    (-completion_log_probs(dense.model, best).log_probs.sum() / (16 * 6)).backward()
+    assert_gradients(gradients, dense)
+    assert row.ratio_max == 1
+    assert row.clip_fraction == 0
+
+
+def test_best_of_n_raises_the_reward() -> None:
+    changes = {
+        "baseline": "best", "updates": 40, "batch_size": 8, "learning_rate": 1e-2, "beta": 0.0,
+        "schedule": "constant", "epochs_per_batch": 1, "minibatches": 1,
+    }  # fmt: skip
+    rewards = run_grpo(tiny_model(), changes=changes).history.column("reward")
+    assert rewards[-5:].mean() > rewards[:5].mean() + 0.2
+
+
+class Numbered4:
+    """Groups of 4 whose rewards differ for some numbers only; what was sampled and what was learned from."""
+
+    def __init__(self, *varied: int) -> None:
+        self.varied, self.drawn = varied, list[int]()
+        self.learned: list[Completions] = []
+
+    def grade(self, completions: list[str], number: list[int], **columns: Any) -> list[float]:
+        self.drawn = number[::4]
+        return [float(i % 4) + n if n in self.varied else 7.0 for i, n in enumerate(number)]
+
+    def run(self, model: LanguageModel, folder: Path | None = None, **changes: Any) -> Any:
+        config = GRPOConfig(
+            **{"updates": 3, "batch_size": 3, "group_size": 4, "sampling": SHORT, "learning_rate": 1e-2, **changes}
+        )  # fmt: skip
+
+        def loss(batch: Completions) -> Any:
+            self.learned.append(batch)
+            return grpo_loss(batch, config)
+
+        data = [{"prompt": " ".join(["one", "two"][: 1 + i % 2]), "number": i} for i in range(24)]
+        return train_grpo(model, data, self.grade, config, loss=loss, progress=False, checkpoint_dir=folder)
+
+    @property
+    def numbers(self) -> list[float]:
+        """Numbers of the groups that the last update learned from; 7 − 0 where rewards are equal."""
+        return self.learned[-1].rewards.view(-1, 4)[:, 0].tolist()
+
+
+def test_oversampling_fills_the_batch_with_groups_that_differ() -> None:
+    task = Numbered4(*range(0, 24, 2))
+    row = task.run(tiny_model(), oversampling=4, updates=1).history[0]
+    assert len(task.drawn) == 12
+    signal = [number for number in task.drawn if number % 2 == 0]
+    assert len(signal) >= 3
+    assert signal != task.drawn[: len(signal)]
+    assert task.numbers == signal[:3]
+    assert row.completions == 48
+    assert row.zero_variance == pytest.approx(1 - len(signal) / 12)
+    batch = task.learned[-1]
+    assert batch.rewards.view(-1, 4).diff(dim=1).eq(1).all()  # whole groups, in order
+    assert len(batch.sequences.prompt_ids) == 3
+    assert row.tokens > int(batch.mask.sum())  # the others cost as much
+    everything = [r for n in task.drawn for r in ((n, n + 1, n + 2, n + 3) if n % 2 == 0 else (7.0,) * 4)]
+    assert row.reward == pytest.approx(sum(everything) / 48)
+    plain = Numbered4(*range(0, 24, 2)).run(tiny_model(), updates=1).history[0]
+    assert plain.completions == 12
+
+
+def test_oversampling_takes_equal_groups_where_too_few_differ() -> None:
+    task = Numbered4()
+    task.run(tiny_model(), oversampling=2, updates=1)
+    assert len(task.drawn) == 6
+    one = next(iter(task.drawn[3:]))
+    task = Numbered4(one)
+    task.run(tiny_model(), oversampling=2, updates=1)
+    assert task.numbers == [one, 7.0, 7.0]
+
+
+def test_oversampled_runs_go_through_the_data_and_are_taken_up_bit_for_bit(tmp_path: Path) -> None:
+    task, drawn = Numbered4(1, 5, 8), list[int]()
+    whole = task.run(tiny_model(), oversampling=4, updates=2)
+    for updates in (1, 2):
+        again = Numbered4(1, 5, 8)
+        resumed = again.run(tiny_model(), tmp_path, oversampling=4, updates=updates)
+        drawn += again.drawn
+    assert sorted(drawn) == list(range(24))
+    assert furthest(weights(resumed), weights(whole)) == 0
+    assert str(rows(resumed)) == str(rows(whole))
+
+
 def test_cispo_by_name_is_that_of_ones_own() -> None:
     def cispo(batch: Completions) -> Tensor:
         ratio = (batch.log_probs - batch.old_log_probs).exp().detach()
@@ -355,14 +458,6 @@ def test_cispo_by_name_is_that_of_ones_own() -> None:
     assert max(row.ratio_max for row in named.history) > 1.3
     assert max(row.clip_fraction for row in named.history) > 0
     assert furthest(weights(named), weights(plain)) < 2e-4
-
-
-class Recording(TransformersSampler):
-    """The model's sampler, which keeps what it drew."""
-
-    def sample(self, *args: Any, **options: Any) -> Any:
-        self.samples = super().sample(*args, **options)
-        return self.samples
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 4, "temperature": 0.7}])

@@ -23,6 +23,7 @@ import trl
 from datasets import Dataset
 
 from policyopt.estimators import kl_estimate
+from policyopt.lm.data import epoch_order
 from policyopt.lm.dpo import DPOConfig, train_dpo
 from policyopt.lm.grpo import GRPOConfig, group_advantages, grpo_surrogate, train_grpo
 from policyopt.lm.log_probs import completion_log_probs
@@ -173,12 +174,13 @@ def test_kto_is_trls(tmp_path: Path) -> None:
         args=trl.KTOConfig(
             output_dir=str(tmp_path),
             per_device_train_batch_size=len(rows),
-            beta=0.3,
+            beta=0.03,
             desirable_weight=0.5,
             undesirable_weight=1.5,
             **COMMON,
         ),
-        train_dataset=Dataset.from_list(rows),
+        # Each record gets the completion of the one before it, in our trainer in this order.
+        train_dataset=Dataset.from_list([rows[i] for i in epoch_order(len(rows), 0, 0)]),
         processing_class=model.tokenizer,
     )
     trainer.model.train()
@@ -203,15 +205,30 @@ def test_kto_is_trls(tmp_path: Path) -> None:
     assert baseline.mean() > 0.01  # not cut at 0
     labels = torch.as_tensor(batch["label"], dtype=torch.bool)
     items = kto_loss(
-        whole("", ours.model), given, labels, baseline, beta=0.3, desirable_weight=0.5, undesirable_weight=1.5
+        whole("", ours.model),
+        given,
+        labels,
+        baseline,
+        beta=0.03,
+        desirable_weight=0.5,
+        undesirable_weight=1.5,
     )
     aggregate(items.loss).backward()
     assert 0 < int(labels.sum()) < len(labels)
     assert float(items.loss.detach().mean()) == pytest.approx(float(loss), rel=1e-4)
-    assert_same(
-        {name: p.grad for name, p in ours.model.named_parameters()},
-        {name: p.grad for name, p in trainer.model.named_parameters()},
-    )
+    theirs = {name: p.grad for name, p in trainer.model.named_parameters()}
+    assert_same({name: p.grad for name, p in ours.model.named_parameters()}, theirs)
+
+    trained = policy()
+    gradients = gradients_of(trained.model)
+    config = DPOConfig(
+        loss="kto", updates=1, batch_size=len(rows), micro_batch_size=4, beta=0.03, desirable_weight=0.5,
+        undesirable_weight=1.5,
+    )  # fmt: skip
+    row = train_dpo(trained, rows, config, reference=reference, progress=False).history[0]
+    assert row.loss == pytest.approx(float(loss), rel=1e-4)
+    assert row.baseline == pytest.approx(float(baseline.mean()), rel=1e-4)
+    assert_same(gradients, theirs)
 
 
 # --- GRPO -----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from policyopt.control import Episodes, Rollout, reinforce_weights
 from policyopt.estimators import (
     ImportanceMode,
     adaptive_kl_coefficient,
+    best_of_group,
     discounted_returns,
     explained_variance,
     gae,
@@ -463,6 +464,29 @@ def test_pass_at_k_advantages_have_the_gradient_of_pass_at_k(k: int, reward: lis
     probability = logits.softmax(-1).detach()[groups].prod(-1)
     advantages = pass_at_k_advantages(r[groups], k=k)
     loss = policy_gradient_loss(logits.log_softmax(-1)[groups], advantages).mean(-1)
+    (gradient,) = torch.autograd.grad((probability * loss).sum(), logits)
+    torch.testing.assert_close(-gradient, exact)
+
+
+@pytest.mark.parametrize("reward", [[1.0, 0.0, 0.5], [0.0, 2.0, 2.0]])
+@pytest.mark.parametrize("size", [2, 3])
+def test_best_of_group_imitates_the_best_sample(size: int, reward: list[float]) -> None:
+    """All groups of 2 or 3 samples of 3 actions: on average the gradient is that of log π(best), samples held fixed."""
+    logits = torch.tensor([0.3, -0.5, 0.1], dtype=F64, requires_grad=True)
+    p = logits.detach().softmax(-1).tolist()
+    chances = [0.0, 0.0, 0.0]  # of each action to be the best of its group, the first among equals
+    for group in itertools.product(range(3), repeat=size):
+        best = next(a for a in group if reward[a] == max(reward[b] for b in group))
+        chances[best] += math.prod(p[a] for a in group)
+    assert chances[0] != pytest.approx(p[0], abs=0.05)
+    log_p = logits - logits.exp().sum().log()
+    objective = sum(chance * log_p[action] for action, chance in enumerate(chances))
+    (exact,) = torch.autograd.grad(objective, logits)
+
+    groups = torch.tensor(list(itertools.product(range(3), repeat=size)))
+    probability = logits.softmax(-1).detach()[groups].prod(-1)
+    weights = best_of_group(torch.tensor(reward, dtype=F64)[groups])
+    loss = policy_gradient_loss(logits.log_softmax(-1)[groups], weights).sum(-1)
     (gradient,) = torch.autograd.grad((probability * loss).sum(), logits)
     torch.testing.assert_close(-gradient, exact)
 

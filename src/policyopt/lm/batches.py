@@ -96,17 +96,27 @@ class Completions(Tokens):
 class Pairs:
     """``N`` preference pairs: log-probabilities of whole completions, ``[N]`` each.
 
-    Sums over tokens, or means where the config says ``length_normalized``.
+    Sums over tokens, or means where the config says ``length_normalized``. With
+    ``loss="kto"`` these are ``N`` completions with a label: of each, one of the first
+    two is its log-probability and the other is 0.
     """
 
     chosen_log_prob: Tensor
     """log π_θ(chosen | prompt), with gradient."""
     rejected_log_prob: Tensor
     reference_chosen_log_prob: Tensor
-    """log π_ref(chosen | prompt); 0 without a reference."""
+    """log π_ref(chosen | prompt); 0 without a reference. With labels that of the
+    completion, whatever its label."""
     reference_rejected_log_prob: Tensor
+    """The same of the rejected; with labels of the completion of another record."""
     tokens: Tokens
-    """The completions themselves: chosen, rejected, chosen, …, ``[2N, T]``."""
+    """The completions themselves: chosen, rejected, chosen, …, ``[2N, T]``; with labels
+    ``[N, T]``."""
+    desirable: Tensor = field(default_factory=_later)
+    """The labels, Boolean ``[N]``."""
+    baseline: Tensor = field(default_factory=_later)
+    """Mean log π/π_ref of mismatched pairs, one number for the whole batch: KTO's z_0
+    before it is cut at 0."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +133,7 @@ class RankedGroup:
     """``K`` completions of one prompt, the best first."""
 
     log_prob: Tensor
-    """log π_θ(completion | prompt), ``[K]``, with gradient."""
+    """log π_θ(completion | prompt), ``[K]``, with gradient; in online DPO log π/π_ref
+    of two."""
     rewards: Tensor
     """``[K]``, falling; where there are only ranks, K, …, 1."""

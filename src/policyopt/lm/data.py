@@ -14,7 +14,7 @@ import math
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import chain, compress, product
 from numbers import Real
@@ -101,6 +101,16 @@ class Pair(Item):
 
 
 @dataclass(frozen=True)
+class Labelled(Item):
+    """A completion that is desirable or not, and that of another record."""
+
+    completion_ids: list[int]
+    other_ids: list[int]
+    """Put after this prompt, it is one of KTO's mismatched pairs."""
+    desirable: bool
+
+
+@dataclass(frozen=True)
 class RankedList(Item):
     """Two or more different completions of a prompt, the best first."""
 
@@ -120,7 +130,7 @@ class PromptExample(Item):
 
 
 ItemT = TypeVar("ItemT", bound=Item)
-_COMPLETIONS = "completion_ids", "chosen_ids", "rejected_ids"
+_COMPLETIONS = "completion_ids", "other_ids", "chosen_ids", "rejected_ids"
 
 
 # --- reading ---
@@ -659,6 +669,53 @@ def preference_pairs(
     return _read(data, make, limits)
 
 
+def labelled_items(
+    data: Records, tokenizer: Tokenizer, limits: Limits = Limits()
+) -> list[Labelled]:
+    """Read completions with a label each.
+
+    Parameters
+    ----------
+    data : records
+        Columns ``prompt``, ``completion`` (texts or messages, and ``tools``, as in
+        :func:`sft_examples`) and ``label``: true where the completion is desirable,
+        false where it is not.
+    tokenizer, limits
+        As in :func:`sft_examples`. The completion of another record is also cut to what
+        the model's context has room for.
+
+    Returns
+    -------
+    list[Labelled]
+        In an order of all records that is always the same, each has the completion of
+        the one before it, and the first that of the last.
+
+    Raises
+    ------
+    ValueError
+        If an item is unusable, a label is not true or false, or all are the same.
+    """
+
+    def make(record: Record) -> Labelled:
+        prompt, text = _column(record, "prompt"), _column(record, "completion")
+        label = _column(record, "label")
+        rule = "label must be true (desirable) or false"
+        require(isinstance(label, bool), rule, label, "write it as a Boolean")
+        ids, encoded = _encode(tokenizer, limits, record, prompt, {"completion": text})
+        return Labelled(prompt, ids, encoded[0], [], label)
+
+    items = _read(data, make, limits)
+    kinds = {item.desirable for item in items}
+    rule = "column 'label' must hold both true and false"
+    require(len(kinds) == 2, rule, kinds, "for good completions alone use train_sft")
+    order = epoch_order(len(items), 0, 0)
+    for before, i in zip(order, order[1:] + order[:1], strict=True):
+        here = items[i]
+        room = limits.context_length and limits.context_length - len(here.prompt_ids)
+        items[i] = replace(here, other_ids=items[before].completion_ids[:room])
+    return items
+
+
 def ranked_lists(
     data: Records, tokenizer: Tokenizer, limits: Limits = Limits()
 ) -> list[RankedList]:
@@ -876,6 +933,8 @@ def fingerprint(items: Iterable[Item]) -> str:
         parts = [item.prompt_ids, *item.completions]
         for numbers in ([len(parts), *map(len, parts)], *parts):
             digest.update(array("i", numbers))
+        if isinstance(item, Labelled):
+            digest.update(bytes([item.desirable]))
         if isinstance(item, PromptExample):
             digest.update(_canonical(item.columns).encode())
     return digest.hexdigest()[:16]

@@ -52,15 +52,16 @@ class GRPOConfig(OnlineConfig):
     ``clip_ratio=3e-4``, ``clip_ratio_high=4e-4``. CISPO: ``loss="cispo"``,
     ``clip_ratio=1``, ``clip_ratio_high=4``. RLOO: ``baseline="leave-one-out"``.
     REINFORCE++: ``baseline="batch"``, or with a group baseline
-    ``scale_rewards="batch"``.
+    ``scale_rewards="batch"``. Best-of-n fine-tuning (RAFT): ``baseline="best"``.
     """
 
     batch_size: int = 16
     group_size: GroupSize = 8
     """K ≥ 2 completions per prompt."""
-    baseline: Literal["group", "leave-one-out", "batch"] = "group"
+    baseline: Literal["group", "leave-one-out", "batch", "best"] = "group"
     """Compare each reward with the mean of its group, with the mean of the others in
     it, or with the mean of all in the batch, whose standard deviation divides it then.
+    Or imitate the best of each group: :func:`~policyopt.estimators.best_of_group`.
     """
     scale_rewards: bool | Literal["batch"] = True
     """Divide by the standard deviation of the group, or of what is left of the whole
@@ -99,6 +100,13 @@ class GRPOConfig(OnlineConfig):
     """Passes over each batch of completions."""
     minibatches: Count = 1
     """Optimiser steps per pass."""
+    oversampling: Count = 1
+    """Draw so many times ``batch_size`` prompts and learn from the first ``batch_size``
+    whose rewards differ within the group: DAPO's dynamic sampling with a fixed number
+    of draws. (DAPO draws on until the batch is full.) It costs so many times the
+    completions, and in our study of the sums it gained nothing for the same number of
+    completions. Each of several processes fills its own share, and ``epochs`` counts
+    the prompts that are learned from."""
     importance_cap: AtLeastOne | None = 2.0
     """Largest weight that corrects for a sampler whose probabilities differ from the
     trainer's; None: no correction.
@@ -125,6 +133,10 @@ class GRPOUpdate(LMUpdate):
     unless said otherwise.
     """
 
+    completions: int
+    """Completions sampled in this update. With ``oversampling`` the reward, its
+    deviation within the groups, tokens, length, finished and entropy are those of all;
+    the loss and ``kl`` are of those learned from."""
     reward: float
     """Mean reward."""
     rewards: dict[str, float]
@@ -136,7 +148,7 @@ class GRPOUpdate(LMUpdate):
     """
     zero_variance: float
     """Share of groups whose rewards are all equal: they teach nothing, but with
-    ``baseline="batch"``."""
+    ``baseline="batch"`` or ``"best"``."""
     length: float
     """Mean tokens that the policy wrote."""
     finished: float
@@ -185,6 +197,8 @@ def group_advantages(
         return estimators.pass_at_k_advantages(rewards, k=config.pass_at_k)
     if config.baseline == "leave-one-out":
         return estimators.leave_one_out_advantages(rewards)
+    if config.baseline == "best":
+        return estimators.best_of_group(rewards)
     if config.baseline == "group":
         scale = config.scale_rewards
         rewards = estimators.group_relative_advantages(rewards, scale=scale is True)
@@ -312,6 +326,7 @@ def train_grpo(
     (2025), arXiv:2503.20783. DAPO: Yu et al. (2025), arXiv:2503.14476. GSPO: Zheng et
     al. (2025), arXiv:2507.18071. RLOO: Ahmadian et al. (2024), arXiv:2402.14740. CISPO:
     MiniMax (2025), arXiv:2506.13585. REINFORCE++: Hu et al. (2025), arXiv:2501.03262.
+    RAFT: Dong et al. (2023), arXiv:2304.06767.
     """
     limits, room = config.limits(language_model), config.sampling.max_new_tokens
     examples = prompt_examples(data, language_model.tokenizer, limits, reserve=room)
@@ -331,7 +346,8 @@ def train_grpo(
 
     with run:
         for _ in run.updates():
-            sampled = batch = run.score(run.sample(), frozen, old=several_steps)
+            sampled = run.sample()
+            batch = run.score(run.full(sampled), frozen, old=several_steps)
             groups = batch.rewards.view(-1, config.group_size)
             advantages = group_advantages(groups, config, run.processes.normalize)
             batch = replace(batch, advantages=advantages.flatten())
@@ -364,11 +380,12 @@ def train_grpo(
                 norm = run.descend(used.mask)
             run.tell_sampler()
 
+            groups = sampled.rewards.view(-1, config.group_size)
             equal = (groups == groups[:, :1]).all(dim=1)
             noted = run.sums(statistics, "loss", "clipped", "tokens", "gap")
             loss_sum, clipped, seen, gap = noted
             run.log(
-                **run.summary(sampled),
+                **run.summary(sampled), completions=int(run.sum(len(sampled))),
                 gradient_norm=norm, loss=loss_sum,
                 reward_std=run.mean(groups.std(dim=1)), zero_variance=run.mean(equal),
                 kl=run.kl(batch, batch.sampler_log_probs),

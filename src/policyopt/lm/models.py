@@ -157,6 +157,17 @@ class LanguageModel:
             ids, encoded, prompt_index, pad_id=self.pad_id, device=self.device
         )
 
+    def pad(self, items: Sequence[data.Item]) -> Sequences:
+        """Return a batch of all completions of some items of the data, one after the
+        other; those of an item share its prompt.
+        """
+        return Sequences.pad(
+            [item.prompt_ids for item in items],
+            [ids for item in items for ids in item.completions],
+            [i for i, item in enumerate(items) for _ in item.completions],
+            pad_id=self.pad_id, device=self.device,
+        )  # fmt: skip
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a completion's tokens, special tokens left out. :meth:`encode` turns
         it into the same tokens again.
@@ -462,7 +473,7 @@ def scalar_head(model: Any) -> nn.Linear:
 
 
 def text_batches(
-    scorer: Any, completions: Sequence[str], prompts: Sequence[Prompt],
+    scorer: TextScorer, completions: Sequence[str], prompts: Sequence[Prompt],
     finished: Sequence[bool] | None, columns: Mapping[str, Any],
 ) -> Iterator[Sequences]:  # fmt: skip
     """Yield batches of completions, as a scorer's language model encodes what reward
@@ -483,7 +494,32 @@ def text_batches(
         )  # fmt: skip
 
 
-class RewardModel:
+class TextScorer:
+    """What scores completions; called, it is a reward function."""
+
+    language_model: LanguageModel
+    """Whose tokenizer writes the completions."""
+    network: Any
+    """What computes the scores."""
+    batch_size: int
+    """Completions scored at a time."""
+
+    def scores(self, sequences: Sequences) -> Tensor:
+        """Scores ``[B]``."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def __call__(
+        self, completions: Sequence[str], prompts: Sequence[Prompt],
+        finished: Sequence[bool] | None = None, **columns: Any,
+    ) -> list[float]:  # fmt: skip
+        """Score texts, one prompt to each: the interface of a reward function."""
+        batches = text_batches(self, completions, prompts, finished, columns)
+        with evaluating(self.network):
+            return [x for batch in batches for x in self.scores(batch).tolist()]
+
+
+class RewardModel(TextScorer):
     """r_φ(x, y): scores of completions, learned from comparisons.
 
     It is a reward function: pass the object itself where a trainer asks for one.
@@ -512,16 +548,6 @@ class RewardModel:
     def scores(self, sequences: Sequences) -> Tensor:
         """Scores ``[B]``, float32, with gradient."""
         return self.network(sequences)  # type: ignore[no-any-return]
-
-    @torch.no_grad()
-    def __call__(
-        self, completions: Sequence[str], prompts: Sequence[Prompt],
-        finished: Sequence[bool] | None = None, **columns: Any,
-    ) -> list[float]:  # fmt: skip
-        """Score texts, one prompt to each: the interface of a reward function."""
-        batches = text_batches(self, completions, prompts, finished, columns)
-        with evaluating(self.network):
-            return [x for batch in batches for x in self.scores(batch).tolist()]
 
     def save(self, folder: str | Path) -> Path:
         """Write the backbone, the tokenizer and the head, all as safetensors, in one

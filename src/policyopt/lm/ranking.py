@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,6 @@ from policyopt.lm.policies import PolicyNetwork
 from policyopt.lm.results import LMResult, LMUpdate
 from policyopt.lm.rewards import RewardFunctions
 from policyopt.lm.sampling import Sampler
-from policyopt.lm.sequences import Sequences
 from policyopt.lm.training import Run, SamplingRun
 from policyopt.losses import Loss, aggregate, check_loss, item_losses, ranking_loss
 from policyopt.runs import NonNegative, Positive
@@ -54,6 +53,10 @@ class OnlineRankingConfig(OnlineConfig):
     """β > 0: scale of the log-probabilities."""
     length_normalized: bool = False
     """Compare mean log-probabilities per token; sums favour short completions."""
+    loss: Literal["ranking", "dpo"] = "ranking"
+    """"dpo" is online DPO: the best and the worst completion of each group are a pair,
+    and log π/π_ref takes the place of log π. A group whose rewards are all equal has
+    none."""
     kl_coef: NonNegative = 0.0
     """Weight of KL(π_θ ‖ π_ref) per token (k3) in the loss; 0 needs no reference."""
 
@@ -73,12 +76,12 @@ class RankingUpdate(LMUpdate):
     """Mean β (log π of the better − log π of the worse completion)."""
     best_log_prob: float
     """Mean log π of the first completion of each list, nats (per token if
-    normalised)."""
+    normalised); of online DPO log π/π_ref."""
     reward: float
     """Mean reward of the sampled completions; NaN offline."""
     kl: float
-    """Estimate (k1) of KL(π_θ ‖ π_ref) of a completion, nats; NaN without a
-    reference."""
+    """Estimate (k1) of KL(π_θ ‖ π_ref) of a completion, nats; NaN without a reference.
+    Of online DPO the mean over best and worst."""
 
     headline: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
     may_be_nan: ClassVar[tuple[str, ...]] = ("reward", "kl", "accuracy", "margin")
@@ -90,16 +93,14 @@ AnyRankingConfig = RankingConfig | OnlineRankingConfig
 class _ListRun(Run[Any, RankingUpdate]):
     """Offline: the lists are those of the data."""
 
+    reward = math.nan
+    """Mean over all that was sampled."""
+
     def lists(self) -> tuple[Completions, list[int]]:
         """Return the completions of this update, and how many each list has."""
         lists: list[RankedList] = self.batch()
         sizes = [len(ranked.ranked_ids) for ranked in lists]
-        sequences = Sequences.pad(
-            [ranked.prompt_ids for ranked in lists],
-            [ids for ranked in lists for ids in ranked.ranked_ids],
-            [i for i, size in enumerate(sizes) for _ in range(size)],
-            pad_id=self.language_model.pad_id, device=self.language_model.device,
-        )  # fmt: skip
+        sequences = self.language_model.pad(lists)
         ranks = [torch.arange(size, 0, -1.0, device=self.device) for size in sizes]
         mask = sequences.completion_mask
         return Completions(sequences, mask, rewards=torch.cat(ranks)), sizes
@@ -113,7 +114,10 @@ class _GroupRun(SamplingRun[Any, RankingUpdate]):
         batch, size = self.sample(), self.config.group_size
         groups = batch.rewards.view(-1, size)
         order = groups.argsort(dim=1, descending=True, stable=True)
-        first = torch.arange(0, len(batch), size, device=self.device)
+        self.reward = self.mean(groups.gather(1, order).flatten())
+        if self.config.loss == "dpo":
+            order, size = order[:, [0, -1]], 2
+        first = torch.arange(0, len(batch), groups.shape[1], device=self.device)
         return batch.select((order + first[:, None]).flatten()), [size] * len(groups)
 
 
@@ -140,7 +144,8 @@ def train_ranking(
 
     With a :class:`RankingConfig` the lists come from the data and nothing is sampled.
     With an :class:`OnlineRankingConfig` the policy samples a group per prompt, and its
-    rewards rank it; completions with equal rewards are not compared.
+    rewards rank it; completions with equal rewards are not compared. With its
+    ``loss="dpo"`` that is online DPO.
 
     Parameters
     ----------
@@ -155,7 +160,7 @@ def train_ranking(
         Online only; see :func:`~policyopt.lm.rewards.compute_rewards`.
     reference : LanguageModel, optional
         Online only: π_ref, by default the policy as it is given when
-        ``config.kl_coef`` > 0, and none otherwise.
+        ``config.kl_coef`` > 0 or ``config.loss`` is "dpo", and none otherwise.
     loss : callable, optional
         A function of one :class:`~policyopt.lm.batches.RankedGroup` that returns one
         loss per ordered pair, in the order of :func:`~policyopt.losses.ranking_loss`,
@@ -170,6 +175,11 @@ def train_ranking(
     ------
     ValueError
         If ``reward_functions`` and the kind of config do not belong together.
+
+    References
+    ----------
+    Online DPO: Guo et al. (2024), Direct language model alignment from online AI
+    feedback, arXiv:2402.04792, algorithm 1, with reward functions as the judge.
     """
     online_only = (reward_functions, reference, sampler)
     if isinstance(config, RankingConfig) and online_only != (None, None, None):
@@ -181,8 +191,8 @@ def train_ranking(
         language_model, data, config, reward_functions, sampler, seed=seed,
         callback=callback, progress=progress, checkpoint_dir=checkpoint_dir,
     )  # fmt: skip
-    kl_coef = getattr(config, "kl_coef", 0.0)
-    compared = kl_coef > 0 or reference is not None
+    kl_coef, dpo = getattr(config, "kl_coef", 0.0), getattr(config, "loss", "") == "dpo"
+    compared = kl_coef > 0 or dpo or reference is not None
     frozen = run.reference(reference) if compared else None
     objective = check_loss(
         loss, lambda one: ranking_loss(one.log_prob, beta=config.beta), "RankedGroup"
@@ -192,7 +202,7 @@ def train_ranking(
         for _ in run.updates():
             batch, sizes = run.lists()
             if isinstance(run, _GroupRun):
-                batch = run.score(batch, frozen, old=False)
+                batch = run.score(batch, frozen, old=False, group=sizes[0])
             above = [_is_above(rewards) for rewards in batch.rewards.split(sizes)]
             pairs = run.sum(torch.cat(above).sum())
             tokens, norm = run.sum(batch.mask.sum()), 0.0
@@ -200,7 +210,8 @@ def train_ranking(
             for rows in run.micro_batches(len(batch), sizes):
                 piece = batch.select(rows)
                 now = run.network(piece.sequences, **run.scoring).log_probs
-                groups = _groups(piece, now, config)
+                ratio = now - piece.reference_log_probs if dpo else now
+                groups = _groups(piece, ratio, config)
                 losses, margins = _untied(groups, objective)
                 total = aggregate(losses, denominator=pairs.clamp(min=1))
                 if kl_coef > 0:
@@ -224,8 +235,7 @@ def train_ranking(
                 accuracy=right_sum / count if pairs else math.nan,
                 margin=margin / count if pairs else math.nan,
                 best_log_prob=best / float(run.sum(len(sizes))),
-                reward=run.mean(batch.rewards) if batch.parts else math.nan,
-                kl=run.kl(batch, batch.sampler_log_probs),
+                reward=run.reward, kl=run.kl(batch, batch.sampler_log_probs),
             )  # fmt: skip
     return run.result()
 

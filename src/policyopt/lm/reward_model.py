@@ -6,26 +6,26 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from policyopt import losses
 from policyopt.frame import Callback, Statistics
 from policyopt.lm.batches import ScoredPairs, ordered_rightly
 from policyopt.lm.config import OfflineConfig
 from policyopt.lm.data import Pair, Records, preference_pairs
-from policyopt.lm.models import LanguageModel, RewardModel
+from policyopt.lm.models import LanguageModel, RewardModel, TextScorer
 from policyopt.lm.results import LMResult, LMUpdate
-from policyopt.lm.sequences import Sequences, evaluating
+from policyopt.lm.sequences import evaluating
 from policyopt.lm.sharding import gathered
 from policyopt.lm.training import Run
 from policyopt.losses import aggregate, check_loss, item_losses
 from policyopt.runs import Count, NonNegative
 
 __all__ = [
-    "RewardConfig", "RewardUpdate", "pad_pairs", "pair_accuracy", "train_reward_model",
+    "RewardConfig", "RewardUpdate", "pair_accuracy", "train_reward_model",
 ]  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def train_reward_model(
 
     with run:
         for _ in run.updates():
-            batch = pad_pairs(run.batch(), start)
+            batch = start.pad(run.batch())
             count = run.sum(len(batch) // 2)
             statistics = Statistics()
             for rows in run.micro_batches(len(batch), 2):
@@ -154,23 +154,8 @@ def train_reward_model(
     return result
 
 
-class Scorer(Protocol):
-    """What scores completions: a reward model, or the implicit reward of a policy."""
-
-    @property
-    def language_model(self) -> LanguageModel:
-        """Whose tokenizer writes the completions."""
-
-    @property
-    def network(self) -> nn.Module:
-        """What computes the scores."""
-
-    def scores(self, sequences: Sequences) -> Tensor:
-        """Scores ``[B]``."""
-
-
 def pair_accuracy(
-    reward_model: Scorer, data: Records, config: RewardConfig = RewardConfig()
+    reward_model: TextScorer, data: Records, config: RewardConfig = RewardConfig()
 ) -> float:
     """Share of preference pairs whose chosen completion scores higher; a tie counts
     half.
@@ -195,27 +180,15 @@ def pair_accuracy(
     return _pairs_accuracy(reward_model, pairs, config)
 
 
-def pad_pairs(pairs: Sequence[Pair], language_model: LanguageModel) -> Sequences:
-    """Return a batch of 2 ``len(pairs)`` completions: chosen, rejected, chosen, …; each
-    pair shares its prompt.
-    """
-    return Sequences.pad(
-        [pair.prompt_ids for pair in pairs],
-        [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)],
-        [i // 2 for i in range(2 * len(pairs))],
-        pad_id=language_model.pad_id, device=language_model.device,
-    )  # fmt: skip
-
-
 @torch.no_grad()
 def _pairs_accuracy(
-    reward_model: Scorer, pairs: Sequence[Pair], config: RewardConfig
+    reward_model: TextScorer, pairs: Sequence[Pair], config: RewardConfig
 ) -> float:
     network = reward_model.network
     right, size = 0.0, config.micro_batch_size or config.batch_size
     with gathered(network), evaluating(network):
         for start in range(0, len(pairs), size):
-            batch = pad_pairs(pairs[start : start + size], reward_model.language_model)
+            batch = reward_model.language_model.pad(pairs[start : start + size])
             scores = reward_model.scores(batch)
             margins = scores[0::2] - scores[1::2]
             right += float(ordered_rightly(margins, tie=0.5).sum())

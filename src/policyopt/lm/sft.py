@@ -19,7 +19,6 @@ from policyopt.lm.data import Example, Records, sft_examples
 from policyopt.lm.models import LanguageModel
 from policyopt.lm.policies import PolicyNetwork
 from policyopt.lm.results import LMResult, LMUpdate
-from policyopt.lm.sequences import Sequences
 from policyopt.lm.training import Run
 from policyopt.losses import aggregate, check_loss, item_losses
 from policyopt.runs import Count
@@ -136,14 +135,9 @@ def train_sft(
 
 
 def _pad(examples: Sequence[Example], language_model: LanguageModel) -> Tokens:
-    sequences = Sequences.pad(
-        [example.prompt_ids for example in examples],
-        [example.completion_ids for example in examples],
-        pad_id=language_model.pad_id, device=language_model.device,
-    )  # fmt: skip
     learned = [e.learned or [True] * len(e.completion_ids) for e in examples]
     mask = pad_sequence([torch.tensor(row) for row in learned], batch_first=True)
-    return Tokens(sequences, mask.to(language_model.device))
+    return Tokens(language_model.pad(examples), mask.to(language_model.device))
 
 
 @torch.no_grad()

@@ -171,8 +171,8 @@ class Run(Frame[ConfigT, RowT]):
 
     def batch_numbers(self) -> list[int]:
         """Return the numbers of these items."""
-        size, update = self.config.batch_size, self.update
-        indices = batch_indices(len(self.items), size, update, self.seed)
+        size = self.config.batch_size * getattr(self.config, "oversampling", 1)
+        indices = batch_indices(len(self.items), size, self.update, self.seed)
         share = len(indices) // self.world
         return indices[self.rank * share : (self.rank + 1) * share]
 
@@ -465,6 +465,18 @@ class SamplingRun(Run[ConfigT, RowT]):
             sampler_log_probs=samples.log_probs.to(self.device),
         )  # fmt: skip
 
+    def full(self, batch: Completions) -> Completions:
+        """Keep as many groups as this process learns from: the first whose rewards
+        differ, and where these are too few the first of the others.
+        """
+        wanted, size = self.config.batch_size // self.world, self._group
+        if len(batch) == wanted * size:
+            return batch
+        groups = batch.rewards.view(-1, size)
+        kept = (groups == groups[:, :1]).all(1).int().argsort(stable=True)[:wanted]
+        rows = kept[:, None] * size + torch.arange(size, device=self.device)
+        return batch.select(rows.flatten())
+
     def _draw(
         self, contexts: list[list[int]], size: int, turn: int, first: Any
     ) -> sampling.Samples:
@@ -482,16 +494,17 @@ class SamplingRun(Run[ConfigT, RowT]):
 
     @torch.no_grad()
     def score(
-        self, batch: Completions, reference: Reference | None, *, old: bool = True
-    ) -> Completions:
-        """Fill in what π_ref and (with ``old``) the policy say before the first
-        step.
+        self, batch: Completions, reference: Reference | None, *, old: bool = True,
+        group: int | None = None,
+    ) -> Completions:  # fmt: skip
+        """Fill in what π_ref and (with ``old``) the policy say before the first step.
+        ``group`` is the size of the batch's groups, if it is another than was sampled.
         """
         if reference is None and not old:
             return batch
         sequences = batch.sequences
         changes: dict[str, Any] = {}
-        cuts = list(self.micro_batches(len(batch), self._group))
+        cuts = list(self.micro_batches(len(batch), group or self._group))
         if reference is not None:
             scores = reference.log_probs(sequences, cuts, **self.scoring)
             changes["reference_log_probs"] = scores
