@@ -52,6 +52,7 @@ from policyopt.lm import (
     LanguageModel,
     LMConfig,
     LoRA,
+    OnlineRankingConfig,
     PPOConfig,
     RewardModel,
     SamplingConfig,
@@ -63,9 +64,11 @@ from policyopt.lm import (
     pair_accuracy,
     train_dpo,
     train_grpo,
+    train_ranking,
     train_seeds,
 )
 from policyopt.lm.batches import Completions, Pairs
+from policyopt.lm.cache import check_cache
 from policyopt.lm.dpo import pair_loss
 from policyopt.lm.grpo import group_advantages
 from policyopt.lm.policies import PolicyNetwork
@@ -650,6 +653,47 @@ def test_autocast_and_checkpointing_change_cost_and_not_the_result() -> None:
     half = run_dpo(tiny_model(), changes={"autocast": "bfloat16"})
     assert 0 < furthest(weights(plain), weights(half)) < 0.02
     assert half.history[0].margin == 0
+
+
+@pytest.mark.parametrize("autocast", [None, "bfloat16"])
+@pytest.mark.parametrize("name", ["grpo", "ppo", "online ranking"])
+def test_the_own_sampler_computes_in_the_runs_precision(
+    name: str, autocast: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every pass of it; a sampler that is handed over is left alone, and in float32 they draw the same."""
+    kinds, drawing, plain_sample = set(), False, TransformersSampler.sample
+
+    def sample(self: Any, prompts: Any, count: int, config: SamplingConfig, **options: Any) -> Any:
+        nonlocal drawing
+        drawing = config.temperature > 0  # and no completion of the log
+        samples = plain_sample(self, prompts, count, config, **options)
+        drawing = False
+        return samples
+
+    def train(own: bool) -> dict[str, Tensor]:
+        model = tiny_model()
+        check_cache(model.model)  # in float32 always
+        for module in model.model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(lambda *io: kinds.add(io[-1].dtype) if drawing else None)
+        options = {} if own else {"sampler": TransformersSampler(model)}
+        if name == "online ranking":
+            config = OnlineRankingConfig(
+                updates=2, batch_size=4, group_size=3, learning_rate=3e-3, sampling=SHORT, autocast=autocast
+            )
+            data = [{"prompt": record["prompt"]} for record in records()]
+            return weights(
+                train_ranking(model, data, config, reward_functions=count_ones, progress=False, **options)
+            )
+        return weights(TRAINERS[name](model, changes={"autocast": autocast}, **options))
+
+    monkeypatch.setattr(TransformersSampler, "sample", sample)
+    own = train(own=True)
+    assert kinds == {torch.bfloat16 if autocast else torch.float32}
+    kinds.clear()
+    given = train(own=False)
+    assert kinds == {torch.float32}
+    assert furthest(own, given) == 0 or autocast
 
 
 def test_16_bit_weights_are_warned_about() -> None:

@@ -35,12 +35,14 @@ class Head(NamedTuple):
     """
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``[..., V]`` of hidden states ``[..., H]``, in the head's dtype.
+        """Logits ``[..., V]`` of hidden states ``[..., H]``, in float32 at least.
         Dense: for few positions.
         """
         if type(self.head) is nn.Linear:  # some residual streams are in float32
             hidden = hidden.to(self.head.weight.dtype)
-        return scale_and_cap(self.head(hidden), self.scale, self.softcap)
+        logits = self.head(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return scale_and_cap(logits, self.scale, self.softcap)
 
 
 def scale_and_cap(logits: Tensor, scale: float, softcap: float | None) -> Tensor:

@@ -398,7 +398,9 @@ class SamplingRun(Run[ConfigT, RowT]):
             self._judged = callable(reward_functions) or bool(reward_functions)
         if self._judged:
             refuse_trained(reward_functions, self.language_model.model)
-        self._sampler = sampler or sampling.TransformersSampler(self.language_model)
+        half = self.config.autocast is not None
+        own = sampling.TransformersSampler(self.language_model, autocast=half)
+        self._sampler = sampler or own
         self._sampling: sampling.SamplingConfig = self.config.sampling
         # Scores are those of the distribution that is sampled from.
         names = ("temperature", "top_k", "top_p")
