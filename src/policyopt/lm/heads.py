@@ -40,13 +40,14 @@ class Head(NamedTuple):
         """
         if type(self.head) is nn.Linear:  # some residual streams are in float32
             hidden = hidden.to(self.head.weight.dtype)
-        logits = self.head(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return scale_and_cap(logits, self.scale, self.softcap)
+        return scale_and_cap(self.head(hidden), self.scale, self.softcap)
 
 
 def scale_and_cap(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """Return softcap · tanh(scale · logits / softcap), as :class:`Head` says."""
+    """Return softcap · tanh(scale · logits / softcap), as :class:`Head` says, in
+    float32 at least.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if scale != 1.0:
         logits = logits * scale
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
