@@ -312,6 +312,7 @@ def train_grpo(
     several_steps = config.epochs_per_batch * config.minibatches > 1
     # A completion of advantage 0 has no gradient then: it is counted, but not computed.
     skips = loss is None and config.beta == config.entropy_coef == 0
+    # Then the loss at a token depends on its own log-probability, and is known before.
     once = loss is None and not several_steps and config.ratio == "token"
     options = {**run.scoring, "entropy": config.entropy_coef > 0}
 

@@ -3,7 +3,8 @@
 A dense log-softmax stores ``[tokens, vocabulary]`` several times over. Here the tokens
 pass through the language-model head a chunk at a time: the forward pass keeps the
 log-probability of each token and forgets its logits, the backward pass computes them
-again.
+again. Where the loss is known beforehand, or the head is frozen, the forward pass takes
+the gradient from the logits while they are there.
 """
 
 from __future__ import annotations
