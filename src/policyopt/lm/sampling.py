@@ -186,7 +186,8 @@ class TransformersSampler:
         numbers = _row_numbers(first_row, len(prompts), samples_per_prompt)
         completions, log_probs = list[list[int]](), list[list[float]]()
         joint = gathered(lm.model, layers=not self.synchronize)
-        precision = _halved(lm) if self.autocast else nullcontext()
+        halved = _halved(lm, copies=not self.synchronize)
+        precision = halved if self.autocast else nullcontext()
         with joint, evaluating(lm.model), precision:
             for start in range(0, count, size):
                 rows = range(start, min(start + size, count))
@@ -269,11 +270,13 @@ class TransformersSampler:
 
 
 @contextmanager
-def _halved(lm: LanguageModel) -> Iterator[None]:
-    """Compute in bfloat16, from one copy of the weights for all steps."""
+def _halved(lm: LanguageModel, *, copies: bool) -> Iterator[None]:
+    """Compute in bfloat16, with ``copies`` from one copy of the weights for all steps
+    (for which there is no room where each layer is gathered when it is needed).
+    """
     parameters = lm.model.parameters()
     frozen = [p for p in parameters if p.is_floating_point() and not p.requires_grad]
-    with torch.autocast(lm.device.type, torch.bfloat16):
+    with torch.autocast(lm.device.type, torch.bfloat16, cache_enabled=copies):
         for parameter in frozen:  # autocast keeps no copies of frozen weights
             parameter.requires_grad = True
         try:
