@@ -29,7 +29,7 @@ from policyopt_book.studies import processor
 PAGE = Path(__file__).resolve().parent.parent / "book" / "benchmarks-gpu.md"
 RAW = Path(__file__).with_suffix(".json")
 BUDGET, LIMIT = 300, 75  # seconds: of all parts, and of one
-TYPES = "float32 weights under bfloat16 autocast; policyopt's GRPO samples outside autocast, in float32, TRL's inside"
+TYPES = "float32 weights under bfloat16 autocast, in training and in sampling"
 COLUMNS = {
     "tokens_per_second": ("tokens per second", ",.0f"), "steps_per_second": ("steps per second", ",.0f"),
     "sampling_share": ("sampling, share of the time", ".0%"), "memory_peak": ("peak memory, MiB", ",.0f"),

@@ -135,7 +135,7 @@ def run_policyopt(job: Job) -> dict[str, Any]:
         kind, trainer = {"sft": (lm.SFTConfig, lm.train_sft), "dpo": (lm.DPOConfig, lm.train_dpo)}[job.task]
         trainer(model, records, kind(**common), **options)
         return meter.figures()
-    watch = Stopwatch(lm.TransformersSampler(model).sample, meter)
+    watch = Stopwatch(lm.TransformersSampler(model, autocast=True).sample, meter)
     sampling = lm.SamplingConfig(max_new_tokens=s["completion"])
     config = lm.GRPOConfig(**common, group_size=s["group"], sampling=sampling)
     result = lm.train_grpo(model, records, reward, config, sampler=watch, **options)

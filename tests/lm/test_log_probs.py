@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
+from policyopt.lm import log_probs as log_probs_module
 from policyopt.lm.log_probs import (
     chunked_log_probs,
     completion_log_probs,
@@ -150,6 +151,66 @@ def test_only_one_gradient_wanted() -> None:
     only_weight = weight.detach().clone().requires_grad_()
     chunked_log_probs(linear(only_weight), hidden.detach(), targets, chunk_size=3)[0].sum().backward()
     torch.testing.assert_close(only_weight.grad, weight.grad)
+
+
+ARRIVING = torch.linspace(-1, 2, N).where(torch.arange(N) % 4 > 0, 0.0)
+GUESSES = {"none": None, "right": ARRIVING, "scaled": ARRIVING / 3.7, "wrong": ARRIVING.square()}
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each product of states and weight."""
+    made, linear_of = list[int](), nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda *a: (made.append(1), linear_of(*a))[1])
+    return made
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_foreseen_gradient_is_that_of_the_recomputation(
+    options: dict[str, Any], dtype: torch.dtype, products: list[int]
+) -> None:
+    """Up to a factor it need not be computed again; where another one arrives, or again, it is."""
+    results = {}
+    for name, guess in GUESSES.items():
+        hidden, weight, bias, targets = problem(dtype)
+        slopes = (
+            None if guess is None else lambda rows, scores, guess=guess: [guess[rows].to(scores[0].dtype)]
+        )
+        products.clear()
+        log_probs, _ = chunked_log_probs(
+            linear(weight, bias), hidden, targets, chunk_size=4, slopes=slopes, **options
+        )
+        for time in ("first", "again"):
+            hidden.grad = weight.grad = bias.grad = None
+            log_probs.backward(ARRIVING.to(log_probs.dtype), retain_graph=True)
+            passes = 2 + (time == "again") - (name in ("right", "scaled"))
+            assert len(products) == 3 * passes
+            results[name, time] = [log_probs, hidden.grad, weight.grad, bias.grad]
+    half = dtype == torch.bfloat16
+    for result in results.values():
+        for ours, wanted in zip(result, results["none", "first"], strict=True):
+            torch.testing.assert_close(ours, wanted, **({"rtol": 0.02, "atol": 0.02} if half else {}))
+    for ours, wanted in zip(results["right", "first"], results["none", "first"], strict=True):
+        assert torch.equal(ours, wanted)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_frozen_head_needs_no_guess(options: dict[str, Any], autocast: bool, products: list[int]) -> None:
+    """Whatever gradient arrives, it has been computed but for a factor at each token."""
+    gradients = []
+    for trained in (True, False):
+        hidden, weight, bias, targets = problem(torch.float32)
+        head = linear(weight.requires_grad_(trained), bias.requires_grad_(trained))
+        products.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            log_probs, _ = chunked_log_probs(head, hidden, targets, chunk_size=4, **options)
+        (log_probs.exp() * ARRIVING).sum().backward()
+        assert len(products) == (6 if trained else 3)
+        gradients.append(hidden.grad)
+    most = 0.02 if autocast else 1e-6
+    torch.testing.assert_close(*gradients, rtol=most, atol=most)
 
 
 @pytest.mark.parametrize("entropy", [False, True])
@@ -413,3 +474,25 @@ def test_a_head_that_is_not_one_matrix(filters: dict[str, Any]) -> None:
     for ours, wanted in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, wanted)
     torch.testing.assert_close(head.extra.weight.grad, merged.weight.grad)
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_a_loss_that_is_known_beforehand(coupled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one's own log-probability alone: one pass through the head. Else another one, and the same gradient."""
+    sequences, passes, gradients = Sequences.pad(PROMPTS, COMPLETIONS, INDEX), list[int](), []
+    monkeypatch.setattr(log_probs_module, "_chunk_size", lambda *_: 2)
+    in_chunks = log_probs_module._in_chunks
+    monkeypatch.setattr(log_probs_module, "_in_chunks", lambda *a: (passes.append(1), in_chunks(*a))[1])
+
+    def loss(now: Tensor) -> Tensor:
+        total = (torch.arange(20.0).view(5, 4) * (0.1 * now).exp()).sum()
+        return total.square() if coupled else total
+
+    for known in (None, loss):
+        model = tiny_llama()
+        passes.clear()
+        loss(completion_log_probs(model, sequences, temperature=0.7, loss=known).log_probs).backward()
+        assert len(passes) == (1 if known and not coupled else 2)
+        gradients.append([p.grad for p in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6 * float(other.abs().max()))

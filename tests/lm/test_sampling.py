@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from policyopt.lm import GRPOConfig, sampling, train_grpo
+from policyopt.lm.cache import check_cache
 from policyopt.lm.log_probs import completion_log_probs, filter_logits
 from policyopt.lm.models import LanguageModel, LoRA, add_lora
 from policyopt.lm.sampling import Samples, SamplingConfig, TransformersSampler, VLLMSampler, generate
@@ -229,6 +230,94 @@ def test_extreme_uniforms_never_choose_an_excluded_token(uniform: float, dtype: 
     assert bool(kept.gather(1, token[:, None]).isfinite().all())
     torch.testing.assert_close(log_prob, kept.log_softmax(-1).gather(1, token[:, None])[:, 0])
     assert token.tolist() == ([1, 0] if uniform == 0 else [4, 2])
+
+
+def one_level(p: Tensor, u: Tensor) -> Tensor:
+    """The inverse of the cumulative distribution, token by token."""
+    cumulative = p.double().cumsum(-1)
+    return (cumulative <= u[:, None].double() * cumulative[:, -1:]).sum(-1)
+
+
+@pytest.mark.parametrize("count", [1025, 1152, 5000])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_large_vocabulary_is_inverted_block_by_block(count: int, dtype: torch.dtype) -> None:
+    """The middle of each token's share of [0, 1) is that token; ends of shares are one of the two, never one of 0.
+
+    Sums of blocks round in float32, and on mps all sums do: tokens less likely than that are not asked for.
+    """
+    torch.manual_seed(0)
+    p = (3 * torch.randn(count)).softmax(-1)
+    p[torch.rand(count) < 0.5] = 0.0
+    p[:200] = p[-5:] = 0.0  # whole blocks and both ends
+    p /= p.sum()
+    exact = p.double().cumsum(-1) / p.double().sum()
+    middles, floor = exact - p.double() / 2, 1e-6 if dtype == torch.float64 else 1e-5
+    tokens = (p > floor).nonzero()[:, 0]
+    u = middles[tokens].to(dtype)
+    assert torch.equal(sampling._invert(p.expand(len(u), -1), u)[:, 0], tokens)
+    most = 1 - 8 * torch.finfo(dtype).eps
+    edges = torch.cat([exact, exact.nextafter(torch.tensor(0.0).double()), torch.tensor([0.0, most])]).to(
+        dtype
+    )
+    edges = edges.clamp(0, most)
+    drawn = sampling._invert(p.expand(len(edges), -1), edges)[:, 0]
+    assert bool((p[drawn] > 0).all())
+    assert drawn[-2] == p.nonzero()[0]
+    assert drawn[-1] == p.nonzero()[-1] or dtype == torch.float32
+    off = (exact[drawn] - edges.double()).clamp(max=0).abs() + (
+        exact[drawn] - p[drawn] - edges.double()
+    ).clamp(min=0)
+    assert float(off.max()) < (1e-6 if dtype == torch.float32 else 1e-7)
+
+
+def test_two_levels_draw_what_one_does_whatever_the_batch() -> None:
+    torch.manual_seed(0)
+    p, u = (3 * torch.randn(300, 3000)).softmax(-1), torch.rand(300, dtype=torch.float64)
+    token = sampling._invert(p, u)[:, 0]
+    assert torch.equal(token, one_level(p, u))
+    for rows in (torch.tensor([7]), torch.arange(5), torch.arange(299, -1, -3)):
+        assert torch.equal(sampling._invert(p[rows], u[rows])[:, 0], token[rows])
+    p[3] = torch.nan
+    assert 0 <= int(sampling._invert(p, u)[3]) < 3000
+
+
+def test_frequencies_in_a_large_vocabulary() -> None:
+    torch.manual_seed(0)
+    logits, draws = (2 * torch.randn(1, 2000)).expand(40_000, -1), 40_000
+    u = sampling._uniforms(0, range(draws), 1)[0]
+    token, log_prob = sampling._draw(logits, u, SamplingConfig())
+    p = logits[0].double().softmax(-1)
+    torch.testing.assert_close(log_prob.double(), p.log()[token], atol=1e-5, rtol=0)
+    counts, likely = torch.bincount(token, minlength=2000), p * draws >= 5
+    statistic = float(((counts - p * draws).square() / (p * draws))[likely].sum())
+    freedom = int(likely.sum()) - 1
+    assert abs(statistic - freedom) < 5 * (2 * freedom) ** 0.5
+
+
+def test_autocast_computes_in_16_bits_and_draws_in_32() -> None:
+    """The prompt's pass and all steps, with frozen weights too; the mode of the weights is left alone."""
+    lm, config = tiny("gemma2"), SamplingConfig(max_new_tokens=8)  # its logits have a soft cap
+    frozen = lm.model.get_decoder().layers[0].mlp.up_proj.requires_grad_(False)
+    kinds, logits = set(), list[torch.dtype]()
+    check_cache(lm.model)  # in float32 always
+    for module in lm.model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda *io: kinds.add(io[-1].dtype))
+    plain = TransformersSampler(lm).sample(PROMPTS, 3, config, seed=0)
+    assert kinds == {torch.float32}
+    kinds.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        draw = sampling._draw
+        patch.setattr(sampling, "_draw", lambda z, *rest: (logits.append(z.dtype), draw(z, *rest))[1])
+        half = TransformersSampler(lm, autocast=True).sample(PROMPTS, 3, config, seed=0)
+    assert kinds == {torch.bfloat16}
+    assert set(logits) == {torch.float32}
+    assert not frozen.weight.requires_grad
+    assert not torch.is_autocast_enabled("cpu")
+    assert not torch.equal(plain.log_probs, half.log_probs)
+    with torch.autocast("cpu", torch.bfloat16):
+        scored = completion_log_probs(lm.model, half.sequences).log_probs
+    assert float((scored - half.log_probs).detach().abs().max()) < 0.05
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])

@@ -57,6 +57,7 @@ from policyopt.lm import (
     LanguageModel,
     LMConfig,
     LoRA,
+    OnlineRankingConfig,
     PPOConfig,
     RewardModel,
     SamplingConfig,
@@ -65,12 +66,15 @@ from policyopt.lm import (
     add_lora,
     completion_log_probs,
     load,
+    log_probs,
     pair_accuracy,
     train_dpo,
     train_grpo,
+    train_ranking,
     train_seeds,
 )
 from policyopt.lm.batches import Completions, Pairs
+from policyopt.lm.cache import check_cache
 from policyopt.lm.dpo import pair_loss
 from policyopt.lm.grpo import group_advantages, grpo_loss
 from policyopt.lm.policies import PolicyNetwork
@@ -747,6 +751,91 @@ def test_autocast_and_checkpointing_change_cost_and_not_the_result() -> None:
     half = run_dpo(tiny_model(), changes={"autocast": "bfloat16"})
     assert 0 < furthest(weights(plain), weights(half)) < 0.02
     assert half.history[0].margin == 0
+
+
+@pytest.mark.parametrize("autocast", [None, "bfloat16"])
+@pytest.mark.parametrize("name", ["grpo", "ppo", "online ranking"])
+def test_the_own_sampler_computes_in_the_runs_precision(
+    name: str, autocast: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every pass of it; a sampler that is handed over is left alone, and in float32 they draw the same."""
+    kinds, drawing, plain_sample = set(), False, TransformersSampler.sample
+
+    def sample(self: Any, prompts: Any, count: int, config: SamplingConfig, **options: Any) -> Any:
+        nonlocal drawing
+        drawing = config.temperature > 0  # and no completion of the log
+        samples = plain_sample(self, prompts, count, config, **options)
+        drawing = False
+        return samples
+
+    def train(own: bool) -> dict[str, Tensor]:
+        model = tiny_model()
+        check_cache(model.model)  # in float32 always
+        for module in model.model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(lambda *io: kinds.add(io[-1].dtype) if drawing else None)
+        options = {} if own else {"sampler": TransformersSampler(model)}
+        if name == "online ranking":
+            config = OnlineRankingConfig(
+                updates=2, batch_size=4, group_size=3, learning_rate=3e-3, sampling=SHORT, autocast=autocast
+            )
+            data = [{"prompt": record["prompt"]} for record in records()]
+            return weights(
+                train_ranking(model, data, config, reward_functions=count_ones, progress=False, **options)
+            )
+        return weights(TRAINERS[name](model, changes={"autocast": autocast}, **options))
+
+    monkeypatch.setattr(TransformersSampler, "sample", sample)
+    own = train(own=True)
+    assert kinds == {torch.bfloat16 if autocast else torch.float32}
+    kinds.clear()
+    given = train(own=False)
+    assert kinds == {torch.float32}
+    assert furthest(own, given) == 0 or autocast
+
+
+FORESEEN: dict[str, dict[str, Any]] = {
+    "sft": {},
+    "grpo": {},
+    "grpo, two processes' factor": {},
+    "grpo, k2": {"beta": 0.2, "kl_estimator": "k2", "loss_mean": "sequence", "importance_cap": None},
+    "grpo, dr": {"beta": 0.0, "scale_rewards": False, "loss_mean": "sequence"},
+    "grpo, gspo": {"ratio": "sequence", "loss_mean": "sequence"},
+    "grpo, cispo": {"loss": "cispo", "drop_unfinished": True, "loss_mean": "constant"},
+    "grpo, top-k": {"sampling": SamplingConfig(max_new_tokens=6, top_k=5, temperature=0.8)},
+    "grpo, entropy": {"entropy_coef": 0.1},
+    "grpo, two steps": {"minibatches": 2},
+}
+
+
+@pytest.mark.parametrize("name", FORESEEN)
+def test_one_update_per_batch_passes_the_head_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its result is that of the recomputation, bit for bit."""
+    passes, results, in_chunks = list[bool](), [], log_probs._in_chunks
+    monkeypatch.setattr(log_probs, "_chunk_size", lambda *_: 3)
+    monkeypatch.setattr(
+        log_probs, "_in_chunks", lambda *a: (passes.append(torch.is_grad_enabled()), in_chunks(*a))[1]
+    )
+    trainer, changes = name.partition(",")[0], {"micro_batch_size": 5, **FORESEEN[name]}
+    if trainer == "grpo":
+        changes = {"minibatches": 1, "epochs_per_batch": 1, **changes}
+    if "factor" in name:  # of data parallelism
+        backward = Run.backward
+        monkeypatch.setattr(Run, "backward", lambda run, loss: backward(run, 3 * loss))
+    counts = []
+    for foreseen in (True, False):
+        if not foreseen:
+            monkeypatch.setattr(Run, "ahead", lambda *_: None)
+        passes.clear()
+        results.append(TRAINERS[trainer](tiny_model(), changes=changes))
+        counts.append(len(passes))
+    assert furthest(weights(results[0]), weights(results[1])) == (
+        0 if "factor" not in name else pytest.approx(0, abs=1e-5)
+    )
+    if name in ("grpo, entropy", "grpo, gspo", "grpo, two steps"):
+        assert counts[0] == counts[1]
+    else:
+        assert counts[1] - counts[0] >= 3  # one for each piece of more than three tokens
 
 
 def test_16_bit_weights_are_warned_about() -> None:

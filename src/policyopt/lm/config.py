@@ -61,7 +61,9 @@ class LMConfig(Settings):
     """Largest norm of the gradient of an optimiser step; None does not limit it."""
     autocast: Literal["bfloat16"] | None = None
     """Compute in this type while weights and optimiser stay in theirs: about half the
-    time and memory on a GPU."""
+    time and memory on a GPU. The built-in sampler does so too; one that is handed over
+    computes as it likes. Sampler and trainer then round apart: see GRPO's
+    ``importance_cap``."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more
     time."""

@@ -342,7 +342,9 @@ def train_grpo(
     several_steps = config.epochs_per_batch * config.minibatches > 1
     # A completion of advantage 0 has no gradient then: it is counted, but not computed.
     skips = loss is None and config.beta == config.entropy_coef == 0
-    scoring = {**run.scoring, "entropy": config.entropy_coef > 0}
+    # Then the loss at a token depends on its own log-probability, and is known before.
+    once = loss is None and not several_steps and config.ratio == "token"
+    options = {**run.scoring, "entropy": config.entropy_coef > 0}
 
     with run:
         for _ in run.updates():
@@ -360,7 +362,8 @@ def train_grpo(
                 used = run.keep(part, part.advantages != 0) if skips else part
                 for rows in run.micro_batches(len(used)):
                     piece = used.select(rows)
-                    now, entropies = run.network(piece.sequences, **scoring)
+                    options["loss"] = once and run.ahead(objective, piece, mean, count)
+                    now, entropies = run.network(piece.sequences, **options)
                     old = piece.old_log_probs if several_steps else now.detach()
                     piece = replace(
                         piece, log_probs=now, old_log_probs=old, entropies=entropies

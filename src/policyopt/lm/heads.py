@@ -35,7 +35,7 @@ class Head(NamedTuple):
     """
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``[..., V]`` of hidden states ``[..., H]``, in the head's dtype.
+        """Logits ``[..., V]`` of hidden states ``[..., H]``, in float32 at least.
         Dense: for few positions.
         """
         if type(self.head) is nn.Linear:  # some residual streams are in float32
@@ -44,7 +44,10 @@ class Head(NamedTuple):
 
 
 def scale_and_cap(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """Return softcap · tanh(scale · logits / softcap), as :class:`Head` says."""
+    """Return softcap · tanh(scale · logits / softcap), as :class:`Head` says, in
+    float32 at least.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if scale != 1.0:
         logits = logits * scale
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap

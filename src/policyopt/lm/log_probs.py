@@ -3,12 +3,13 @@
 A dense log-softmax stores ``[tokens, vocabulary]`` several times over. Here the tokens
 pass through the language-model head a chunk at a time: the forward pass keeps the
 log-probability of each token and forgets its logits, the backward pass computes them
-again.
+again. Where the loss is known beforehand, or the head is frozen, the forward pass takes
+the gradient from the logits while they are there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ __all__ = [
 
 
 _Apply = Callable[..., tuple[Tensor, ...]]
+_Slopes = Callable[[slice, Sequence[Tensor]], list[Tensor]]
 
 
 class TokenLogProbs(NamedTuple):
@@ -38,12 +40,9 @@ class TokenLogProbs(NamedTuple):
 
 
 def filter_logits(
-    logits: Tensor,
-    *,
-    top_k: int | None = None,
-    top_p: float = 1.0,
+    logits: Tensor, *, top_k: int | None = None, top_p: float = 1.0,
     keep: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Set the logits of unlikely tokens to −∞: top-k, then top-p among what is left.
 
     The order is that of transformers. Which tokens go depends on the values alone:
@@ -103,18 +102,11 @@ def filter_logits(
 
 
 def chunked_log_probs(
-    head: nn.Module,
-    hidden: Tensor,
-    targets: Tensor,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    softcap: float | None = None,
-    scale: float = 1.0,
-    entropy: bool = False,
-    chunk_size: int | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    head: nn.Module, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0,
+    top_k: int | None = None, top_p: float = 1.0, softcap: float | None = None,
+    scale: float = 1.0, entropy: bool = False, chunk_size: int | None = None,
+    slopes: _Slopes | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Log-probabilities of ``targets`` under softmax(head(hidden) / temperature).
 
     Equal to the dense log-softmax in values and gradients. Tokens that fit into one
@@ -146,6 +138,12 @@ def chunked_log_probs(
     chunk_size : int, optional
         Tokens at a time; by default about as many as fit into the processor's cache,
         or on a GPU as make 2²⁶ logits, and no fewer than 128.
+    slopes : callable, optional
+        A guess at the gradient that will arrive at the log-probabilities, up to a
+        factor: a function of a slice of the tokens and of a list of one tensor, their
+        log-probabilities, that returns the like. With it the logits are computed once
+        and not twice; if another gradient arrives, they are computed again. A frozen
+        head needs no guess. Not used with ``entropy``.
 
     Returns
     -------
@@ -187,8 +185,11 @@ def chunked_log_probs(
     elif plain is not None:
         weight = plain.weight.to(dtype)
         bias = None if plain.bias is None else plain.bias.to(dtype)
+        if not (weight.requires_grad or (bias is not None and bias.requires_grad)):
+            slopes = _ones  # how log p changes with the state is then all there is
         apply: _Apply = _Recomputed.apply
-        result = apply(hidden, weight, bias, targets, score, size)
+        slopes = None if entropy else slopes
+        result = apply(hidden, weight, bias, targets, score, size, slopes)
     else:
         pieces = [
             checkpoint(lambda h, t: score(head(h), t), *piece, use_reentrant=False)
@@ -202,7 +203,6 @@ def _divided(
     logits: Tensor, scale: float, softcap: float | None, temperature: float
 ) -> Tensor:
     """Return logits as they go into the filters: in float32 at least, tempered."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits = scale_and_cap(logits, scale, softcap)
     return logits if temperature == 1.0 else logits / temperature
 
@@ -247,8 +247,13 @@ class _LogSoftmax(torch.autograd.Function):
         return grad.scatter_add_(1, targets[:, None], g[:, None]), None, None
 
 
+def _ones(rows: slice, scores: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.ones_like(one) for one in scores]
+
+
 class _Recomputed(torch.autograd.Function):
-    """``score(hidden · weightᵀ + bias, targets)`` in chunks, computed again backward.
+    """``score(hidden · weightᵀ + bias, targets)`` in chunks, computed again backward
+    unless the gradient was foreseen.
 
     ``torch.utils.checkpoint`` does the same, but holds the weight gradient of a chunk
     beside the sum: twice the memory at V = 131,072 and H = 896 in float32. In bfloat16
@@ -258,63 +263,78 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        score: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
-        size: int,
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+        score: Callable[[Tensor, Tensor], tuple[Tensor, ...]], size: int,
+        slopes: _Slopes | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.score, ctx.size = score, size
-        pieces = [
-            score(nn.functional.linear(h, weight, bias), t)
-            for h, t in zip(hidden.split(size), targets.split(size), strict=True)
-        ]
-        return tuple(map(torch.cat, zip(*pieces, strict=True)))
+        slopes = slopes if any(ctx.needs_input_grad) else None
+        said, sums = _in_chunks(ctx, (hidden, weight, bias, targets), slopes)
+        ctx.foreseen = slopes and (said[1], sums)
+        return said[:1] if slopes else said
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets = ctx.saved_tensors
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if need_bias else None
-        for start in range(0, len(hidden), ctx.size):
-            rows = slice(start, start + ctx.size)
-            logits = nn.functional.linear(hidden[rows], weight, bias).requires_grad_()
-            with torch.enable_grad():
-                scores = ctx.score(logits, targets[rows])
-            (grad,) = torch.autograd.grad(scores, logits, [g[rows] for g in grads])
-            del logits, scores  # before the next chunk needs the room
-            if grad_hidden is not None:
-                grad_hidden[rows] = grad @ weight
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            if grad_weight is not None and weight.dtype == wide:
-                grad_weight.addmm_(grad.T, hidden[rows])
-            elif grad_weight is not None:
-                grad_weight += grad.T @ hidden[rows]
-            del grad
-        sums = (grad_weight, grad_bias)
-        narrow = [None if total is None else total.to(weight.dtype) for total in sums]
-        return grad_hidden, *narrow, None, None, None
+        if ctx.foreseen is not None:
+            (guess, sums), ctx.foreseen, g = ctx.foreseen, None, grads[0]
+            frozen = not any(ctx.needs_input_grad[1:3])
+            factor = g[:, None] if frozen else (g / guess)[guess.abs().argmax()]
+            if frozen or torch.allclose(g, factor * guess, rtol=1e-6, atol=0.0):
+                for total in sums:
+                    if total is not None:
+                        total.mul_(factor)
+                return *sums, None, None, None, None
+        arrived: _Slopes = lambda rows, _: [grad[rows] for grad in grads]  # noqa: E731
+        return *_in_chunks(ctx, ctx.saved_tensors, arrived)[1], None, None, None, None
+
+
+def _in_chunks(
+    ctx: Any, tensors: Sequence[Any], slopes: _Slopes | None
+) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
+    """Return the scores; and, of a loss with these slopes at the scores, the slopes and
+    the gradients of hidden states, weight and bias.
+    """
+    hidden, weight, bias, targets = tensors
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    needs = ctx.needs_input_grad[:3] if slopes else [False] * 3
+    grad_hidden = torch.empty_like(hidden) if needs[0] else None
+    grad_weight = torch.zeros_like(weight, dtype=wide) if needs[1] else None
+    grad_bias = torch.zeros_like(bias, dtype=wide) if needs[2] else None
+    pieces = []
+    for start in range(0, len(hidden), ctx.size):
+        rows = slice(start, start + ctx.size)
+        logits = nn.functional.linear(hidden[rows], weight, bias)
+        with torch.set_grad_enabled(slopes is not None):
+            logits.requires_grad_(slopes is not None)
+            scores = ctx.score(logits, targets[rows])
+        pieces.append([one.detach() for one in scores])
+        if slopes is None:
+            continue
+        pieces[-1] += (known := slopes(rows, pieces[-1]))
+        (grad,) = torch.autograd.grad(scores, logits, known)
+        del logits, scores  # before the next chunk needs the room
+        if grad_hidden is not None:
+            grad_hidden[rows] = grad @ weight
+        if grad_bias is not None:
+            grad_bias += grad.sum(0)
+        if grad_weight is not None and weight.dtype == wide:
+            grad_weight.addmm_(grad.T, hidden[rows])
+        elif grad_weight is not None:
+            grad_weight += grad.T @ hidden[rows]
+        del grad
+    sums = (grad_weight, grad_bias)
+    narrow = [None if total is None else total.to(weight.dtype) for total in sums]
+    return tuple(map(torch.cat, zip(*pieces, strict=True))), [grad_hidden, *narrow]
 
 
 def completion_log_probs(
-    model: nn.Module,
-    sequences: Sequences,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    entropy: bool = False,
-    share_prompts: bool = True,
-    hidden: Tensor | None = None,
-) -> TokenLogProbs:
+    model: nn.Module, sequences: Sequences, *, temperature: float = 1.0,
+    top_k: int | None = None, top_p: float = 1.0, entropy: bool = False,
+    share_prompts: bool = True, hidden: Tensor | None = None,
+    loss: Callable[[Tensor], Tensor] | None = None,
+) -> TokenLogProbs:  # fmt: skip
     """Log-probabilities of completion tokens under the policy that samples like this.
 
     Padding is taken out before the head, so it costs nothing there.
@@ -335,6 +355,10 @@ def completion_log_probs(
         ``[B, T, H]`` or more columns from
         :func:`policyopt.lm.sequences.hidden_states`, if it is at hand; else it is
         computed.
+    loss : callable, optional
+        What will be minimised, a function of the log-probabilities ``[B, T]``. Where
+        its gradient at each token depends on that token alone, the logits are computed
+        once; where it does not, three times and not twice. The result is the same.
 
     Raises
     ------
@@ -344,10 +368,17 @@ def completion_log_probs(
     """
     states = token_states(model, sequences, hidden, share_prompts)
     parts, place = states.parts, states.place
+
+    @torch.enable_grad()
+    def slopes(rows: slice, scores: Sequence[Tensor]) -> list[Tensor]:
+        now = place(scores[0], rows).requires_grad_()
+        (grad,) = torch.autograd.grad(loss(now), now)  # type: ignore[misc]
+        return [grad.flatten()[states.places[rows]]]
+
     scores, entropies = chunked_log_probs(
         parts.head, states.hidden, states.tokens,
         temperature=temperature, top_k=top_k, top_p=top_p, softcap=parts.softcap,
-        scale=parts.scale, entropy=entropy,
+        scale=parts.scale, entropy=entropy, slopes=slopes if loss else None,
     )  # fmt: skip
     return TokenLogProbs(place(scores), None if entropies is None else place(entropies))
 
@@ -380,18 +411,16 @@ class TokenStates(NamedTuple):
         logits, tokens = self.logits(rows, temperature), self.tokens[rows]
         return filter_logits(logits, **filters, keep=tokens).isneginf()
 
-    def place(self, values: Tensor) -> Tensor:
-        """Return numbers per token, ``[N]``, as ``[B, T]``, 0 elsewhere."""
+    def place(self, values: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Return numbers per token, ``[N]`` or of some, as ``[B, T]``, 0 elsewhere."""
         padded = values.new_zeros(self.shape.numel())
-        return padded.index_copy(0, self.places, values).view(self.shape)
+        return padded.index_copy(0, self.places[rows], values).view(self.shape)
 
 
 def token_states(
-    model: nn.Module,
-    sequences: Sequences,
-    hidden: Tensor | None = None,
+    model: nn.Module, sequences: Sequences, hidden: Tensor | None = None,
     share: bool = True,
-) -> TokenStates:
+) -> TokenStates:  # fmt: skip
     """Compute the states, or pick them from what :func:`completion_log_probs` got."""
     ids, mask = sequences.completion_ids, sequences.policy_mask
     if hidden is None:

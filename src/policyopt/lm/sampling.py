@@ -13,12 +13,14 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from policyopt._checks import require
 from policyopt.lm.cache import CachedDecoder, check_cache
@@ -141,6 +143,9 @@ class TransformersSampler:
     batch_size : int, optional
         Most completions side by side; None takes all. Fewer need less memory and draw
         the same samples.
+    autocast : bool
+        Compute in bfloat16, as a trainer with ``autocast="bfloat16"`` does; what is
+        drawn from is in float32 all the same.
     synchronize : bool
         Keep all processes of ``torch.distributed`` in step: each runs the forward
         passes that the slowest needs. Required when the weights are sharded, because
@@ -150,12 +155,12 @@ class TransformersSampler:
 
     def __init__(
         self, language_model: LanguageModel, *, batch_size: int | None = None,
-        synchronize: bool = False,
+        autocast: bool = False, synchronize: bool = False,
     ) -> None:  # fmt: skip
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be >= 1 or None, got {batch_size!r}")
         self.language_model = language_model
-        self.batch_size = batch_size
+        self.batch_size, self.autocast = batch_size, autocast
         self.synchronize = synchronize
 
     @torch.no_grad()
@@ -181,7 +186,9 @@ class TransformersSampler:
         numbers = _row_numbers(first_row, len(prompts), samples_per_prompt)
         completions, log_probs = list[list[int]](), list[list[float]]()
         joint = gathered(lm.model, layers=not self.synchronize)
-        with joint, evaluating(lm.model):
+        halved = _halved(lm, copies=not self.synchronize)
+        precision = halved if self.autocast else nullcontext()
+        with joint, evaluating(lm.model), precision:
             for start in range(0, count, size):
                 rows = range(start, min(start + size, count))
                 steps = config.max_new_tokens
@@ -262,6 +269,23 @@ class TransformersSampler:
         return bool(value)
 
 
+@contextmanager
+def _halved(lm: LanguageModel, *, copies: bool) -> Iterator[None]:
+    """Compute in bfloat16, with ``copies`` from one copy of the weights for all steps
+    (for which there is no room where each layer is gathered when it is needed).
+    """
+    parameters = lm.model.parameters()
+    frozen = [p for p in parameters if p.is_floating_point() and not p.requires_grad]
+    with torch.autocast(lm.device.type, torch.bfloat16, cache_enabled=copies):
+        for parameter in frozen:  # autocast keeps no copies of frozen weights
+            parameter.requires_grad = True
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad = False
+
+
 _COMPACT = 0.75
 """Ended rows leave the batch once at most this share of it goes on."""
 
@@ -272,7 +296,6 @@ def _draw(
     """One token per row, and its log-probability, from logits ``[b, V]`` and uniform
     numbers ``[b]``.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if config.temperature == 0:
         top, token = logits.max(-1)
         return token, (top - top).float()  # 0, or NaN if the logits are not finite
@@ -280,13 +303,41 @@ def _draw(
         logits = logits / config.temperature
     logits = filter_logits(logits, top_k=config.top_k, top_p=config.top_p)
     probabilities = logits.softmax(-1)
-    cumulative = probabilities.cumsum(-1, dtype=uniforms.dtype)
-    # The first token whose cumulative probability exceeds u · total; its own is then
-    # not 0. NaN finds none.
-    wanted = uniforms[:, None] * cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, wanted, right=True)
-    token = token.clamp_(max=logits.shape[-1] - 1)
+    token = _invert(probabilities, uniforms)
     return token[:, 0], probabilities.gather(-1, token)[:, 0].log().float()
+
+
+def _invert(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """Return the first token, ``[b, 1]``, whose cumulative probability exceeds u of the
+    total; its own is then not 0. Of NaN any.
+
+    In a large vocabulary the block of 128 tokens is found first, then the token in it:
+    so there are few sums in float64.
+    """
+    count, size = probabilities.shape[-1], 128
+    if count <= 8 * size:
+        return _first_above(probabilities, uniforms)[0]
+    if count % size:
+        probabilities = pad(probabilities, (0, -count % size))
+    blocks = probabilities.unflatten(-1, (-1, size))
+    masses = blocks.sum(-1)
+    block, excess = _first_above(masses, uniforms)
+    share = 1 - (excess / masses.gather(-1, block))[:, 0]
+    # So close to 1, share · total would be rounded up to total.
+    share = share.clamp(min=0.0, max=1 - 8 * torch.finfo(share.dtype).eps)
+    inside = blocks.take_along_dim(block[..., None], 1)[:, 0]
+    return (block * size + _first_above(inside, share)[0]).clamp_(max=count - 1)
+
+
+def _first_above(masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which of ``n`` masses, ``[b, n]``, is the first whose cumulative sum
+    exceeds u of the total, and by how much, ``[b, 1]`` both.
+    """
+    cumulative = masses.cumsum(-1, dtype=uniforms.dtype)
+    wanted = uniforms[:, None] * cumulative[:, -1:]
+    found = torch.searchsorted(cumulative, wanted, right=True)
+    found = found.clamp_(max=masses.shape[-1] - 1)  # NaN finds none
+    return found, cumulative.gather(-1, found) - wanted
 
 
 def _row_numbers(

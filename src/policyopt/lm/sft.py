@@ -119,7 +119,9 @@ def train_sft(
             statistics = Statistics()
             for rows in run.micro_batches(len(batch)):
                 piece = batch.select(rows)
-                piece = replace(piece, log_probs=run.network(piece.sequences).log_probs)
+                ahead = loss is None and run.ahead(objective, piece, "mean", tokens)
+                now = run.network(piece.sequences, loss=ahead).log_probs
+                piece = replace(piece, log_probs=now)
                 items = item_losses(objective, piece, piece.mask.shape)
                 total = aggregate(items.loss, piece.mask, denominator=tokens)
                 run.backward(total)

@@ -36,7 +36,7 @@ from policyopt.lm.rewards import (
     refuse_trained,
 )
 from policyopt.lm.sequences import Sequences, evaluating, widen
-from policyopt.losses import Loss, item_losses
+from policyopt.losses import Loss, aggregate, item_losses
 from policyopt.runs import derive_seed
 
 GroupSizes = Sequence[int] | int
@@ -77,18 +77,10 @@ class Run(Frame[ConfigT, RowT]):
     )  # fmt: skip
 
     def __init__(
-        self,
-        algorithm: str,
-        language_model: LanguageModel,
-        network: nn.Module,
-        config: ConfigT,
-        row_type: type[RowT],
-        items: Sequence[Any],
-        *,
-        state: dict[str, float] | None = None,
-        dropout: bool = False,
-        **options: Any,
-    ) -> None:
+        self, algorithm: str, language_model: LanguageModel, network: nn.Module,
+        config: ConfigT, row_type: type[RowT], items: Sequence[Any], *,
+        state: dict[str, float] | None = None, dropout: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
         options["checkpoint_every"] = config.checkpoint_every
         super().__init__(algorithm, language_model.name, config, row_type, **options)
         self.language_model, self.items = language_model, items
@@ -199,6 +191,20 @@ class Run(Frame[ConfigT, RowT]):
             with self.processes.local():
                 yield piece
         yield pieces[-1]
+
+    def ahead(self, objective: Loss, piece: Any, reduction: Any, count: Tensor) -> Any:
+        """Return the loss of a piece, of the first step of its update, as a function of
+        its log-probabilities: with it the network foresees their gradient.
+        """
+        names = ["old_log_probs"] if isinstance(piece, Completions) else []
+
+        def loss(now: Tensor) -> Tensor:
+            old = dict.fromkeys(names, now.detach())
+            said: Any = objective(replace(piece, log_probs=now, **old))
+            items = getattr(said, "loss", said)
+            return aggregate(items, piece.mask, reduction=reduction, denominator=count)
+
+        return loss
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a piece's loss, whose denominators are those of the whole
@@ -383,14 +389,10 @@ class SamplingRun(Run[ConfigT, RowT]):
     """
 
     def __init__(
-        self,
-        *args: Any,
-        reward_functions: RewardFunctions,
-        sampler: sampling.Sampler | None,
-        group_size: int,
-        environment: EnvironmentFactory | None = None,
+        self, *args: Any, reward_functions: RewardFunctions, group_size: int,
+        sampler: sampling.Sampler | None, environment: EnvironmentFactory | None = None,
         **options: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(*args, **options)
         self._reward_functions, self._group = reward_functions, group_size
         self._environment, self._judged = environment, True
@@ -399,7 +401,9 @@ class SamplingRun(Run[ConfigT, RowT]):
             self._judged = callable(reward_functions) or bool(reward_functions)
         if self._judged:
             refuse_trained(reward_functions, self.language_model.model)
-        self._sampler = sampler or sampling.TransformersSampler(self.language_model)
+        half = self.config.autocast is not None
+        own = sampling.TransformersSampler(self.language_model, autocast=half)
+        self._sampler = sampler or own
         self._sampling: sampling.SamplingConfig = self.config.sampling
         # Scores are those of the distribution that is sampled from.
         names = ("temperature", "top_k", "top_p")
