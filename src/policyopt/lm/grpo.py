@@ -343,7 +343,8 @@ def train_grpo(
     # A completion of advantage 0 has no gradient then: it is counted, but not computed.
     skips = loss is None and config.beta == config.entropy_coef == 0
     # Then the loss at a token depends on its own log-probability, and is known before.
-    once = loss is None and not several_steps and config.ratio == "token"
+    by_token = "sequence" not in (config.ratio, config.importance_mode.split("_")[0])
+    once = loss is None and not several_steps and by_token
     options = {**run.scoring, "entropy": config.entropy_coef > 0}
 
     with run:
@@ -374,12 +375,11 @@ def train_grpo(
                     )
                     run.backward(total)
                     statistics.add(
-                        loss=total,
+                        loss=total, tokens=piece.mask.sum(),
                         clipped=(items.clipped * piece.mask).sum(),
-                        tokens=piece.mask.sum(),
                         ratio=torch.where(piece.mask, items.ratio, 0.0).max(),
                         gap=run.gap(piece, log_weights),
-                    )
+                    )  # fmt: skip
                 norm = run.descend(used.mask)
             run.tell_sampler()
 
