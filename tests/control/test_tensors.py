@@ -14,7 +14,6 @@ from control_runs import TRAINERS, on, with_config
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import Tensor, nn
-from torch.autograd import gradcheck, gradgradcheck
 
 from policyopt.control import (
     Collector,
@@ -309,27 +308,3 @@ def test_a_policy_for_numpy_alone_is_told_what_it_lacks() -> None:
     assert Collector(SyncVectorEnv([Walk] * 2), Old(), generator(), seed=0).collect(3).steps == 6
     with pytest.raises(NotImplementedError, match="Old must define to_space for environments of tensors"):
         Collector(same_step(), Old(), generator(), seed=0).collect(3)  # type: ignore[arg-type]
-
-
-# --- tanh ---
-
-
-def test_tanh_is_tanh_and_differentiable_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    tanh, x = policies.Tanh(), torch.linspace(-12, 12, 2001)
-    torch.testing.assert_close(tanh(x), x.tanh(), rtol=1e-6, atol=1e-6)
-    x.requires_grad_()
-    y = tanh(x)
-    assert "NumpyTanh" in type(y.grad_fn).__name__
-    torch.testing.assert_close(y, x.tanh(), rtol=1e-6, atol=1e-6)
-    ours, theirs = (torch.autograd.grad(f(x).sum(), x)[0] for f in (tanh, torch.tanh))
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-    assert tanh(x.detach()).grad_fn is None
-    wide = torch.randn(5, 3, dtype=torch.float64, generator=generator(), requires_grad=True)
-    assert "NumpyTanh" not in type(tanh(wide).grad_fn).__name__
-    assert gradcheck(policies._NumpyTanh.apply, (wide,))
-    assert gradgradcheck(policies._NumpyTanh.apply, (wide,))
-
-
-def test_tanh_of_infinity_and_nan_and_the_shapes_are_kept() -> None:
-    x = torch.tensor([[torch.inf], [-torch.inf], [torch.nan]]).T.expand(2, 3)
-    torch.testing.assert_close(policies.Tanh()(x), x.tanh(), equal_nan=True)

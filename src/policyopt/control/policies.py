@@ -30,35 +30,7 @@ __all__ = [
     "ObservationEncoder", "Policy", "make_policy",
 ]  # fmt: skip
 
-
-class _NumpyTanh(torch.autograd.Function):
-    """tanh by NumPy, as a node of PyTorch's graph that can be differentiated twice."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = torch.from_numpy(np.tanh(x.numpy()))
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return torch.ops.aten.tanh_backward(*gradients, *ctx.saved_tensors)
-
-
-class Tanh(nn.Tanh):
-    """tanh. On the CPU it takes NumPy's, which needs a fifth to a tenth of the time."""
-
-    def forward(self, x: Tensor) -> Any:
-        """Return tanh(x), the shape of x."""
-        plain = x.device.type != "cpu" or x.dtype != torch.float32
-        if plain or torch.compiler.is_compiling():
-            return super().forward(x)
-        if x.requires_grad:
-            return _NumpyTanh.apply(x)  # type: ignore[no-untyped-call]
-        return torch.from_numpy(np.tanh(x.numpy()))
-
-
-_ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": Tanh, "relu": nn.ReLU}
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 LARGEST = torch.finfo(torch.float32).max
 
 
