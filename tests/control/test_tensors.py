@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from policyopt.control import (
     Collector,
-    DictEncoder,
-    ObservationEncoder,
     Policy,
     PPOConfig,
     Rollout,
@@ -82,8 +80,6 @@ class AsTensors:
         self.metadata = dict(env.metadata)
 
     def in_place(self, name: str, given: Any) -> Any:
-        if isinstance(given, dict):
-            return {part: self.in_place(name + part, x) for part, x in given.items()}
         new = torch.from_numpy(np.array(given))
         return self.kept.setdefault(name, new.clone()).copy_(new)
 
@@ -96,10 +92,7 @@ class AsTensors:
         if "final_obs" in info:
             rows = [x if x is not None else None for x in info["final_obs"]]
             for i, row in enumerate(rows):
-                if isinstance(row, dict):
-                    for name, x in row.items():
-                        observation[name][i] = x
-                elif row is not None:
+                if row is not None:
                     observation[i] = row
             found[self.final] = self.in_place("final", observation)
         return found
@@ -119,7 +112,7 @@ class AsTensors:
 def equal(a: Any, b: Any) -> bool:
     if isinstance(a, policies.MaskedObservations):
         return torch.equal(a.mask, b.mask) and equal(a.values, b.values)
-    if isinstance(a, dict):
+    if isinstance(a, dict):  # the record of episodes
         return a.keys() == b.keys() and all(equal(x, b[name]) for name, x in a.items())
     if isinstance(a, tuple):
         return all(map(equal, a, b))
@@ -132,17 +125,8 @@ def assert_same(a: Rollout, b: Rollout) -> None:
         assert equal(vars(x), vars(other)) if name == "episodes" else equal(x, other), name
 
 
-NAMED = spaces.Dict({"b": BOX, "a": spaces.Discrete(3, start=-1)})
-
-
-def encoder(space: gym.Space[Any]) -> ObservationEncoder | None:
-    if not isinstance(space, spaces.Dict):
-        return None
-    return DictEncoder({name: ObservationEncoder(part) for name, part in space.items()})
-
-
 @MODES
-@pytest.mark.parametrize("observations", [BOX, NAMED, spaces.Discrete(5)], ids=["box", "dict", "discrete"])
+@pytest.mark.parametrize("observations", [BOX, spaces.Discrete(5)], ids=["box", "discrete"])
 @pytest.mark.parametrize(
     "actions",
     [
@@ -157,7 +141,7 @@ def test_rollouts_are_those_of_the_same_environment_of_numpy(
     mode: AutoresetMode, observations: gym.Space[Any], actions: gym.Space[Any]
 ) -> None:
     def collectors() -> list[Collector]:
-        policy = make_policy(observations, actions, encoder=encoder(observations), generator=generator())
+        policy = make_policy(observations, actions, generator=generator())
         made = [
             SyncVectorEnv([partial(Walk, observations, actions)] * 4, autoreset_mode=mode) for _ in range(2)
         ]
