@@ -50,8 +50,7 @@ class Tanh(nn.Tanh):
 
     def forward(self, x: Tensor) -> Any:
         """Return tanh(x), the shape of x."""
-        plain = x.device.type != "cpu" or x.dtype != torch.float32
-        if plain or torch.compiler.is_compiling():
+        if not x.is_cpu or x.dtype != torch.float32 or torch.compiler.is_compiling():
             return super().forward(x)
         if x.requires_grad:
             return _NumpyTanh.apply(x)  # type: ignore[no-untyped-call]
@@ -132,8 +131,8 @@ def move(x: Any, device: torch.device) -> Any:
     """
     if isinstance(x, DictObservations):
         return x.map(lambda part: move(part, device))
-    narrow = x.dtype == torch.float64 and not has_float64(device)
-    return (x.float() if narrow else x).to(device)
+    here = x.dtype != torch.float64 or has_float64(device)
+    return (x if here else x.float()).to(device)
 
 
 def first_action(actions: Any) -> Any:
@@ -487,9 +486,7 @@ class Policy(nn.Module):
         ``[N, *space.shape]`` in its type: what the ``step`` of an environment of
         tensors takes.
         """
-        raise NotImplementedError(
-            f"{type(self).__name__} must define to_space for environments of tensors"
-        )
+        raise NotImplementedError("to_space, which environments of tensors need")
 
     def to_env(self, actions: Tensor) -> Any:
         """Translate actions ``[N, ...]`` of the distribution to what the environment's
@@ -560,17 +557,15 @@ class Policy(nn.Module):
         require(
             rows is not None, rule, [*observation] if named else np.shape(observation)
         )
-        one = not rows
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
-        values = move(to_tensor(observation), device)
-        values = values[None] if one else values
-        batch: Observations = values
+        one, values = not rows, move(to_tensor(observation), device)
+        batch: Any = values[None] if one else values
         if action_mask is not None:
             kind = type(self).__name__
             require(self.takes_masks, "action_mask needs a policy that takes it", kind)
             mask = np.array(action_mask)[None] if one else action_mask
             allowed = read_mask(mask, self.action_space, math.prod(rows or ()))
-            batch = MaskedObservations(values, move(to_tensor(allowed), device))
+            batch = MaskedObservations(batch, move(to_tensor(allowed), device))
         actions = self.to_env(self.act(batch, generator, deterministic=deterministic))
         return first_action(actions) if one else actions
 
@@ -678,9 +673,8 @@ class GaussianPolicy(Policy):
         """
         standard = double(actions).reshape(len(actions), *self.action_space.shape)
         self.scale = self.scale.to(standard)
-        centre, half_range, low, high = self.scale
-        scaled = (centre + half_range * standard).clamp(low, high)
-        return _cast(scaled, self.action_space)
+        centre, half, low, high = self.scale
+        return _cast((centre + half * standard).clamp(low, high), self.action_space)
 
 
 class Critic(nn.Module):

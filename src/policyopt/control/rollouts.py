@@ -35,7 +35,6 @@ from policyopt._checks import require
 from policyopt.control import environments, policies
 from policyopt.control.environments import EnvLike, environment_seed
 from policyopt.control.policies import (
-    DictObservations,
     MaskedObservations,
     Observations,
     Policy,
@@ -192,7 +191,7 @@ class Collector:
         self.env, self.policy, self.generator = env, policy, generator
         self.name, self.steps = name, 0
         self._same_step = env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
-        self._base: Any = getattr(env, "unwrapped", env)
+        self._base: Any = env.unwrapped
         copies = self._base.envs if isinstance(self._base, SyncVectorEnv) else []
         self._asks = any(copy.has_wrapper_attr("action_masks") for copy in copies[:1])
         self.reset(seed)
@@ -365,12 +364,11 @@ class Collector:
         )  # fmt: skip
 
     def _check_finite(self, what: str, x: Any, where: str = "") -> None:
-        if isinstance(x, DictObservations):
-            for name, part in x.items():
-                self._check_finite(f"{what} {name!r}", part, where)
-            return
+        for name, part in x.items() if isinstance(x, dict) else ():
+            self._check_finite(f"{what} {name!r}", part, where)
         # Networks compute in float32.
-        bad = ~x.float().isfinite() if x.is_floating_point() else torch.empty(0)
+        floating = isinstance(x, Tensor) and x.is_floating_point()
+        bad = ~x.float().isfinite() if floating else torch.empty(0)
         for t, i, *place in bad.nonzero()[:1].tolist():
             value = f"{x[t, i, *place]}" + (f" at {place} of it" if place else "")
             where = where or f"at step {t} of the rollout in copy {i}"
