@@ -281,8 +281,8 @@ def test_an_environment_is_told_what_it_lacks() -> None:
     env.metadata = {"render_modes": []}
     with pytest.raises(
         ValueError,
-        match=r"env must reset its copies itself \(the autoreset_mode of AsTensors\), got None; use .* "
-        r"SAME_STEP, and name it in env\.metadata",
+        match=r"env must reset its copies itself \(AsTensors\.metadata\['autoreset_mode'\]\), got None; use "
+        r"AutoresetMode\.NEXT_STEP or SAME_STEP",
     ):
         train_ppo(env, progress=False)
 

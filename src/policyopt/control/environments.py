@@ -146,7 +146,6 @@ def _checked(env: Any) -> Any:
         require(hasattr(env, name), f"a {kind} with num_envs must have {name}", None)
     mode = env.metadata.get("autoreset_mode")
     allowed = (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP)
-    rule = f"env must reset its copies itself (the autoreset_mode of {kind})"
-    remedy = "use AutoresetMode.NEXT_STEP or SAME_STEP, and name it in env.metadata"
-    require(mode in allowed, rule, mode, remedy)
+    rule = f"env must reset its copies itself ({kind}.metadata['autoreset_mode'])"
+    require(mode in allowed, rule, mode, "use AutoresetMode.NEXT_STEP or SAME_STEP")
     return env

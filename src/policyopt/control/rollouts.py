@@ -34,14 +34,7 @@ from torch import Tensor
 from policyopt._checks import require
 from policyopt.control import environments, policies
 from policyopt.control.environments import EnvLike, environment_seed
-from policyopt.control.policies import (
-    MaskedObservations,
-    Observations,
-    Policy,
-    join,
-    move,
-    to_tensor,
-)
+from policyopt.control.policies import MaskedObservations, Observations, Policy
 
 __all__ = ["Collector", "Episodes", "Rollout", "sample_episodes"]
 
@@ -131,7 +124,7 @@ class Rollout:
         if critic is None:
             return torch.zeros_like(self.rewards), torch.zeros_like(self.rewards)
         seen, _ = policies.split_mask(self.observations)
-        values = critic(join(torch.cat, [seen, self.last_observations[None]]))
+        values = critic(policies.join(torch.cat, [seen, self.last_observations[None]]))
         next_values = values[1:].clone()
         if len(self.final_index[0]):
             next_values[self.final_index] = critic(self.final_observations)
@@ -247,11 +240,11 @@ class Collector:
         masks: list[Tensor] = []
         finals: list[Any] = []
         for t in range(steps):
-            seen = to_tensor(self._observation)
+            seen = policies.to_tensor(self._observation)
             self._check_discrete(seen)
-            batch: Any = move(seen, device)
+            batch: Any = policies.move(seen, device)
             if self._masked:
-                masks.append(move(to_tensor(self._mask(t)), device))
+                masks.append(policies.move(policies.to_tensor(self._mask(t)), device))
                 batch = MaskedObservations(batch, masks[-1])
             action = self.policy.act(batch, self.generator, deterministic=deterministic)
             reward, ended, cut = self._step(action)
@@ -271,11 +264,11 @@ class Collector:
                     f"an episode of {self.name} is not over after {steps} steps; raise "
                     "max_steps or wrap it in gymnasium.wrappers.TimeLimit"
                 )
-        columns = [join(torch.stack, [*c]) for c in zip(*rows, strict=True)]
+        columns = [policies.join(torch.stack, [*c]) for c in zip(*rows, strict=True)]
         observations, actions, rewards, terminated, truncated, valid = columns
-        after = to_tensor(self._observation)
-        final = join(torch.cat, [after[:0], *finals])
-        self._check_discrete(join(torch.cat, [after, final]))
+        after = policies.to_tensor(self._observation)
+        final = policies.join(torch.cat, [after[:0], *finals])
+        self._check_discrete(policies.join(torch.cat, [after, final]))
         self._check_finite("observation", observations)
         self._check_finite("reward", rewards)
         # Neither is a row of the rollout, but both are bootstrapped from.
@@ -285,7 +278,7 @@ class Collector:
         late = "action_mask" in self._info and self.policy.takes_masks and not masks
         rule = f'info of {self.name} must hold "action_mask" from the reset on'
         require(not late, rule, "none there")
-        states = move(observations, device)
+        states = policies.move(observations, device)
         if masks:
             states = MaskedObservations(states, torch.stack(masks))
         done = terminated | truncated
@@ -293,8 +286,8 @@ class Collector:
         return Rollout(
             observations=states, actions=actions, rewards=rewards.to(device),
             terminated=terminated.to(device), truncated=truncated.to(device),
-            valid=valid.to(device), last_observations=move(after, device),
-            final_index=(t, n), final_observations=move(final, device),
+            valid=valid.to(device), last_observations=policies.move(after, device),
+            final_index=(t, n), final_observations=policies.move(final, device),
             episodes=self._close_episodes(rewards, done, valid),
         )  # fmt: skip
 
@@ -306,8 +299,8 @@ class Collector:
             # A copy: the environment may keep it, or change it.
             given = self.policy.to_space(action).to(self._place, copy=True)
         self._observation, reward, *ends, self._info = self.env.step(given)
-        flags = (to_tensor(end).to(self._place, torch.bool) for end in ends)
-        return to_tensor(reward).to(self._place, torch.float32), *flags
+        flags = (policies.to_tensor(end).to(self._place, torch.bool) for end in ends)
+        return policies.to_tensor(reward).to(self._place, torch.float32), *flags
 
     def _mask(self, t: int) -> NDArray[np.bool_]:
         """Which actions each copy may take now, ``[N, K]``; all where it is about to be
@@ -337,13 +330,13 @@ class Collector:
         """Return the final observations of the copies whose episodes are over."""
         last = self._info.get("final_obs", self._info.get("final_observation"))
         if isinstance(last, (Tensor, dict)):  # of all copies
-            return to_tensor(last)[over]
+            return policies.to_tensor(last)[over]
         rows = [None if last is None else last[i] for i in over.tolist()]
         rule = f"info of {self.name}, which resets in the same step, must hold"
         remedy = "put the observations before the reset there, or use AutoresetMode"
         found = all(row is not None for row in rows)
         require(found, f'{rule} "final_obs"', [*self._info], f"{remedy}.NEXT_STEP")
-        return join(torch.stack, [to_tensor(row) for row in rows])
+        return policies.join(torch.stack, [policies.to_tensor(row) for row in rows])
 
     def _check_float32(self, observations: Any, encoder: Any) -> None:
         """Refuse observations whose differences are lost on the way to the network."""
