@@ -74,10 +74,15 @@ class AsTensors:
     """
 
     def __init__(self, env: Any, final: str = "final_obs") -> None:
-        self.env, self.num_envs, self.final, self.kept = env, env.num_envs, final, {}  # type: ignore[var-annotated]
+        self.env, self.num_envs, self.final = env, env.num_envs, final
+        self.kept: dict[str, Tensor] = {}
         self.single_observation_space = env.single_observation_space
         self.single_action_space = env.single_action_space
-        self.metadata = dict(env.metadata)
+        self.metadata, self.spec = dict(env.metadata), None
+
+    @property
+    def unwrapped(self) -> Any:
+        return self
 
     def in_place(self, name: str, given: Any) -> Any:
         new = torch.from_numpy(np.array(given))
@@ -252,16 +257,15 @@ def test_an_environment_is_told_what_it_lacks() -> None:
     del env.single_action_space
     with pytest.raises(
         ValueError,
-        match=r"env must have num_envs, single_observation_space, .*, reset, step; AsTensors has no "
-        "single_action_space",
+        match="a AsTensors with num_envs must have single_action_space, got None",
     ):
         make_vector_env(env, 2)
     env = same_step()
     env.metadata = {"render_modes": []}
     with pytest.raises(
         ValueError,
-        match=r"env must reset its copies itself \(the autoreset_mode of AsTensors\), got None; use .* "
-        r"SAME_STEP, and name it in env\.metadata",
+        match=r"env must reset its copies itself \(AsTensors\.metadata\['autoreset_mode'\]\), got None; use "
+        r"AutoresetMode\.NEXT_STEP or SAME_STEP",
     ):
         train_ppo(env, progress=False)
 
@@ -269,7 +273,7 @@ def test_an_environment_is_told_what_it_lacks() -> None:
 def test_an_env_with_copies_of_its_own_need_not_be_a_vectorenv() -> None:
     """As Isaac Lab's are: a gymnasium.Env with num_envs."""
 
-    class Several(AsTensors, gym.Env[Any, Any]):
+    class Several(AsTensors, gym.Env[Any, Any]):  # type: ignore[misc]
         pass
 
     env: Any = Several(SyncVectorEnv([Walk] * 3))
@@ -290,5 +294,5 @@ def test_a_policy_for_numpy_alone_is_told_what_it_lacks() -> None:
             return actions.numpy()
 
     assert Collector(SyncVectorEnv([Walk] * 2), Old(), generator(), seed=0).collect(3).steps == 6
-    with pytest.raises(NotImplementedError, match="Old must define to_space for environments of tensors"):
+    with pytest.raises(NotImplementedError, match="to_space, which environments of tensors need"):
         Collector(same_step(), Old(), generator(), seed=0).collect(3)  # type: ignore[arg-type]

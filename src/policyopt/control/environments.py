@@ -28,9 +28,7 @@ _SAME_TASK = (f"{_CARTPOLE}Env", f"{_CARTPOLE}VectorEnv")
 rewards and time limit."""
 
 
-_PROTOCOL = (
-    "num_envs, single_observation_space, single_action_space, metadata, reset, step"
-)
+_PROTOCOL = "single_observation_space single_action_space metadata spec unwrapped"
 
 
 def environment_name(env: EnvLike) -> str:
@@ -51,10 +49,8 @@ def describe(env: Any) -> list[str]:
     limit and arguments of the first copy, its class and those of its wrappers with
     their arguments. What a function computes cannot be told.
     """
-    base = getattr(env, "unwrapped", env)
-    one = base.envs[0] if isinstance(base, SyncVectorEnv) else env
-    spec = getattr(one, "spec", None)
-    told = [spec and (spec.id, spec.max_episode_steps, spec.kwargs)]
+    one = env.unwrapped.envs[0] if isinstance(env.unwrapped, SyncVectorEnv) else env
+    told = [one.spec and (one.spec.id, one.spec.max_episode_steps, one.spec.kwargs)]
     while isinstance(one, gym.Env):
         told.append((type(one).__name__, getattr(one, "_saved_kwargs", None)))
         one = getattr(one, "env", None)
@@ -90,8 +86,9 @@ def make_vector_env(
 
     Vector environments of tensors are taken as Gymnasium's wrapper ``NumpyToTorch``
     makes them, and as ManiSkill (its ``ManiSkillVectorEnv``) and Isaac Lab have them.
-    They need not inherit from ``VectorEnv``. They have ``num_envs``, the two
-    ``single_..._space`` and ``metadata["autoreset_mode"]``, which you may have to set.
+    They need not inherit from ``VectorEnv``; a ``gymnasium.Env`` with ``num_envs``, the
+    two ``single_..._space`` and ``metadata["autoreset_mode"]`` will do, the last of
+    which you may have to set.
     ``reset(seed=...)`` returns observations and info. ``step`` takes a tensor of
     actions ``[N, *shape]`` on the observations' device, in the type of the space, and
     returns observations (a tensor, or a dictionary of them), rewards, two bool tensors
@@ -145,12 +142,10 @@ def make_vector_env(
 
 def _checked(env: Any) -> Any:
     kind = type(env).__name__
-    missing = [name for name in _PROTOCOL.split(", ") if not hasattr(env, name)]
-    if missing:
-        raise ValueError(f"env must have {_PROTOCOL}; {kind} has no {missing[0]}")
+    for name in _PROTOCOL.split():
+        require(hasattr(env, name), f"a {kind} with num_envs must have {name}", None)
     mode = env.metadata.get("autoreset_mode")
     allowed = (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP)
-    rule = f"env must reset its copies itself (the autoreset_mode of {kind})"
-    remedy = "use AutoresetMode.NEXT_STEP or SAME_STEP, and name it in env.metadata"
-    require(mode in allowed, rule, mode, remedy)
+    rule = f"env must reset its copies itself ({kind}.metadata['autoreset_mode'])"
+    require(mode in allowed, rule, mode, "use AutoresetMode.NEXT_STEP or SAME_STEP")
     return env
