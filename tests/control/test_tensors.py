@@ -294,5 +294,5 @@ def test_a_policy_for_numpy_alone_is_told_what_it_lacks() -> None:
             return actions.numpy()
 
     assert Collector(SyncVectorEnv([Walk] * 2), Old(), generator(), seed=0).collect(3).steps == 6
-    with pytest.raises(NotImplementedError, match="to_space, which environments of tensors need"):
+    with pytest.raises(NotImplementedError, match="Old must define to_space for environments of tensors"):
         Collector(same_step(), Old(), generator(), seed=0).collect(3)  # type: ignore[arg-type]
