@@ -23,16 +23,22 @@ class Share(NamedTuple):
     gradients: int
     optimizer: int
     """AdamW's two moments."""
-    gathered: int
-    """Weights of other processes' shares that are here for a while: all of them while
-    a process samples, or with ``synchronize`` the root's and two layers'."""
+    sampling: int
+    """Weights of all processes that are here while it samples: all of them, or with
+    ``synchronize`` those of the root and of two layers. (The root is what is in no
+    layer: embeddings and head.)"""
+    training: int
+    """Weights of all processes that are here in the backward pass, of the root and of
+    two layers, and the whole gradients of the root and of one layer, before they are
+    scattered."""
 
     @property
     def total(self) -> int:
-        """Bytes in all: gradients are there when nothing is sampled, so only the larger
-        of them and the gathered weights counts.
+        """The larger of what sampling needs, which has no gradients, and the backward
+        pass.
         """
-        return self.weights + self.optimizer + max(self.gradients, self.gathered)
+        phases = self.sampling, self.gradients + self.training
+        return self.weights + self.optimizer + max(phases)
 
 
 class Traffic(NamedTuple):
@@ -83,13 +89,14 @@ def process_share(
     everything = list(model.parameters())
     shares = processes if strategy == "fsdp2" else 1
     weights = _bytes(everything, shares)
-    gathered = 0
-    if strategy == "fsdp2":
-        layers = [_bytes(layer.parameters()) for layer in _layers(model)]
-        root = _bytes(everything) - sum(layers)
-        whole = samples and not synchronize
-        gathered = sum(layers) + root if whole else root + sum(sorted(layers)[-2:])
-    return Share(weights, weights, 2 * weights, gathered)
+    if strategy == "ddp":
+        return Share(weights, weights, 2 * weights, 0, 0)
+    layers = sorted(_bytes(layer.parameters()) for layer in _layers(model))
+    root = _bytes(everything) - sum(layers)
+    passing = root + sum(layers[-2:])
+    whole = passing if synchronize else root + sum(layers)
+    training = passing + root + layers[-1]
+    return Share(weights, weights, 2 * weights, whole if samples else 0, training)
 
 
 def update_traffic(
