@@ -17,7 +17,15 @@ OURS = {
     "control": (CONTROL, [control.ReinforceConfig, control.TRPOConfig, control.PPOConfig]),
     "lm": (
         LANGUAGE,
-        [lm.SFTConfig, lm.RewardConfig, lm.DPOConfig, lm.GRPOConfig, lm.PPOConfig, lm.OnlineRankingConfig],
+        [
+            lm.SFTConfig,
+            lm.RewardConfig,
+            lm.DPOConfig,
+            lm.KTOConfig,
+            lm.GRPOConfig,
+            lm.PPOConfig,
+            lm.OnlineRankingConfig,
+        ],
     ),
 }
 OF_THE_TRAINER = ("tools", "environment_factory")

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from policyopt.lm import (
     DPOConfig,
     GRPOConfig,
+    KTOConfig,
     LanguageModel,
     LMResult,
     PPOConfig,
@@ -28,6 +29,7 @@ from policyopt.lm import (
     TransformersSampler,
     train_dpo,
     train_grpo,
+    train_kto,
     train_ppo,
     train_ranking,
     train_reward_model,
@@ -142,8 +144,9 @@ def run_dpo(model: LanguageModel, **options: Any) -> LMResult[Any, Any]:
 
 
 def run_kto(model: LanguageModel, **options: Any) -> LMResult[Any, Any]:
-    changes = {"loss": "kto", "undesirable_weight": 1.5, "beta": 0.3}
-    return run_dpo(model, changes={**changes, **options.pop("changes", {})}, **options)
+    changes = {"undesirable_weight": 1.5, "beta": 0.3}
+    config = KTOConfig(**{**COMMON, **changes, **options.pop("changes", {})})
+    return train_kto(model, records(), config, progress=False, **options)
 
 
 def run_ranking(model: LanguageModel, **options: Any) -> LMResult[Any, Any]:

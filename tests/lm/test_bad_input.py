@@ -6,7 +6,6 @@ import json
 import math
 import signal
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from policyopt.checkpoint import load_checkpoint
 from policyopt.lm import (
     DPOConfig,
     GRPOConfig,
+    KTOConfig,
     LanguageModel,
     PPOConfig,
     RankingConfig,
@@ -29,6 +29,7 @@ from policyopt.lm import (
     load,
     train_dpo,
     train_grpo,
+    train_kto,
     train_ppo,
     train_ranking,
     train_reward_model,
@@ -60,7 +61,7 @@ def run(
         "sft": (train_sft, SFTConfig),
         "reward": (train_reward_model, RewardConfig),
         "dpo": (train_dpo, DPOConfig),
-        "kto": (train_dpo, partial(DPOConfig, loss="kto")),
+        "kto": (train_kto, KTOConfig),
         "ranking": (train_ranking, RankingConfig),
     }[name]
     return trainer(model, data, config_type(**settings), **options)

@@ -1,25 +1,23 @@
-"""KTO, ``train_dpo`` on completions with a label each: against the formula with full softmaxes, and bad labels."""
+"""KTO, which learns from completions with a label each: against the formula with full softmaxes, and bad labels."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lm_runs import TRAINERS, assert_gradients, gradients_of, records, tiny_model, tiny_tokenizer, weights
 from torch import Tensor
 
-from policyopt.lm import DPOConfig, LanguageModel, train_dpo
+from policyopt.lm import KTOConfig, LanguageModel, train_kto
 from policyopt.lm.data import Limits, epoch_order, fingerprint, labelled_items
 
 N = 12
 BETA, GOOD, POOR = 0.3, 0.5, 1.5
-CONFIG = DPOConfig(
-    loss="kto", beta=BETA, desirable_weight=GOOD, undesirable_weight=POOR, updates=1, batch_size=N
-)
+CONFIG = KTOConfig(beta=BETA, desirable_weight=GOOD, undesirable_weight=POOR, updates=1, batch_size=N)
 
 
 def log_prob(model: LanguageModel, prompt: list[int], completion: list[int]) -> Tensor:
@@ -54,9 +52,8 @@ def by_hand(policy: LanguageModel, reference: LanguageModel) -> dict[str, Tensor
     return {
         "loss": torch.stack(losses).mean(),
         "baseline": z0,
-        "chosen_reward": BETA * u[is_good].sum() / N,
-        "rejected_reward": BETA * u[~is_good].sum() / N,
-        "margin": BETA * (u[is_good].sum() - u[~is_good].sum()) / N,
+        "desirable_reward": BETA * u[is_good].mean(),
+        "undesirable_reward": BETA * u[~is_good].mean(),
         "accuracy": ((u > 0) == is_good).double().mean(),
     }
 
@@ -74,8 +71,8 @@ def test_loss_and_gradient_are_those_of_the_paper(
 
     trained = tiny_model(seeds[0])
     gradients = gradients_of(trained)
-    config = DPOConfig(**{**vars(CONFIG), "micro_batch_size": micro_batch_size})
-    row = train_dpo(trained, records(N), config, reference=reference, progress=False).history[0]
+    config = KTOConfig(**{**vars(CONFIG), "micro_batch_size": micro_batch_size})
+    row = train_kto(trained, records(N), config, reference=reference, progress=False).history[0]
     for name, value in expected.items():
         assert getattr(row, name) == pytest.approx(float(value.detach()), rel=1e-4), name
     assert_gradients(gradients, policy)
@@ -85,20 +82,26 @@ def test_loss_and_gradient_are_those_of_the_paper(
 
 
 def test_at_the_start_every_reward_is_zero_and_weighs_a_quarter() -> None:
-    row = train_dpo(tiny_model(), records(N), CONFIG, progress=False).history[0]
+    row = train_kto(tiny_model(), records(N), CONFIG, progress=False).history[0]
     shares = (8 * GOOD, 4 * POOR)
     assert row.loss == pytest.approx(sum(shares) / N / 2, rel=1e-5)
     assert row.weight == pytest.approx(BETA * sum(shares) / N / 4, rel=1e-5)
-    rewards = (row.margin, row.chosen_reward, row.rejected_reward, row.baseline)
-    assert rewards == pytest.approx((0, 0, 0, 0), abs=1e-5)
-    pairs = DPOConfig(updates=1, batch_size=4)
-    assert math.isnan(train_dpo(tiny_model(), records(N), pairs, progress=False).history[0].baseline)
+    rewards = (row.desirable_reward, row.undesirable_reward, row.baseline)
+    assert rewards == pytest.approx((0, 0, 0), abs=1e-5)
+
+
+def test_a_batch_with_labels_of_one_kind_has_no_reward_of_the_other() -> None:
+    config = KTOConfig(updates=N, batch_size=1)
+    rows = train_kto(tiny_model(), records(N), config, progress=False).history
+    good, poor = (~np.isnan(rows.column(f"{kind}desirable_reward")) for kind in ("", "un"))
+    assert (good != poor).all()
+    assert (good.sum(), poor.sum()) == (8, 4)
 
 
 def test_desirable_completions_become_likelier_and_others_less() -> None:
     model, start = tiny_model(), tiny_model()
-    config = DPOConfig(loss="kto", beta=0.1, updates=60, batch_size=6, learning_rate=3e-3)
-    result = train_dpo(model, records(N), config, progress=False)
+    config = KTOConfig(beta=0.1, updates=60, batch_size=6, learning_rate=3e-3)
+    result = train_kto(model, records(N), config, progress=False)
     moved: dict[bool, list[float]] = {True: [], False: []}
     with torch.no_grad():
         for item in labelled_items(records(N), model.tokenizer):
@@ -137,9 +140,9 @@ def test_a_label_is_part_of_the_data(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     assert fingerprint(labelled_items(data, tokenizer)) != fingerprint(labelled_items(flipped, tokenizer))
     options: dict[str, Any] = {"progress": False, "checkpoint_dir": tmp_path}
-    train_dpo(tiny_model(), data, CONFIG, **options)
+    train_kto(tiny_model(), data, CONFIG, **options)
     with pytest.raises(ValueError, match=r"holds a run with data '\w+', this one has '\w+'"):
-        train_dpo(tiny_model(), flipped, CONFIG, **options)
+        train_kto(tiny_model(), flipped, CONFIG, **options)
 
 
 def test_a_run_is_taken_up_bit_for_bit(tmp_path: Path) -> None:
@@ -170,7 +173,7 @@ def test_a_bad_record_is_named(change: dict[str, Any], message: str) -> None:
     data = records(N)
     data[5] |= change
     with pytest.raises(ValueError, match=message):
-        train_dpo(tiny_model(), data, CONFIG, progress=False)
+        train_kto(tiny_model(), data, CONFIG, progress=False)
 
 
 @pytest.mark.parametrize("label", [True, False])
@@ -180,18 +183,9 @@ def test_labels_of_one_kind_teach_no_difference(label: bool) -> None:
         rf"column 'label' must hold both true and false, got \{{{label}\}}; for good completions alone use"
     )
     with pytest.raises(ValueError, match=message):
-        train_dpo(tiny_model(), data, CONFIG, progress=False)
+        train_kto(tiny_model(), data, CONFIG, progress=False)
 
 
-@pytest.mark.parametrize(
-    ("setting", "value"),
-    [
-        ("label_smoothing", 0.1), ("target_margin", 1.0), ("nll_weight", 1.0), ("dpop_weight", 1.0),
-        ("reference_free", True),
-    ],
-)  # fmt: skip
-def test_settings_of_pairs_are_refused(setting: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{setting} must be 0 with loss='kto', got {value}"):
-        DPOConfig(loss="kto", **{setting: value})
+def test_weights_are_positive() -> None:
     with pytest.raises(ValueError, match="desirable_weight must be > 0"):
-        DPOConfig(loss="kto", desirable_weight=0.0)
+        KTOConfig(desirable_weight=0.0)

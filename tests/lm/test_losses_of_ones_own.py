@@ -9,10 +9,11 @@ import pytest
 import torch
 from lm_runs import SHORT, TRAINERS, count_ones, records, run_grpo, run_ppo, tiny_model, weights
 
-from policyopt.lm import DPOConfig, GRPOConfig, PPOConfig, SamplingConfig, train_grpo
-from policyopt.lm.batches import Completions, Pairs, RankedGroup, ScoredPairs, Tokens
+from policyopt.lm import DPOConfig, GRPOConfig, KTOConfig, PPOConfig, SamplingConfig, train_grpo
+from policyopt.lm.batches import Completions, LabelledCompletions, Pairs, RankedGroup, ScoredPairs, Tokens
 from policyopt.lm.dpo import pair_loss
 from policyopt.lm.grpo import grpo_loss
+from policyopt.lm.kto import completion_loss
 from policyopt.lm.ppo import ppo_loss
 from policyopt.lm.sft import sft_loss
 from policyopt.losses import bradley_terry_loss, ranking_loss
@@ -22,7 +23,10 @@ DEFAULTS: dict[str, tuple[type, Any]] = {
     "sft": (Tokens, sft_loss),
     "reward": (ScoredPairs, lambda batch: bradley_terry_loss(batch.chosen_scores, batch.rejected_scores)),
     "dpo": (Pairs, partial(pair_loss, config=DPOConfig())),
-    "kto": (Pairs, partial(pair_loss, config=DPOConfig(loss="kto", undesirable_weight=1.5, beta=0.3))),
+    "kto": (
+        LabelledCompletions,
+        partial(completion_loss, config=KTOConfig(undesirable_weight=1.5, beta=0.3)),
+    ),
     "ranking": (RankedGroup, lambda group: ranking_loss(group.log_prob, beta=0.1)),
     "grpo": (Completions, partial(grpo_loss, config=GRPO)),
     "ppo": (Completions, partial(ppo_loss, config=PPOConfig())),
@@ -148,7 +152,7 @@ def test_a_temperature_of_zero_is_refused() -> None:
         run_grpo(tiny_model(), changes={"sampling": SamplingConfig(temperature=0.0)})
 
 
-@pytest.mark.parametrize("name", ["reward", "dpo", "ranking"])
+@pytest.mark.parametrize("name", ["reward", "dpo", "kto", "ranking"])
 def test_without_a_margin_there_is_no_accuracy(name: str) -> None:
     seen: list[Any] = []
 

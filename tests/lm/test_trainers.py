@@ -636,7 +636,7 @@ def test_the_reference_stays_where_training_started() -> None:
 
 def test_lora_trains_adapters_and_its_reference_is_the_bare_model() -> None:
     pytest.importorskip("peft")
-    for name in ("dpo", "grpo", "ppo", "sft", "reward", "ranking"):
+    for name in ("dpo", "kto", "grpo", "ppo", "sft", "reward", "ranking"):
         base = tiny_model()
         frozen = {k: p.detach().clone() for k, p in base.model.named_parameters()}
         adapted = add_lora(base, LoRA(rank=4), seed=0)

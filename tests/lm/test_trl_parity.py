@@ -26,6 +26,7 @@ from policyopt.estimators import kl_estimate
 from policyopt.lm.data import epoch_order
 from policyopt.lm.dpo import DPOConfig, train_dpo
 from policyopt.lm.grpo import GRPOConfig, group_advantages, grpo_surrogate, train_grpo
+from policyopt.lm.kto import KTOConfig, train_kto
 from policyopt.lm.log_probs import completion_log_probs
 from policyopt.lm.models import LanguageModel
 from policyopt.lm.sampling import Samples, SamplingConfig
@@ -221,11 +222,11 @@ def test_kto_is_trls(tmp_path: Path) -> None:
 
     trained = policy()
     gradients = gradients_of(trained.model)
-    config = DPOConfig(
-        loss="kto", updates=1, batch_size=len(rows), micro_batch_size=4, beta=0.03, desirable_weight=0.5,
+    config = KTOConfig(
+        updates=1, batch_size=len(rows), micro_batch_size=4, beta=0.03, desirable_weight=0.5,
         undesirable_weight=1.5,
     )  # fmt: skip
-    row = train_dpo(trained, rows, config, reference=reference, progress=False).history[0]
+    row = train_kto(trained, rows, config, reference=reference, progress=False).history[0]
     assert row.loss == pytest.approx(float(loss), rel=1e-4)
     assert row.baseline == pytest.approx(float(baseline.mean()), rel=1e-4)
     assert_same(gradients, theirs)

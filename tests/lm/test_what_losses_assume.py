@@ -203,7 +203,7 @@ def state(language_model: LanguageModel) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in language_model.model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", ["dpo", "grpo", "ppo"])
+@pytest.mark.parametrize("name", ["dpo", "kto", "grpo", "ppo"])
 def test_trained_adapters_have_themselves_as_reference(name: str) -> None:
     """The same numbers as with a second model that is given, and not those of the model without adapters."""
     runs = [TRAINERS[name](adapters(), **options) for options in ({}, {"reference": adapters()})]

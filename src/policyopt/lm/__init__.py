@@ -1,5 +1,5 @@
-"""Language models as policies: SFT, reward models, PPO, DPO and GRPO on any Hugging
-Face causal language model.
+"""Language models as policies: SFT, reward models, PPO, DPO, KTO and GRPO on any
+Hugging Face causal language model.
 """
 
 import typing as _typing
@@ -18,6 +18,7 @@ from policyopt.lm.data import *
 from policyopt.lm.dpo import *
 from policyopt.lm.environments import *
 from policyopt.lm.grpo import *
+from policyopt.lm.kto import *
 from policyopt.lm.log_probs import *
 from policyopt.lm.models import *
 from policyopt.lm.ppo import *

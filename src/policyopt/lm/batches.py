@@ -14,7 +14,10 @@ from torch import Tensor
 
 from policyopt.lm.sequences import Sequences
 
-__all__ = ["Completions", "Pairs", "RankedGroup", "ScoredPairs", "Tokens"]
+__all__ = [
+    "Completions", "LabelledCompletions", "Pairs", "RankedGroup", "ScoredPairs",
+    "Tokens",
+]  # fmt: skip
 
 
 def _later() -> Tensor:
@@ -96,27 +99,36 @@ class Completions(Tokens):
 class Pairs:
     """``N`` preference pairs: log-probabilities of whole completions, ``[N]`` each.
 
-    Sums over tokens, or means where the config says ``length_normalized``. With
-    ``loss="kto"`` these are ``N`` completions with a label: of each, one of the first
-    two is its log-probability and the other is 0.
+    Sums over tokens, or means where the config says ``length_normalized``.
     """
 
     chosen_log_prob: Tensor
     """log π_θ(chosen | prompt), with gradient."""
     rejected_log_prob: Tensor
     reference_chosen_log_prob: Tensor
-    """log π_ref(chosen | prompt); 0 without a reference. With labels that of the
-    completion, whatever its label."""
+    """log π_ref(chosen | prompt); 0 without a reference."""
     reference_rejected_log_prob: Tensor
-    """The same of the rejected; with labels of the completion of another record."""
     tokens: Tokens
-    """The completions themselves: chosen, rejected, chosen, …, ``[2N, T]``; with labels
-    ``[N, T]``."""
-    desirable: Tensor = field(default_factory=_later)
+    """The completions themselves: chosen, rejected, chosen, …, ``[2N, T]``."""
+
+
+@dataclass(frozen=True)
+class LabelledCompletions:
+    """``N`` completions that are desirable or not: log-probabilities of whole ones,
+    ``[N]`` each.
+    """
+
+    log_prob: Tensor
+    """log π_θ(completion | prompt), with gradient."""
+    reference_log_prob: Tensor
+    """log π_ref(completion | prompt)."""
+    desirable: Tensor
     """The labels, Boolean ``[N]``."""
-    baseline: Tensor = field(default_factory=_later)
+    baseline: Tensor
     """Mean log π/π_ref of mismatched pairs, one number for the whole batch: KTO's z_0
     before it is cut at 0."""
+    tokens: Tokens
+    """The completions themselves, ``[N, T]``."""
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ class LMConfig(Settings):
     Frozen: use ``dataclasses.replace`` to change one.
 
     There is none for dropout. It is off, whatever the model's config or ``LoRA`` say,
-    where log-probabilities are compared (DPO, GRPO, PPO, ranking): π, π_old and π_ref
-    are one policy at the start, so that the first ratio is 1, the first KL divergence
-    and the first margin are 0. It is as the model has it in
+    where log-probabilities are compared (DPO, KTO, GRPO, PPO, ranking): π, π_old and
+    π_ref are one policy at the start, so that the first ratio is 1, the first KL
+    divergence and the first margin are 0. It is as the model has it in
     :func:`~policyopt.lm.sft.train_sft` and
     :func:`~policyopt.lm.reward_model.train_reward_model`.
     """

@@ -1,8 +1,7 @@
-"""DPO and KTO: preferences straight into the policy: no reward model, no sampling."""
+"""DPO: preferences straight into the policy: no reward model, no sampling."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ from policyopt.estimators import sequence_log_prob
 from policyopt.frame import Callback, Statistics
 from policyopt.lm.batches import Pairs, Tokens, ordered_rightly
 from policyopt.lm.config import OfflineConfig
-from policyopt.lm.data import Records, batch_indices, labelled_items, preference_pairs
+from policyopt.lm.data import Records, batch_indices, preference_pairs
 from policyopt.lm.log_probs import completion_log_probs
 from policyopt.lm.models import LanguageModel, TextScorer, is_adapted
 from policyopt.lm.policies import PolicyNetwork, Reference
@@ -39,15 +38,14 @@ class DPOConfig(OfflineConfig):
 
     SimPO is ``reference_free=True, length_normalized=True`` with a ``target_margin``
     and a β of 2 or more. DPO + NLL: ``nll_weight=1``. DPO-positive: ``dpop_weight=5``
-    or more. ORPO: ``loss="orpo", reference_free=True, length_normalized=True``. KTO,
-    on labels in place of pairs: ``loss="kto"``.
+    or more. ORPO: ``loss="orpo", reference_free=True, length_normalized=True``.
     """
 
     beta: Positive = 0.1
     """β > 0: strength of the pull towards the reference; λ of ORPO."""
-    loss: Literal["sigmoid", "ipo", "hinge", "orpo", "kto"] = "sigmoid"
-    """See :func:`~policyopt.losses.dpo_loss`, :func:`~policyopt.losses.orpo_loss` and
-    :func:`~policyopt.losses.kto_loss`."""
+    loss: Literal["sigmoid", "ipo", "hinge", "orpo"] = "sigmoid"
+    """See :func:`~policyopt.losses.dpo_loss` and
+    :func:`~policyopt.losses.orpo_loss`."""
     label_smoothing: Smoothing = 0.0
     """Share of preferences believed to be the wrong way round, in [0, 0.5)."""
     length_normalized: bool = False
@@ -62,13 +60,11 @@ class DPOConfig(OfflineConfig):
     dpop_weight: NonNegative = 0.0
     """Penalty λ ≥ 0 for a chosen completion less likely than under the reference
     (DPO-positive)."""
-    desirable_weight: Positive = 1.0
-    """Weight λ_D > 0 of desirable completions (KTO)."""
-    undesirable_weight: Positive = 1.0
-    """Weight λ_U > 0 of the others (KTO)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        fits = self.target_margin == 0 or self.loss != "ipo"
+        self._check("target_margin", fits, "0 with loss='ipo'")
         fits = not self.dpop_weight or not (self.reference_free or self.label_smoothing)
         rule = "0 with reference_free=True or with label_smoothing"
         self._check("dpop_weight", fits, rule)
@@ -76,14 +72,8 @@ class DPOConfig(OfflineConfig):
             fits = self.length_normalized and self.reference_free
             rule = "another without length_normalized=True and reference_free=True"
             self._check("loss", fits, rule)
-        names = ["target_margin", "label_smoothing", "nll_weight", "dpop_weight"]
-        unused = {
-            "ipo": names[:1],
-            "orpo": names[:3],
-            "kto": [*names, "reference_free"],
-        }
-        for name in unused.get(self.loss, ()):
-            self._check(name, not getattr(self, name), f"0 with loss={self.loss!r}")
+            for name in ("label_smoothing", "target_margin", "nll_weight"):
+                self._check(name, getattr(self, name) == 0, "0 with loss='orpo'")
 
     @property
     def reduction(self) -> Literal["sum", "mean"]:
@@ -94,18 +84,16 @@ class DPOConfig(OfflineConfig):
 @dataclass(frozen=True, kw_only=True)
 class DPOUpdate(LMUpdate):
     """One row of :func:`train_dpo`'s history. Means are over the batch's pairs, before
-    the step. With ``loss="kto"`` they are over its completions: of each, either the
-    chosen or the rejected number is 0, by its label.
+    the step.
     """
 
     loss: float
     margin: float
     """Mean implicit reward of the chosen minus that of the rejected completion; exactly
-    0 in the first step, but in ORPO, and in KTO but for rounding.
+    0 in the first step, but in ORPO.
     """
     accuracy: float
-    """Share of pairs with a positive margin; of completions whose reward has the sign
-    of the label."""
+    """Share of pairs with a positive margin."""
     chosen_reward: float
     """Mean β log(π/π_ref) of the chosen completions; of ORPO λ log odds."""
     rejected_reward: float
@@ -116,13 +104,11 @@ class DPOUpdate(LMUpdate):
     rejected_log_prob: float
     weight: float
     """Mean weight of −∇ log π(rejected) in the gradient; β σ(−margin) for the sigmoid
-    loss. Of KTO the mean size of each completion's."""
-    baseline: float
-    """KTO's z_0 in nats, before it is cut at 0; NaN of pairs."""
+    loss."""
 
     headline: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "margin")
     may_be_nan: ClassVar[tuple[str, ...]] = (
-        "margin", "accuracy", "chosen_reward", "rejected_reward", "weight", "baseline",
+        "margin", "accuracy", "chosen_reward", "rejected_reward", "weight",
     )  # fmt: skip
 
 
@@ -191,18 +177,9 @@ class ImplicitReward(TextScorer):
 
 def pair_loss(batch: Pairs, config: DPOConfig) -> DPO:
     """Return :func:`~policyopt.losses.dpo_loss` of each pair, or
-    :func:`~policyopt.losses.orpo_loss`, as configured; or
-    :func:`~policyopt.losses.kto_loss` of each completion.
+    :func:`~policyopt.losses.orpo_loss`, as configured.
     """
     chosen, rejected = batch.chosen_log_prob, batch.rejected_log_prob
-    if config.loss == "kto":
-        out = losses.kto_loss(
-            chosen + rejected, batch.reference_chosen_log_prob, batch.desirable,
-            batch.baseline, beta=config.beta, desirable_weight=config.desirable_weight,
-            undesirable_weight=config.undesirable_weight,
-        )  # fmt: skip
-        good, poor = _by_label(out.reward, batch.desirable)
-        return DPO(out.loss, good, poor, good - poor, out.weight.abs())
     if config.loss == "orpo":
         return losses.orpo_loss(chosen, rejected, weight=config.beta)
     summed = config.nll_weight and not config.length_normalized
@@ -228,72 +205,57 @@ def train_dpo(
     progress: bool = True,
     checkpoint_dir: str | Path | None = None,
 ) -> LMResult[DPOConfig, DPOUpdate]:
-    """Train a policy on preference pairs by direct preference optimisation, or with
-    ``config.loss`` "kto" on completions with a label each.
+    """Train a policy on preference pairs by direct preference optimisation.
 
     The reference's log-probabilities are computed once, before the first step: no
-    second model is kept. KTO's baseline z_0 is the mean log-ratio of mismatched pairs:
-    after each prompt of the batch the completion of another record, always the same
-    one. It costs a pass without gradient, is one number for the whole batch of all
-    processes, and does not change with ``micro_batch_size``.
+    second model is kept.
 
     Parameters
     ----------
     language_model : LanguageModel
         π_θ, trained in place.
     data : records
-        Columns ``prompt``, ``chosen`` and ``rejected``. For KTO ``prompt``,
-        ``completion`` and ``label``, which is true where the completion is desirable.
+        Columns ``prompt``, ``chosen`` and ``rejected``.
     config : DPOConfig
     reference : LanguageModel, optional
         π_ref; by default the policy as it is given.
     loss : callable, optional
         A function of the :class:`~policyopt.lm.batches.Pairs` of a micro-batch that
-        returns one loss per pair (of KTO per completion), ``[N]``: a
-        :class:`~policyopt.losses.DPO`, another named tuple with the field ``loss``, or
-        a tensor. By default :func:`pair_loss`.
+        returns one loss per pair, ``[N]``: a :class:`~policyopt.losses.DPO`, another
+        named tuple with the field ``loss``, or a tensor. By default :func:`pair_loss`.
     seed, callback, progress, checkpoint_dir
         As in :func:`~policyopt.lm.sft.train_sft`.
 
     References
     ----------
     Rafailov et al. (2023), Direct preference optimization, arXiv:2305.18290, eq. 7.
-    KTO: Ethayarajh et al. (2024), arXiv:2402.01306, eq. 7 and 8.
     """
-    limits, kto = config.limits(language_model), config.loss == "kto"
-    read: Any = labelled_items if kto else preference_pairs
-    pairs = read(data, language_model.tokenizer, limits)
+    limits = config.limits(language_model)
+    pairs = preference_pairs(data, language_model.tokenizer, limits)
     run: Run[DPOConfig, DPOUpdate] = Run(
         "dpo", language_model, PolicyNetwork(language_model.model), config, DPOUpdate,
         pairs, seed=seed, callback=callback, progress=progress,
         checkpoint_dir=checkpoint_dir,
     )  # fmt: skip
-    frozen_scores = _reference_log_probs(run, reference)
+    reduction, frozen_scores = config.reduction, torch.zeros(len(pairs), 2)
+    if not config.reference_free:
+        frozen_scores = reference_log_probs(run, reference, reduction)
     objective = check_loss(loss, partial(pair_loss, config=config), "Pairs")
-    reduction, every = config.reduction, 2 if kto else 1
 
     with run:
         for _ in run.updates():
             batch = language_model.pad(run.batch())
             reference_of = frozen_scores[run.batch_numbers()].to(run.device).flatten()
-            count, z0 = run.sum(len(batch) // 2), torch.tensor(math.nan)
-            if kto:  # of each two completions the second is not learned from
-                labels = [item.desirable for item in run.batch()]
-                good = torch.tensor(labels, device=run.device)
-                z0 = _mismatched(run, batch, reference_of)
+            count = run.sum(len(batch) // 2)
             statistics = Statistics()
             for rows in run.micro_batches(len(batch), 2):
-                sequences = batch.select(rows[::every])
+                sequences = batch.select(rows)
                 mask = sequences.completion_mask
                 tokens = Tokens(sequences, mask, run.network(sequences).log_probs)
                 scores = sequence_log_prob(tokens.log_probs, mask, reduction=reduction)
-                theirs, more = reference_of[rows], tuple[Tensor, ...]()
+                theirs = reference_of[rows]
                 chosen, rejected = scores[0::2], scores[1::2]
-                if kto:
-                    label = good[rows[::2] // 2]
-                    chosen, rejected = _by_label(scores, label)
-                    more = label, z0
-                pair = Pairs(chosen, rejected, theirs[::2], theirs[1::2], tokens, *more)
+                pair = Pairs(chosen, rejected, theirs[0::2], theirs[1::2], tokens)
                 items = item_losses(objective, pair, chosen.shape, DPO._fields[1:])
                 run.backward(aggregate(items.loss, denominator=count))
                 statistics.add(
@@ -303,52 +265,32 @@ def train_dpo(
                     rejected_log_prob=rejected.sum(),
                 )
             norm = run.descend()
-            learned = run.sum(batch.completion_mask[::every].sum())
             run.log(
-                tokens=int(learned), gradient_norm=norm, baseline=float(z0),
+                tokens=int(run.sum(batch.completion_mask.sum())), gradient_norm=norm,
                 **run.means(statistics, count),
             )  # fmt: skip
     return run.result()
 
 
-@torch.no_grad()
-def _mismatched(run: Run[Any, Any], batch: Sequences, reference_of: Tensor) -> Tensor:
-    """Return the mean log π/π_ref of each second completion of the whole batch."""
-    total = torch.zeros((), device=run.device)
-    for pairs in run.micro_batches(len(batch), 2):
-        rows = pairs[1::2]
-        piece = batch.select(rows)
-        log_probs, mask = run.network(piece).log_probs, piece.completion_mask
-        scores = sequence_log_prob(log_probs, mask, reduction=run.config.reduction)
-        total += (scores - reference_of[rows]).sum()
-    return run.sum(total) / run.sum(len(batch) // 2)
-
-
-def _by_label(x: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.where(label, x, 0.0), torch.where(label, 0.0, x)
-
-
-def _reference_log_probs(run: Run[Any, Any], reference: LanguageModel | None) -> Tensor:
-    """Return log π_ref of the chosen and the rejected completion of each pair,
-    ``[N, 2]``, on the CPU.
+def reference_log_probs(
+    run: Run[Any, Any], reference: LanguageModel | None, reduction: Any = "sum"
+) -> Tensor:
+    """Return log π_ref of the two completions of each item, ``[N, 2]``, on the CPU.
 
     The batches are those of the training's first pass, so that rounding is the same
-    too: the first margin is exactly 0. The last of them may hold pairs that an earlier
-    one had; what they were there is what counts.
+    too: DPO's first margin is exactly 0. The last of them may hold items that an
+    earlier one had; what they were there is what counts.
     """
-    config, pairs = run.config, run.items
-    result = torch.zeros(len(pairs), 2)
-    if config.reference_free:
-        return result
-    frozen = run.reference(reference, copy=False)
-    one_pass = min(run.total, -(-len(pairs) // config.batch_size))
+    config, items = run.config, run.items
+    result, frozen = torch.zeros(len(items), 2), run.reference(reference, copy=False)
+    one_pass = min(run.total, -(-len(items) // config.batch_size))
     for update in reversed(range(one_pass)):
-        batch = batch_indices(len(pairs), config.batch_size, update, run.seed)
+        batch = batch_indices(len(items), config.batch_size, update, run.seed)
         size = max(1, (config.micro_batch_size or 2 * len(batch)) // 2)
         for start in range(0, len(batch), size):
             part = batch[start : start + size]
-            sequences = run.language_model.pad([pairs[i] for i in part])
+            sequences = run.language_model.pad([items[i] for i in part])
             log_probs, mask = frozen.log_probs(sequences), sequences.completion_mask
-            scores = sequence_log_prob(log_probs, mask, reduction=config.reduction)
+            scores = sequence_log_prob(log_probs, mask, reduction=reduction)
             result[part] = scores.view(-1, 2).cpu()
     return result

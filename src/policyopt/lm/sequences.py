@@ -126,8 +126,8 @@ class Sequences:
         names = "completion_ids", "completion_mask", "policy_mask"
         return replace(self, **{name: getattr(self, name)[:, :-1] for name in names})
 
-    def select(self, rows: Tensor) -> Sequences:
-        """Keep the completions ``rows`` (numbers or a Boolean mask), in that order.
+    def select(self, rows: Tensor | slice) -> Sequences:
+        """Keep the completions ``rows`` (numbers, Boolean mask, slice), in that order.
 
         Prompts that no completion continues any more are dropped, and so is padding
         that no row needs.
