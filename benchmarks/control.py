@@ -8,8 +8,10 @@ seconds of the training call (imports excluded): the start-up, which is a first 
 per second over the whole budget, after it; and the time until the mean return of the last 20 training episodes
 reaches the threshold.
 
-sbx and rejax need JAX, in versions of their own: the extra ``bench-jax``, in an environment of its own. ``--jax``
-names its Python; without it their rows are left out.
+sbx and rejax need JAX, in versions of their own. ``--jax`` names the Python of an environment with them; without it
+their rows are left out:
+
+    pip install sbx-rl==0.28.0 rejax==0.1.3 gymnax==0.0.9 jax==0.6.2 "flax<0.11" "chex<0.1.91" seaborn
 """
 
 from __future__ import annotations
@@ -258,8 +260,8 @@ def page(results: dict[str, Any]) -> str:
         f"{BUDGET:,} environment steps a run, {len(results['seeds'])} seeds "
         f"({results['seeds'][0]}–{results['seeds'][-1]}). Every run is a process of its own with one thread;",
         "contestants take turns, seed by seed. Times are CPU seconds of the training call.",
-        "*Start-up* is what the first update costs more or less once per process, and compiling where there is any:",
-        "it is in no other column, so add it if you train once.",
+        "*Start-up* is a first run of one update, with compiling where there is any. It is in no other column: add it",
+        "if you train once.",
         f"*Solved* means that the mean return of the last {WINDOW} training episodes has reached a threshold.",
         "A cell shows the median over seeds and, in brackets, the range.",
         "",
@@ -332,7 +334,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--page", type=Path, default=REPOSITORY / "book" / "benchmarks.md")
-    parser.add_argument("--jax", help="a Python with the extra bench-jax")
+    parser.add_argument("--jax", help="a Python with JAX, sbx and rejax")
     parser.add_argument("--child", nargs=3, metavar=("CONTESTANT", "TASK", "SEED"))
     options = parser.parse_args()
     if options.child:

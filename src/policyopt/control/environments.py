@@ -85,17 +85,17 @@ def make_vector_env(
     environment make it yourself: ``gym.make_vec(id, num_envs)``.
 
     Vector environments of tensors are taken as Gymnasium's wrapper ``NumpyToTorch``
-    makes them, and as ManiSkill (its ``ManiSkillVectorEnv``) and Isaac Lab have them.
-    They need not inherit from ``VectorEnv``; a ``gymnasium.Env`` with ``num_envs``, the
-    two ``single_..._space`` and ``metadata["autoreset_mode"]`` will do, the last of
-    which you may have to set.
+    makes them and ManiSkill's ``ManiSkillVectorEnv`` is one. They need not inherit from
+    ``VectorEnv``: a ``gymnasium.Env`` with ``num_envs``, the two ``single_..._space``
+    and ``metadata["autoreset_mode"]`` will do, the last of which you may have to set.
     ``reset(seed=...)`` returns observations and info. ``step`` takes a tensor of
     actions ``[N, *shape]`` on the observations' device, in the type of the space, and
-    returns observations (a tensor, or a dictionary of them), rewards, two bool tensors
-    ``[N]``, and info. The tensors may be the same ones in every step. A copy's final
-    observation is in its row of ``info["final_obs"]`` or ``"final_observation"`` where
-    the autoreset is of the same step. Isaac Lab keeps none, so add it in a wrapper:
-    without it V of the state after a time limit is unknown.
+    returns observations (one tensor: where there is a dictionary of them, as in Isaac
+    Lab, choose or join its entries in a wrapper), rewards, two bool tensors ``[N]``,
+    and info. The tensors may be the same ones in every step. Where the reset is of the
+    same step, a copy's final observation is in its row of ``info["final_obs"]`` or
+    ``"final_observation"``: add it in a wrapper if it is not there, because without it
+    V of the state after a time limit is unknown.
 
     Parameters
     ----------
