@@ -95,13 +95,13 @@ TASKS = (
 NAMES = {
     "policyopt": "policyopt",
     "policyopt-default": "policyopt, its defaults",
-    "policyopt-tensors": "policyopt, environment of tensors",
-    "peer-zoo": "{peer}, zoo setting",
+    "policyopt-tensors": "policyopt, tensors",
+    "peer-zoo": "{peer}, zoo's setting",
     "peer-ours": "{peer}, policyopt's setting",
-    "sbx-ours": "sbx (JAX), policyopt's setting",
-    "rejax-ours": "rejax (JAX, the environment compiled too), policyopt's setting",
+    "sbx-ours": "sbx, policyopt's setting",
+    "rejax-ours": "rejax, policyopt's setting",
 }
-PEERS = {"PPO": "Stable-Baselines3", "TRPO": "sb3-contrib"}
+PEERS = {"PPO": "SB3", "TRPO": "sb3-contrib"}
 
 
 def run_policyopt(task: Task, kind: str, seed: int, budget: int, mark: Mark) -> int:
@@ -259,14 +259,16 @@ def page(results: dict[str, Any]) -> str:
         "",
         f"{BUDGET:,} environment steps a run, {len(results['seeds'])} seeds "
         f"({results['seeds'][0]}–{results['seeds'][-1]}). Every run is a process of its own with one thread;",
-        "contestants take turns, seed by seed. Times are CPU seconds of the training call.",
+        "contestants take turns, seed by seed. Times are CPU seconds of the training call. *policyopt over it* is the",
+        "ratio of steps per second within a seed.",
         "*Start-up* is a first run of one update, with compiling where there is any. It is in no other column: add it",
         "if you train once.",
         f"*Solved* means that the mean return of the last {WINDOW} training episodes has reached a threshold.",
         "A cell shows the median over seeds and, in brackets, the range.",
         "",
         "Rows with *policyopt's setting* give another library this package's hyper-parameters, as far as it has",
-        "them: they compare the implementations. The *zoo setting* is what",
+        "them: they compare the implementations. SB3 is Stable-Baselines3; sbx is the same in JAX; rejax compiles the",
+        "environment, too. *The zoo's setting* is what",
         "[rl-baselines3-zoo](https://github.com/DLR-RM/rl-baselines3-zoo) recommends for the environment, mostly for",
         "more steps than here.",
         "",
@@ -278,8 +280,7 @@ def page(results: dict[str, Any]) -> str:
             "",
             f"Solved at {task.threshold:g}.".replace("-", "−"),
             "",
-            "| | steps per CPU second | start-up, CPU seconds | CPU seconds until solved "
-            "| environment steps until solved | unsolved seeds | policyopt's steps per second over it |",
+            "| | steps per s | policyopt over it | start-up, s | to solve, s | to solve, steps | unsolved |",
             "|---|---:|---:|---:|---:|---:|---:|",
         ]
         for contestant, rows in runs.items():
@@ -289,18 +290,18 @@ def page(results: dict[str, Any]) -> str:
             told = "–" if contestant.startswith("rejax") else f"{len(rows) - len(solved)} of {len(rows)}"
             label = NAMES[contestant].format(peer=PEERS[task.algorithm])
             rate = spread([row["steps_per_second"] for row in rows], 0)
-            start = spread([row["start_up"] for row in rows])
+            start = f"{np.median([row['start_up'] for row in rows]):.1f}"
             pairs = zip(runs["policyopt"], rows, strict=True)
             faster = [ours["steps_per_second"] / row["steps_per_second"] for ours, row in pairs]
             over = "" if contestant == "policyopt" else f"{spread(faster, 2)} ×"
-            lines.append(f"| {label} | {rate} | {start} | {until} | {steps} | {told} | {over} |")
+            lines.append(f"| {label} | {rate} | {over} | {start} | {until} | {steps} | {told} |")
         lines.append("")
     lines += [
         "## Where the speed comes from, and where it does not",
         "",
         "- CartPole's own vector implementation in Gymnasium steps all copies in a few NumPy calls. Acrobot and",
-        "  Pendulum have none, so their copies are stepped one after another, here as elsewhere; the rows with an",
-        "  environment of tensors hand over the book's own, {py:mod}`policyopt_book.tasks.tensor_envs`.",
+        "  Pendulum have none, so their copies are stepped one after another, here as elsewhere; the rows with",
+        "  *tensors* hand over the book's own, {py:mod}`policyopt_book.tasks.tensor_envs`.",
         "- Values and log-probabilities are computed once per batch, not once per step.",
         "- Many copies and large minibatches: fewer, fuller calls into PyTorch.",
         "- Adam is fused; statistics leave the graph once per minibatch.",
