@@ -1,4 +1,4 @@
-"""Measure DPO, GRPO and generation against TRL and transformers, and write the book's page.
+"""Measure SFT, DPO, GRPO and generation against TRL and transformers, and write the book's page.
 
     python benchmarks/lm.py [--seeds 5] [--device cpu|cuda] [--scales tiny] [--page book/benchmarks-lm.md]
 
@@ -42,21 +42,26 @@ from policyopt_book.studies import processor
 REPOSITORY = Path(__file__).resolve().parent.parent
 RAW = Path(__file__).with_suffix(".json")
 SCALES = {"cpu": ("tiny", "small"), "cuda": ("gpu",)}
-PEERS = {"dpo": "trl", "grpo": "trl", "generation": "transformers"}
+PEERS = {
+    "sft": ["trl"], "dpo": ["trl", "trl-compact"], "grpo": ["trl", "trl-compact"], "generation": ["transformers"],
+}  # fmt: skip
 
-# What both libraries run with. A DPO batch counts pairs; a batch of GRPO and of generation counts prompts.
+# What both libraries run with. A batch of SFT counts completions, one of DPO pairs, of GRPO and of generation prompts.
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {
+        "sft": {"steps": 96, "warm": 6, "batch": 64, "learning_rate": 6e-4},
         "dpo": {"steps": 96, "warm": 6, "batch": 64, "learning_rate": 6e-4, "beta": 0.1},
         "grpo": {"steps": 40, "warm": 3, "batch": 16, "group": 8, "tokens": 64, "learning_rate": 1e-3, "beta": 0.05},
         "generation": {"steps": 16, "warm": 2, "batch": 16, "group": 8, "tokens": 64},
     },
     "small": {
+        "sft": {"steps": 8, "warm": 2, "batch": 16, "learning_rate": 1e-5},
         "dpo": {"steps": 8, "warm": 2, "batch": 8, "learning_rate": 1e-5, "beta": 0.1},
         "grpo": {"steps": 4, "warm": 1, "batch": 4, "group": 8, "tokens": 32, "learning_rate": 1e-5, "beta": 0.05},
         "generation": {"steps": 5, "warm": 1, "batch": 4, "group": 8, "tokens": 32},
     },
     "gpu": {
+        "sft": {"steps": 24, "warm": 4, "batch": 32, "learning_rate": 1e-6},
         "dpo": {"steps": 24, "warm": 4, "batch": 16, "learning_rate": 1e-6, "beta": 0.1},
         "grpo": {"steps": 12, "warm": 2, "batch": 16, "group": 8, "tokens": 128, "learning_rate": 1e-6, "beta": 0.05},
         "generation": {"steps": 8, "warm": 2, "batch": 16, "group": 8, "tokens": 128},
@@ -195,6 +200,11 @@ class Job:
 # --- the data -------------------------------------------------------------------------------------------------
 
 
+def chosen(job: Job, name: str = "pairs") -> list[dict[str, Any]]:
+    """Return the preferred completions as data for SFT."""
+    return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in job.read(name)]
+
+
 def prepare(folder: Path, scale: str) -> None:
     """Write the model and the data that all runs share."""
     import torch
@@ -218,8 +228,9 @@ def prepare(folder: Path, scale: str) -> None:
         pairs += news.preference_pairs(part, texts, seed=start)
     prompts = news.prompt_records(news.make_items(PROMPTS + HELD_OUT, seed=2))
     # No more pairs than there are steps for: the reference's log-probabilities are computed for all of them.
-    dpo = SETTINGS[scale]["dpo"]
-    write("pairs", pairs[: min(PAIRS, dpo["steps"] * dpo["batch"])])
+    dpo, sft = SETTINGS[scale]["dpo"], SETTINGS[scale]["sft"]
+    most = max(s["steps"] * s["batch"] for s in (dpo, sft))
+    write("pairs", pairs[: min(PAIRS, most)])
     write("held-out-pairs", pairs[PAIRS : PAIRS + HELD_OUT])
     write("prompts", prompts[:PROMPTS])
     write("held-out-prompts", prompts[PROMPTS:])
@@ -241,8 +252,7 @@ def policyopt_settings(job: Job) -> dict[str, Any]:
         "updates": s["steps"],
         "batch_size": s["batch"],
         "learning_rate": s["learning_rate"],
-        "beta": s["beta"],
-    }
+    } | ({"beta": s["beta"]} if "beta" in s else {})
     return shared | {"autocast": "bfloat16" if job.cuda else None}
 
 
@@ -257,6 +267,24 @@ def count_prompts(job: Job, model: Any, records: list[dict[str, Any]], each: int
         return each * sum(lengths[i] for i in indices)
 
     return count
+
+
+def policyopt_sft(job: Job) -> dict[str, float]:
+    """Train with :func:`policyopt.lm.sft.train_sft`, on the preferred completions."""
+    from policyopt.lm.sft import SFTConfig, train_sft
+
+    model, records = job.load(), chosen(job)
+    prompts_of, prompt_tokens = count_prompts(job, model, records, 1), 0
+
+    def callback(row: Any) -> None:
+        nonlocal prompt_tokens
+        prompt_tokens += prompts_of(row)
+        meter.mark(row.tokens + prompt_tokens)
+
+    meter = job.meter()
+    config = SFTConfig(**policyopt_settings(job))
+    train_sft(model, records, config, seed=job.seed, callback=callback, progress=False)
+    return meter.figures() | judge_sft(job, model)
 
 
 def policyopt_dpo(job: Job) -> dict[str, float]:
@@ -324,12 +352,47 @@ def trl_settings(job: Job) -> dict[str, Any]:
     s = job.settings
     return {
         "output_dir": str(job.folder / "trl"), "max_steps": s["steps"], "seed": job.seed,
-        "learning_rate": s["learning_rate"], "beta": s["beta"], "lr_scheduler_type": "constant", "weight_decay": 0.0,
+        "learning_rate": s["learning_rate"], "lr_scheduler_type": "constant", "weight_decay": 0.0,
         "adam_beta1": 0.9, "adam_beta2": 0.999, "max_grad_norm": 1.0, "optim": "adamw_torch_fused",
         "gradient_checkpointing": False, "bf16": job.cuda, "use_cpu": not job.cuda, "dataloader_num_workers": 0,
         "dataloader_pin_memory": job.cuda, "report_to": "none", "logging_strategy": "no", "save_strategy": "no",
-        "eval_strategy": "no", "disable_tqdm": True,
+        "eval_strategy": "no", "disable_tqdm": True, **({"beta": s["beta"]} if "beta" in s else {}),
     }  # fmt: skip
+
+
+def trl_sft(job: Job) -> dict[str, float]:
+    """Train with TRL's SFTTrainer."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    tokens = 0
+
+    class Counting(SFTTrainer):  # type: ignore[misc,unused-ignore]
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal tokens
+            tokens += int(inputs["attention_mask"].sum())
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            meter.mark(tokens)
+
+    model, records = job.load(), Dataset.from_list(chosen(job))
+    meter = job.meter()
+    args = SFTConfig(per_device_train_batch_size=job.settings["batch"], max_length=None, **trl_settings(job))
+    trainer = Counting(
+        model.model, args=args, train_dataset=records, processing_class=model.tokenizer, callbacks=[Watch()]
+    )
+    trainer.train()
+    return meter.figures() | judge_sft(job, model)
+
+
+def compact() -> None:
+    """Make TRL's head skip the prompt and the padding, as it does on GPUs."""
+    import trl.trainer.utils
+
+    trl.trainer.utils._use_triton = lambda device: True
 
 
 def trl_dpo(job: Job) -> dict[str, float]:
@@ -431,6 +494,22 @@ def sampled_utility(model: Any, records: list[dict[str, Any]]) -> float:
     )
 
 
+def judge_sft(job: Job, model: Any) -> dict[str, float]:
+    """Return −log π per token of held-out completions; nothing for random weights."""
+    import torch
+
+    from policyopt.lm.log_probs import completion_log_probs
+
+    if job.scale in SHAPES:
+        return {}
+    rows = chosen(job, "held-out-pairs")
+    sequences = model.encode([row["prompt"] for row in rows], [row["completion"] for row in rows])
+    model.model.eval()
+    with torch.no_grad():
+        log_probs = completion_log_probs(model.model, sequences).log_probs
+    return {"held-out loss": float(-log_probs.sum() / sequences.completion_mask.sum())}
+
+
 def judge_dpo(job: Job, model: Any) -> dict[str, float]:
     """Margin and accuracy on held-out pairs, and the true utility of samples; nothing for random weights."""
     import torch
@@ -467,6 +546,8 @@ def judge_grpo(job: Job, model: Any) -> dict[str, float]:
 # --- processes ------------------------------------------------------------------------------------------------
 
 CONTESTANTS = {
+    ("policyopt", "sft"): policyopt_sft,
+    ("trl", "sft"): trl_sft,
     ("policyopt", "dpo"): policyopt_dpo,
     ("trl", "dpo"): trl_dpo,
     ("policyopt", "grpo"): policyopt_grpo,
@@ -484,7 +565,10 @@ def child(job: Job) -> None:
     logging.disable(logging.WARNING)
     if not job.cuda:
         torch.set_num_threads(1)
-    print("\nRESULT " + json.dumps(CONTESTANTS[job.contestant, job.task](job)))
+    library, _, changed = job.contestant.partition("-")
+    if changed:
+        compact()
+    print("\nRESULT " + json.dumps(CONTESTANTS[library, job.task](job)))
 
 
 def measure(job: Job) -> dict[str, Any]:
@@ -515,7 +599,7 @@ def measure(job: Job) -> dict[str, Any]:
 def compare(scale: str, seeds: int) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Run all contestants, seed by seed, and return their figures by task and contestant."""
     runs: dict[str, dict[str, list[Any]]] = {
-        task: {"policyopt": [], peer: []} for task, peer in PEERS.items()
+        task: {name: [] for name in ["policyopt", *peers]} for task, peers in PEERS.items()
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -552,15 +636,17 @@ INTRODUCTION = """# Speed: language models
 
 % Written by benchmarks/lm.py (make bench). Do not edit by hand.
 
-How fast are `train_dpo`, `train_grpo` and the sampler beside [TRL](https://github.com/huggingface/trl), which most
-people would use instead, and beside `transformers.generate`? This page is written by `make bench`.
+How fast are `train_sft`, `train_dpo`, `train_grpo` and the sampler beside
+[TRL](https://github.com/huggingface/trl), which most people would use instead, and beside `transformers.generate`?
+This page is written by `make bench`.
 
 Every run is a process of its own. Contestants take turns, and ratios are formed within a seed. On the CPU each has
 one thread, and seconds are CPU seconds. Tokens are those of prompt and completion of every sequence trained on,
 without padding, counted alike. *Whole call* includes what comes before the first step: tokenising, and the
 reference's log-probabilities. *Memory on top* is the highest memory during the call minus that before it, when
 libraries, model and data were loaded. *True utility* is that of samples for 256 unseen items, drawn by the same
-sampler from both trained models.
+sampler from both trained models. *TRL, compact* is TRL with one line changed: its head skips prompt and padding, as it
+does on GPUs; on a CPU it computes them, in the belief that it will be compiled.
 """
 NOTES = """## What is compared, and what is not
 
@@ -569,7 +655,7 @@ NOTES = """## What is compared, and what is not
   the data and the samples drawn differ.
 - TRL has its best settings here: no gradient checkpointing, no logging, no evaluation, no checkpoints, reference
   log-probabilities precomputed (DPO), no second pass for old log-probabilities (GRPO). Its `padding_free` is
-  switched off in this version, and its fused head skips the prompt on GPUs only. Eager attention and a
+  switched off in this version. Eager attention and a
   static cache changed its speed by at most 6 % when tried; `torch.compile` slowed DPO by a third.
 - TRL computes more statistics in each step (entropy, token accuracy, mean logits) and cannot be told not to.
 - TRL has much that policyopt has not: many more losses, vision models, tools and DeepSpeed. Part of its time
@@ -585,13 +671,19 @@ NOTES = """## What is compared, and what is not
 - Completions that have ended leave the batch that is being sampled.
 - The trainer's loop does little else.
 """
-TASKS = {"dpo": "DPO", "grpo": "GRPO", "generation": "Generation"}
-LABELS = {"policyopt": "policyopt", "trl": "TRL", "transformers": "`transformers.generate`"}
+TASKS = {"sft": "SFT", "dpo": "DPO", "grpo": "GRPO", "generation": "Generation"}
+LABELS = {
+    "policyopt": "policyopt",
+    "trl": "TRL",
+    "trl-compact": "TRL, compact",
+    "transformers": "`transformers.generate`",
+}
 COLUMNS = {
     "tokens_per_second": ("tokens per second", 0),
     "seconds": ("seconds, whole call", 1),
     "memory_growth": ("memory on top, MiB", 0),
     "memory_peak": ("memory of the process, MiB", 0),
+    "held-out loss": ("held-out loss, nats per token", 3),
     "held-out margin": ("held-out margin", 2),
     "held-out accuracy": ("held-out accuracy", 3),
     "utility": ("true utility of samples", 2),
@@ -601,6 +693,11 @@ COLUMNS = {
 def describe(task: str, settings: dict[str, Any]) -> str:
     """Say in one sentence what was run."""
     s = settings
+    if task == "sft":
+        return (
+            f"{s['steps']} steps of {s['batch']} completions, AdamW with a constant learning rate of "
+            f"{s['learning_rate']:g}; the first {s['warm']} steps are not timed."
+        )
     if task == "dpo":
         return (
             f"{s['steps']} steps of {s['batch']} pairs, β = {s['beta']:g}, AdamW with a constant learning rate of "
@@ -633,14 +730,15 @@ def tables(scale: str, part: dict[str, Any]) -> list[str]:
         for contestant, figures in runs.items():
             cells = [spread([row[name] for row in figures], COLUMNS[name][1]) for name in columns]
             lines.append(f"| {LABELS[contestant]} | " + " | ".join(cells) + " |")
-        peer = list(runs)[1]
-        ratios = {
-            name: [a[name] / b[name] for a, b in zip(rows, runs[peer], strict=True)]
-            for name in columns
-            if name in ("tokens_per_second", "seconds", "memory_growth", "memory_peak")
-        }
-        cells = [spread(ratios[name], 2) + " ×" if name in ratios else "" for name in columns]
-        lines += ["| *policyopt over the other* | " + " | ".join(cells) + " |", ""]
+        for peer in list(runs)[1:]:
+            ratios = {
+                name: [a[name] / b[name] for a, b in zip(rows, runs[peer], strict=True)]
+                for name in columns
+                if name in ("tokens_per_second", "seconds", "memory_growth", "memory_peak")
+            }
+            cells = [spread(ratios[name], 2) + " ×" if name in ratios else "" for name in columns]
+            lines.append(f"| *policyopt over {LABELS[peer]}* | " + " | ".join(cells) + " |")
+        lines.append("")
     lines += [
         f"Median (range), number of seeds: {len(rows)}. Measured on {part['date']} on {part['hardware']}. "
         f"Python {part['python']}, {versions}.",
