@@ -33,7 +33,7 @@ from policyopt.lm.data import (
     quote,
 )
 from policyopt.lm.models import LanguageModel
-from policyopt.lm.rewards import _number, settle
+from policyopt.lm.rewards import settle, to_number
 from policyopt.lm.sampling import Samples, collate
 
 __all__ = ["Environment", "MethodTools", "ToolEnvironment", "parse_tool_calls"]
@@ -251,7 +251,7 @@ def _hear(
     fits = isinstance(answer, tuple) and len(answer) == 3
     require(fits, f"{name} must return (messages, done, reward)", quote(answer))
     reply, done, reward = answer
-    value = _number(reward)
+    value = to_number(reward)
     rule = f"{name} must return a finite reward, 0 where there is none"
     require(math.isfinite(value), rule, quote(reward))
     fits = isinstance(done, (bool, np.bool_))

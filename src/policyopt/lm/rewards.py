@@ -179,7 +179,7 @@ def _scores(label: str, result: Any, available: _Columns) -> Tensor:
         error = f"{what} (on a batch of {B} completions{first})"
         raise RuntimeError(error) from result
     values = _values(label, result, B)
-    scores = [_number(value) for value in values]
+    scores = [to_number(value) for value in values]
     for i, score in enumerate(scores):
         if not math.isfinite(score) and values[i] is not None:
             kind = f" ({type(values[i]).__name__})"
@@ -267,7 +267,7 @@ def _values(label: str, result: Any, count: int) -> list[Any]:
     raise ValueError(f"{label} returned {got}; it must return {wanted}")
 
 
-def _number(value: Any) -> float:
+def to_number(value: Any) -> float:
     """Return a number as a float: infinite if float32 cannot hold it, and NaN for what
     is not a number.
     """
