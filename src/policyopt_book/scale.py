@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from policyopt._checks import require
-from policyopt.lm.sharding import _layers
+from policyopt.lm.sharding import decoder_layers
 
 __all__ = ["Share", "Traffic", "model_of_shape", "process_share", "update_traffic"]
 
@@ -91,7 +91,7 @@ def process_share(
     weights = _bytes(everything, shares)
     if strategy == "ddp":
         return Share(weights, weights, 2 * weights, 0, 0)
-    layers = sorted(_bytes(layer.parameters()) for layer in _layers(model))
+    layers = sorted(_bytes(layer.parameters()) for layer in decoder_layers(model))
     root = _bytes(everything) - sum(layers)
     passing = root + sum(layers[-2:])
     whole = passing if synchronize else root + sum(layers)
@@ -140,11 +140,11 @@ def update_traffic(
         )
     others = processes - 1
     whole = others * _bytes(everything, processes)
-    layers = others * sum(
-        _bytes(layer.parameters(), processes) for layer in _layers(model)
-    )
+    sizes = [_bytes(x.parameters(), processes) for x in decoder_layers(model)]
+    layers = others * sum(sizes)
     root = whole - layers
-    again = others * max(_bytes(x.parameters(), processes) for x in _layers(model))
+    # Between two backward passes PyTorch gathers one layer that is not needed yet.
+    again = others * max(sizes)
     # One pass reads the prompt and gives the first token; the last token needs none.
     each = root + new_tokens * layers if synchronize else whole
     return Traffic(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from joint_runs import FSDP2, environments
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 from policyopt.lm import GRPOConfig, SamplingConfig, SFTConfig, TransformersSampler, train_grpo, train_sft
@@ -51,14 +52,9 @@ def sent() -> int:
     return total
 
 
-def work(rank: int, count: int, strategy: str, trainer: str, port: int, answers: Any) -> None:
+def work(environment: dict[str, str], count: int, trainer: str, answers: Any) -> None:
     """One process: train for three updates, and tell what it sent in the last and held."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
-    if strategy == "fsdp2":
-        os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    os.environ.update(environment)
     torch.set_num_threads(1)
     model = LanguageModel(small(), load_model("addition-base", device="cpu").tokenizer)
     seen, held = list[int](), dict[str, int]()
@@ -98,7 +94,7 @@ def work(rank: int, count: int, strategy: str, trainer: str, port: int, answers:
             return [float(i) for i, _ in enumerate(completions)]
 
         train_grpo(model, [{"prompt": "1+1="}] * count, reward, config, **options)
-    answers.put((rank, seen[-1] - seen[-2], held))
+    answers.put((int(environment["RANK"]), seen[-1] - seen[-2], held))
 
 
 @pytest.mark.sweep
@@ -109,11 +105,10 @@ def test_traffic_and_shares_are_what_processes_send_and_hold(
 ) -> None:
     context = mp.get_context("spawn")
     answers = context.Queue()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = [(rank, count, strategy, trainer, port, answers) for rank in range(count)]
-    processes = [context.Process(target=work, args=each, daemon=True) for each in arguments]
+    told = environments(count, **(FSDP2 if strategy == "fsdp2" else {}))
+    processes = [
+        context.Process(target=work, args=(one, count, trainer, answers), daemon=True) for one in told
+    ]
     for process in processes:
         process.start()
     try:

@@ -23,6 +23,7 @@ from policyopt.lm import (
     train_ranking,
 )
 
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 COMMON: dict[str, Any] = {"updates": 3, "batch_size": 4, "learning_rate": 3e-3, "sampling": SHORT}
 WORDS = ["one", "two", "three", "four", "five", "six"]
 
@@ -126,6 +127,16 @@ def serve(connection: Connection, environment: dict[str, str]) -> None:
         connection.send(outcome)
 
 
+def environments(count: int, **more: str) -> list[dict[str, str]]:
+    """What a launcher would tell each of ``count`` processes of this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": port, "OMP_NUM_THREADS": "1", **more}  # fmt: skip
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(count)]
+
+
 class World:
     """Processes that make every run together; they are started by the first."""
 
@@ -135,16 +146,8 @@ class World:
         self.processes: list[Any] = []
 
     def start(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        for rank in range(self.count):
+        for environment in environments(self.count, **self.environment):
             ours, theirs = FORKED.Pipe()
-            environment = {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.count),
-                "LOCAL_WORLD_SIZE": str(self.count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                "OMP_NUM_THREADS": "1", **self.environment,
-            }  # fmt: skip
             process = FORKED.Process(target=serve, args=(theirs, environment), daemon=True)
             process.start()
             theirs.close()

@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from joint_runs import Outcome, Setting, World, run
+from joint_runs import FSDP2, Outcome, Setting, World, run
 
 # Half a minute of processes that wait for one another: run by make sweep-quick.
 pytestmark = pytest.mark.sweep
-
-FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 # With beta = 0 completions without advantage are left out; with beta > 0 they are not.
 SETTINGS = {

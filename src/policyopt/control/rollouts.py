@@ -326,7 +326,7 @@ class Collector:
         """Return the final observations of the copies whose episodes are over."""
         last = self._info.get("final_obs", self._info.get("final_observation"))
         if isinstance(last, Tensor):  # of all copies
-            return to_tensor(last)[over]
+            return last.detach()[over]
         rows = [None if last is None else last[i] for i in over.tolist()]
         rule = f"info of {self.name}, which resets in the same step, must hold"
         remedy = "put the observations before the reset there, or use AutoresetMode"

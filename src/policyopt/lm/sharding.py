@@ -100,7 +100,7 @@ class ShardedNetwork(nn.Module):
         self._skeleton = [empty]
         self.network = network
         mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-        for layer in _layers(network):
+        for layer in decoder_layers(network):
             fully_shard(layer, mesh=mesh)
         fully_shard(self, mesh=mesh)
         # The first forward pass decides what the root is: it must be one through all of
@@ -154,7 +154,7 @@ def _copied(network: nn.Module, weight: Callable[[str, Tensor], Tensor]) -> nn.M
     return copy.deepcopy(network, weights)
 
 
-def _layers(network: nn.Module) -> list[nn.Module]:
+def decoder_layers(network: nn.Module) -> list[nn.Module]:
     """Return the decoder layers: what transformers says must not be split."""
     names: set[str] = set()
     for module in network.modules():

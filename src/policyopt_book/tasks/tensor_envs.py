@@ -49,7 +49,9 @@ class TensorEnv(VectorEnv[Tensor, Tensor, Tensor]):
     (torch.Size([3, 4]), [1.0, 1.0, 1.0], [False, False, False])
     """
 
-    metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
+    metadata: dict[str, Any] = {  # noqa: RUF012
+        "autoreset_mode": AutoresetMode.SAME_STEP
+    }
     id: ClassVar[str]
 
     def __init__(
