@@ -61,6 +61,7 @@ from policyopt.lm import (
     PPOConfig,
     RewardModel,
     SamplingConfig,
+    Sequences,
     TrainingDivergedError,
     TransformersSampler,
     add_lora,
@@ -388,7 +389,7 @@ class Numbered4:
         self.learned: list[Completions] = []
 
     def grade(self, completions: list[str], number: list[int], **columns: Any) -> list[float]:
-        self.drawn = number[::4]
+        self.drawn += number[::4]
         return [float(i % 4) + n if n in self.varied else 7.0 for i, n in enumerate(number)]
 
     def run(self, model: LanguageModel, folder: Path | None = None, **changes: Any) -> Any:
@@ -409,46 +410,81 @@ class Numbered4:
         return self.learned[-1].rewards.view(-1, 4)[:, 0].tolist()
 
 
-def test_oversampling_fills_the_batch_with_groups_that_differ() -> None:
-    task = Numbered4(*range(0, 24, 2))
-    row = task.run(tiny_model(), oversampling=4, updates=1).history[0]
-    assert len(task.drawn) == 12
-    signal = [number for number in task.drawn if number % 2 == 0]
-    assert len(signal) >= 3
+@pytest.mark.parametrize("draws", [4, 8])
+def test_draws_go_on_until_the_batch_is_full_of_groups_that_differ(draws: int) -> None:
+    task = Numbered4(*range(0, 24, 3))
+    row = task.run(tiny_model(), max_draws=draws, updates=1).history[0]
+    signal, last = [number for number in task.drawn if number % 3 == 0], task.drawn[-1]
+    assert len(signal) == 3  # as many are drawn as are missing
+    assert last == signal[-1]
+    assert len(task.drawn) >= 6  # two draws and more
     assert signal != task.drawn[: len(signal)]
     assert task.numbers == signal[:3]
-    assert row.completions == 48
-    assert row.zero_variance == pytest.approx(1 - len(signal) / 12)
+    assert row.completions == 4 * len(task.drawn)
+    assert row.zero_variance == pytest.approx(1 - len(signal) / len(task.drawn))
     batch = task.learned[-1]
     assert batch.rewards.view(-1, 4).diff(dim=1).eq(1).all()  # whole groups, in order
     assert len(batch.sequences.prompt_ids) == 3
     assert row.tokens > int(batch.mask.sum())  # the others cost as much
-    everything = [r for n in task.drawn for r in ((n, n + 1, n + 2, n + 3) if n % 2 == 0 else (7.0,) * 4)]
-    assert row.reward == pytest.approx(sum(everything) / 48)
-    plain = Numbered4(*range(0, 24, 2)).run(tiny_model(), updates=1).history[0]
-    assert plain.completions == 12
+    everything = [r for n in task.drawn for r in ((n, n + 1, n + 2, n + 3) if n % 3 == 0 else (7.0,) * 4)]
+    assert row.reward == pytest.approx(sum(everything) / len(everything))
 
 
-def test_oversampling_takes_equal_groups_where_too_few_differ() -> None:
+def test_a_batch_that_is_full_at_once_is_drawn_once() -> None:
+    for changes in ({"max_draws": 8}, {}):
+        task = Numbered4(*(range(24) if changes else ()))
+        assert task.run(tiny_model(), updates=1, **changes).history[0].completions == 12
+
+
+def test_equal_groups_fill_what_is_missing_after_the_last_draw() -> None:
     task = Numbered4()
-    task.run(tiny_model(), oversampling=2, updates=1)
+    task.run(tiny_model(), max_draws=2, updates=1)
     assert len(task.drawn) == 6
     one = next(iter(task.drawn[3:]))
     task = Numbered4(one)
-    task.run(tiny_model(), oversampling=2, updates=1)
+    task.run(tiny_model(), max_draws=2, updates=1)
     assert task.numbers == [one, 7.0, 7.0]
 
 
-def test_oversampled_runs_go_through_the_data_and_are_taken_up_bit_for_bit(tmp_path: Path) -> None:
-    task, drawn = Numbered4(1, 5, 8), list[int]()
-    whole = task.run(tiny_model(), oversampling=4, updates=2)
+def test_runs_with_several_draws_go_through_the_data_and_are_taken_up_bit_for_bit(tmp_path: Path) -> None:
+    whole = Numbered4(1, 5, 8).run(tiny_model(), max_draws=4, updates=2)
+    task = Numbered4(1, 5, 8)
     for updates in (1, 2):
-        again = Numbered4(1, 5, 8)
-        resumed = again.run(tiny_model(), tmp_path, oversampling=4, updates=updates)
-        drawn += again.drawn
-    assert sorted(drawn) == list(range(24))
+        resumed = task.run(tiny_model(), tmp_path, max_draws=4, updates=updates)
+    assert len({*task.drawn}) == len(task.drawn) > 12
     assert furthest(weights(resumed), weights(whole)) == 0
     assert str(rows(resumed)) == str(rows(whole))
+
+
+def test_joined_batches_are_their_completions_one_after_another() -> None:
+    g = torch.Generator().manual_seed(0)
+
+    def batch(prompts: list[list[int]], completions: list[list[int]], index: list[int]) -> Completions:
+        sequences = Sequences.pad(prompts, completions, index)
+        mask = sequences.completion_mask.clone()
+        mask[:, :1] = False  # what an environment wrote, say
+        sequences = replace(sequences, policy_mask=mask)
+        scores, rewards = torch.rand(mask.shape, generator=g), torch.rand(len(mask), generator=g)
+        return Completions(
+            sequences, mask, rewards=rewards, parts={"a": -rewards}, sampler_log_probs=scores * mask
+        )
+
+    parts = [
+        batch([[1, 2], [3]], [[4], [5, 6], [7]], [1, 0, 1]),
+        batch([[8, 9, 1]], [[2, 3, 4], []], [0, 0]),
+        batch([[5]], [[6]], [0]),
+    ]
+    whole, start = Completions.join(parts), 0
+    assert whole.old_log_probs.numel() == 0
+    for part in parts:
+        again = whole.select(torch.arange(start, start + len(part)))
+        start += len(part)
+        for name in ("mask", "rewards", "sampler_log_probs"):
+            assert torch.equal(getattr(again, name), getattr(part, name)), name
+        for name, mine in vars(again.sequences.select(torch.arange(len(part)))).items():
+            assert torch.equal(mine, getattr(part.sequences, name)), name
+    assert torch.equal(whole.parts["a"], -whole.rewards)
+    assert len(whole) == start
 
 
 def test_cispo_by_name_is_that_of_ones_own() -> None:

@@ -6,13 +6,14 @@ gradient, and hand the object to the loss. Everything else in it is constant.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from policyopt.lm.sequences import Sequences
+from policyopt.lm.sequences import Sequences, widen
 
 __all__ = [
     "Completions", "LabelledCompletions", "Pairs", "RankedGroup", "ScoredPairs",
@@ -93,6 +94,22 @@ class Completions(Tokens):
     """V(s_t) before the first step on this batch, ``[B, T]`` (PPO)."""
     targets: Tensor = field(default_factory=_later)
     """What V(s_t) is fitted to, ``[B, T]`` (PPO)."""
+
+    @staticmethod
+    def join(batches: Sequence[Completions]) -> Completions:
+        """Put batches one after another, padded to the longest completion of all."""
+        if len(batches) == 1:
+            return batches[0]
+        sequences = Sequences.join([batch.sequences for batch in batches])
+        changes: dict[str, Any] = {}
+        for name, value in vars(batches[0]).items():
+            if isinstance(value, Tensor):
+                columns = [getattr(batch, name) for batch in batches]
+                if value.ndim == 2:
+                    columns = [widen(x, sequences.completion_ids) for x in columns]
+                changes[name] = torch.cat(columns)
+        parts = {n: torch.cat([b.parts[n] for b in batches]) for n in batches[0].parts}
+        return replace(batches[0], sequences=sequences, parts=parts, **changes)
 
 
 @dataclass(frozen=True)

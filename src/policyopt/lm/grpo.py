@@ -100,11 +100,11 @@ class GRPOConfig(OnlineConfig):
     """Passes over each batch of completions."""
     minibatches: Count = 1
     """Optimiser steps per pass."""
-    oversampling: Count = 1
-    """Draw so many times ``batch_size`` prompts and learn from the first ``batch_size``
-    whose rewards differ within the group: DAPO's dynamic sampling with a fixed number
-    of draws. (DAPO draws on until the batch is full.) It costs so many times the
-    completions, and in our study of the sums it gained nothing for the same number of
+    max_draws: Count = 1
+    """DAPO's dynamic sampling: draw other prompts in place of those of whose
+    completions all have the same reward, until ``batch_size`` groups vary, but no place
+    more often than this. What is missing then is filled with the first groups that do
+    not vary. In our study of the sums it gained nothing for the same number of
     completions. Each of several processes fills its own share, and ``epochs`` counts
     the prompts that are learned from."""
     importance_cap: AtLeastOne | None = 2.0
@@ -134,7 +134,7 @@ class GRPOUpdate(LMUpdate):
     """
 
     completions: int
-    """Completions sampled in this update. With ``oversampling`` the reward, its
+    """Completions sampled in this update. With ``max_draws`` > 1 the reward, its
     deviation within the groups, tokens, length, finished and entropy are those of all;
     the loss and ``kl`` are of those learned from."""
     reward: float
@@ -349,7 +349,7 @@ def train_grpo(
 
     with run:
         for _ in run.updates():
-            sampled = run.sample()
+            sampled = run.sample_until_full(config.max_draws)
             batch = run.score(run.full(sampled), frozen, old=several_steps)
             groups = batch.rewards.view(-1, config.group_size)
             advantages = group_advantages(groups, config, run.processes.normalize)
@@ -384,13 +384,13 @@ def train_grpo(
             run.tell_sampler()
 
             groups = sampled.rewards.view(-1, config.group_size)
-            equal = (groups == groups[:, :1]).all(dim=1)
             noted = run.sums(statistics, "loss", "clipped", "tokens", "gap")
             loss_sum, clipped, seen, gap = noted
             run.log(
                 **run.summary(sampled), completions=int(run.sum(len(sampled))),
                 gradient_norm=norm, loss=loss_sum,
-                reward_std=run.mean(groups.std(dim=1)), zero_variance=run.mean(equal),
+                reward_std=run.mean(groups.std(dim=1)),
+                zero_variance=run.mean(run.equal_groups(sampled)),
                 kl=run.kl(batch, batch.sampler_log_probs),
                 clip_fraction=clipped / max(seen, 1),
                 ratio_max=run.processes.max(statistics["ratio"].max()) or 1.0,

@@ -106,6 +106,25 @@ class Sequences:
         sequences = Sequences(*left, *right, torch.tensor(index, dtype=torch.long))
         return sequences if device is None else sequences.to(device)
 
+    @staticmethod
+    def join(batches: Sequence[Sequences]) -> Sequences:
+        """Put batches one after another, padded to the longest prompt and the longest
+        completion of all.
+        """
+        L = max(batch.prompt_ids.shape[1] for batch in batches)
+        like = max((b.completion_ids for b in batches), key=lambda ids: ids.shape[1])
+        rows, before = list[tuple[Tensor, ...]](), 0
+        for batch in batches:
+            left = (L - batch.prompt_ids.shape[1], 0)
+            rows.append((
+                pad(batch.prompt_ids, left), pad(batch.prompt_mask, left),
+                widen(batch.completion_ids, like),
+                widen(batch.completion_mask, like), batch.prompt_index + before,
+                widen(batch.policy_mask, like),
+            ))  # fmt: skip
+            before += len(batch.prompt_ids)
+        return Sequences(*map(torch.cat, zip(*rows, strict=True)))
+
     def __len__(self) -> int:
         """Return the number of completions, ``B``."""
         return self.completion_ids.shape[0]

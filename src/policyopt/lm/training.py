@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -157,14 +157,17 @@ class Run(Frame[ConfigT, RowT]):
         """Return the mean of numbers of which each process has as many."""
         return float(self.sum(values.sum())) / (len(values) * self.world)
 
-    def batch(self) -> list[Any]:
-        """Return the items of the data that this process works on in this update."""
-        return [self.items[i] for i in self.batch_numbers()]
+    def batch(self, number: int | None = None) -> list[Any]:
+        """Return the items of the data that this process works on in this update, or
+        those of batch ``number``.
+        """
+        return [self.items[i] for i in self.batch_numbers(number)]
 
-    def batch_numbers(self) -> list[int]:
+    def batch_numbers(self, number: int | None = None) -> list[int]:
         """Return the numbers of these items."""
-        size = self.config.batch_size * getattr(self.config, "oversampling", 1)
-        indices = batch_indices(len(self.items), size, self.update, self.seed)
+        number = self.update if number is None else number
+        size = self.config.batch_size
+        indices = batch_indices(len(self.items), size, number, self.seed)
         share = len(indices) // self.world
         return indices[self.rank * share : (self.rank + 1) * share]
 
@@ -415,8 +418,28 @@ class SamplingRun(Run[ConfigT, RowT]):
         turns = self.config.max_turns if self._environment else 1
         return int(self._sampling.max_new_tokens * turns)
 
-    def sample(self) -> Completions:
-        """Sample completions of this update's prompts, and score them.
+    def sample_until_full(self, draws: int) -> Completions:
+        """Sample completions of a batch of prompts, and again, at most ``draws`` times
+        in all, of others in place of those whose rewards are all equal.
+        """
+        drawn, varied = list[Completions](), 0
+        missing = wanted = self.config.batch_size // self.world
+        for draw in range(draws):
+            # As many batches are set aside for each update: a run that is resumed
+            # need not know how many the updates before it used.
+            drawn.append(self.sample(self.update * draws + draw, missing))
+            varied += int((~self.equal_groups(drawn[-1])).sum())
+            # As many in all processes: they sample together where weights are sharded.
+            missing = int(self.processes.max(torch.tensor(wanted - varied)))
+            if missing <= 0:
+                break
+        return Completions.join(drawn)
+
+    def sample(
+        self, number: int | None = None, prompts: int | None = None
+    ) -> Completions:
+        """Sample completions of this update's prompts, or of the first ``prompts`` of
+        batch ``number``, and score them.
 
         Reward functions get ``completions`` and ``prompts`` (texts or chat messages),
         one entry per completion, the other columns of the data likewise,
@@ -425,19 +448,21 @@ class SamplingRun(Run[ConfigT, RowT]):
         completion is the policy's last message, and ``messages`` are the whole
         conversations.
         """
-        examples, size = self.batch(), self._group
+        number = self.update if number is None else number
+        examples, size = self.batch(number)[:prompts], self._group
+        draw = partial(self._draw, number)
         config: Any = self.config
         rows = [example for example in examples for _ in range(size)]
         columns = {name: [r.columns[name] for r in rows] for name in rows[0].columns}
-        played, number = None, self.rank * len(rows)
+        played, first = None, self.rank * len(rows)
         if self._environment is None:
             contexts = [example.prompt_ids for example in examples]
-            samples = self._draw(contexts, size, 0, number)
+            samples = draw(contexts, size, 0, first)
             texts = sampling.decode_all(self.language_model, samples.sequences)
         else:
             played = play(
-                self._environment, examples, self._draw, self.language_model,
-                config, group_size=size, first_row=number, busiest=self._busiest,
+                self._environment, examples, draw, self.language_model,
+                config, group_size=size, first_row=first, busiest=self._busiest,
             )  # fmt: skip
             samples, texts = played.samples, played.answers
             columns["messages"] = played.messages
@@ -473,18 +498,23 @@ class SamplingRun(Run[ConfigT, RowT]):
         """Keep as many groups as this process learns from: the first whose rewards
         differ, and where these are too few the first of the others.
         """
-        wanted, size = self.config.batch_size // self.world, self._group
-        if len(batch) == wanted * size:
+        size, equal = self._group, self.equal_groups(batch)
+        wanted = self.config.batch_size // self.world
+        if len(equal) == wanted:
             return batch
-        groups = batch.rewards.view(-1, size)
-        kept = (groups == groups[:, :1]).all(1).int().argsort(stable=True)[:wanted]
+        kept = equal.int().argsort(stable=True)[:wanted]
         rows = kept[:, None] * size + torch.arange(size, device=self.device)
         return batch.select(rows.flatten())
 
+    def equal_groups(self, batch: Completions) -> Tensor:
+        """Return which groups have rewards that are all equal, Boolean ``[P]``."""
+        groups = batch.rewards.view(-1, self._group)
+        return (groups == groups[:, :1]).all(1)
+
     def _draw(
-        self, contexts: list[list[int]], size: int, turn: int, first: Any
+        self, number: int, contexts: list[list[int]], size: int, turn: int, first: Any
     ) -> sampling.Samples:
-        seed = derive_seed(self.seed, self.update, 1 << 20, turn)  # in all processes
+        seed = derive_seed(self.seed, number, 1 << 20, turn)  # in all processes
         return self._sampler.sample(
             contexts, size, self._sampling, seed=seed, first_row=first
         )
