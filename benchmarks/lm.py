@@ -4,8 +4,8 @@
 
 Every run is a process of its own; contestants take turns, and each seed begins with the other one, so that a machine
 whose speed drifts slows them alike. Ratios are formed within a seed. On the CPU (one thread) a second is a CPU second;
-on CUDA it is a second. ``--device cpu`` measures two models, the book's ``news-sft`` and a random one of 13 million
-parameters; ``--device cuda`` one, random, with the shape of Qwen2.5-0.5B, under bfloat16 autocast.
+on CUDA it is a second. ``--device cpu`` measures three models, the book's ``news-sft`` and random ones of 13 and 135
+million parameters; ``--device cuda`` one, random, with the shape of Qwen2.5-0.5B, under bfloat16 autocast.
 
 Tokens are those of the real sequences: prompt and completion of every sequence trained on (the completion alone where
 nothing is trained), padding left out, counted alike for both libraries. The clock starts after the first steps, which
@@ -41,7 +41,7 @@ from policyopt_book.studies import processor
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RAW = Path(__file__).with_suffix(".json")
-SCALES = {"cpu": ("tiny", "small"), "cuda": ("gpu",)}
+SCALES = {"cpu": ("tiny", "small", "medium"), "cuda": ("gpu",)}
 PEERS = {
     "sft": ["trl"], "dpo": ["trl", "trl-compact"], "grpo": ["trl", "trl-compact"], "generation": ["transformers"],
 }  # fmt: skip
@@ -60,6 +60,12 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "grpo": {"steps": 4, "warm": 1, "batch": 4, "group": 8, "tokens": 32, "learning_rate": 1e-5, "beta": 0.05},
         "generation": {"steps": 5, "warm": 1, "batch": 4, "group": 8, "tokens": 32},
     },
+    "medium": {
+        "sft": {"steps": 4, "warm": 1, "batch": 8, "learning_rate": 1e-5},
+        "dpo": {"steps": 4, "warm": 1, "batch": 4, "learning_rate": 1e-5, "beta": 0.1},
+        "grpo": {"steps": 3, "warm": 1, "batch": 2, "group": 8, "tokens": 32, "learning_rate": 1e-5, "beta": 0.05},
+        "generation": {"steps": 3, "warm": 1, "batch": 2, "group": 8, "tokens": 32},
+    },
     "gpu": {
         "sft": {"steps": 24, "warm": 4, "batch": 32, "learning_rate": 1e-6},
         "dpo": {"steps": 24, "warm": 4, "batch": 16, "learning_rate": 1e-6, "beta": 0.1},
@@ -72,6 +78,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "small": {
         "model_type": "llama", "vocab_size": 32_000, "hidden_size": 256, "intermediate_size": 688,
         "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 8,
+    },
+    "medium": {
+        "model_type": "llama", "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
     },
     "gpu": {
         "model_type": "qwen2", "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864,
@@ -625,6 +635,11 @@ briefs: about 41 tokens of prompt and 17 of completion.
 
 A Llama with random weights: 256 wide, 6 layers, vocabulary 32,000, 13 M parameters, float32. The data are the same.
 There is nothing to be learned in a few steps, so only speed and memory are compared.
+""",
+    "medium": """## A model of 135 million parameters
+
+A Llama of SmolLM2-135M's shape with random weights: 576 wide, 30 layers, vocabulary 49,152, float32. Again only speed
+and memory are compared.
 """,
     "gpu": """## On a GPU
 
