@@ -64,7 +64,8 @@ RACE = ("policyopt", "peer-ours", "sbx-ours", "rejax-ours", "peer-zoo")
 SWING = {"gamma": 0.99, "gae_lambda": 0.95, "normalize_observations": True, "normalize_rewards": True}
 TASKS = (
     Task(
-        "CartPole-v1", "PPO", 475, {"gamma": 0.98, "gae_lambda": 0.95, "learning_rate": 1e-2},
+        "CartPole-v1", "PPO", 475,
+        {"minibatch_size": 512, "gamma": 0.98, "gae_lambda": 0.95, "learning_rate": 1e-2},
         {"copies": 8, "n_steps": 32, "batch_size": 256, "gae_lambda": 0.8, "gamma": 0.98, "n_epochs": 20,
          "ent_coef": 0.0, "learning_rate": ("falls", 1e-3), "clip_range": ("falls", 0.2)},
         ("policyopt", "policyopt-default", *RACE[1:]),
@@ -123,8 +124,9 @@ def run_policyopt(task: Task, kind: str, seed: int, budget: int, mark: Mark) -> 
 
 def settings_of_ours(task: Task) -> dict[str, Any]:
     """Return this package's settings by the names of Stable-Baselines3."""
-    ours = {"num_envs": 32, "rollout_steps": 64, "minibatch_size": 512, "epochs_per_batch": 4, **task.ours}
-    both = {"copies": ours["num_envs"], "n_steps": ours["rollout_steps"], "batch_size": ours["minibatch_size"],
+    ours = {"num_envs": 32, "rollout_steps": 64, "minibatch_size": 256, "epochs_per_batch": 4, **task.ours}
+    both = {"copies": ours["num_envs"], "n_steps": ours["rollout_steps"],
+            "batch_size": ours.get("critic_minibatch_size", ours["minibatch_size"]),
             "gamma": ours["gamma"], "gae_lambda": ours["gae_lambda"],
             "normalize": (ours.get("normalize_observations", False), ours.get("normalize_rewards", False))}  # fmt: skip
     if task.algorithm == "PPO":
@@ -336,6 +338,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--page", type=Path, default=REPOSITORY / "book" / "benchmarks.md")
     parser.add_argument("--jax", help="a Python with JAX, sbx and rejax")
+    titles = [task.title for task in TASKS]
+    parser.add_argument("--tasks", nargs="+", choices=titles, help="measure these; others keep their figures")
     parser.add_argument("--child", nargs=3, metavar=("CONTESTANT", "TASK", "SEED"))
     options = parser.parse_args()
     if options.child:
@@ -344,8 +348,11 @@ def main() -> None:
     from policyopt_book.studies import processor
 
     seeds = list(range(options.seeds))
-    runs: dict[str, dict[str, list[Any]]] = {}
+    raw = Path(__file__).with_suffix(".json")
+    runs: dict[str, dict[str, list[Any]]] = json.loads(raw.read_text())["runs"] if options.tasks else {}
     for number, task in enumerate(TASKS):
+        if options.tasks and task.title not in options.tasks:
+            continue
         names = [c for c in task.contestants if options.jax or not c.startswith(("sbx", "rejax"))]
         table: dict[str, list[Any]] = {name: [] for name in names}
         runs[task.title] = table
@@ -366,7 +373,7 @@ def main() -> None:
         "seeds": seeds,
         "runs": runs,
     }
-    (Path(__file__).parent / "control.json").write_text(json.dumps(results, indent=1) + "\n")
+    raw.write_text(json.dumps(results, indent=1) + "\n")
     options.page.write_text(page(results))
     print(f"wrote {options.page}")
 

@@ -33,7 +33,7 @@ class PPOConfig(ActorCriticConfig):
 
     epochs_per_batch: Count = 4
     """Passes over each batch."""
-    minibatch_size: Count = 512
+    minibatch_size: Count = 256
     """Steps per gradient step; batches are cut into near-equal pieces of at most this
     size.
     """
