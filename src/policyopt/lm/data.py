@@ -67,6 +67,10 @@ class Limits:
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name} must be >= 1 or None, got {value!r}")
 
+    def chat_options(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the chat template is given besides the messages of a record."""
+        return self.chat_template_kwargs | {"tools": record.get("tools")}
+
 
 @dataclass(frozen=True)
 class Item:
@@ -795,7 +799,7 @@ def _encode(
     ValueError
         If one of them is unusable, or two completions are the same tokens.
     """
-    options = limits.chat_template_kwargs | {"tools": record.get("tools")}
+    options = limits.chat_options(record)
     prompt_ids, before = _first(tokenizer, prompt, options)
     chats = texts and isinstance(prompt, list)
     chat = _Chat(tokenizer, options, prompt, before) if chats else None
@@ -823,7 +827,7 @@ def _all_turns(tokenizer: Tokenizer, limits: Limits, record: Record) -> Example:
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     prompt, template = messages[: turns[0]], str(tokenizer.chat_template)
     message_roles(prompt, "what comes before the assistant's first message")
-    options = limits.chat_template_kwargs | {"tools": record.get("tools")}
+    options = limits.chat_options(record)
     ids, learned, done = list[int](), list[bool](), ""
     if "endgeneration" in template:
         _render(tokenizer, options, messages, False)
