@@ -101,8 +101,8 @@ class Sequences:
             if not 0 <= row < P:
                 what = f"completion {i} continues prompt {row}"
                 raise ValueError(f"{what}, but there are {P} prompts")
-        left = _pad(prompts, pad_id, left=True)
-        right = _pad(completions, pad_id, left=False)
+        left = pad_rows(prompts, pad_id, left=True)
+        right = pad_rows(completions, pad_id, left=False)
         sequences = Sequences(*left, *right, torch.tensor(index, dtype=torch.long))
         return sequences if device is None else sequences.to(device)
 
@@ -151,7 +151,7 @@ def refuse_empty(prompts: Sequence[Sequence[int]]) -> None:
             raise ValueError(f"prompt {i} is empty; begin it with at least one token")
 
 
-def _pad(
+def pad_rows(
     rows: Sequence[Sequence[int]], pad_id: int, *, left: bool
 ) -> tuple[Tensor, Tensor]:
     """Token ids and mask ``[len(rows), length of the longest]``."""
