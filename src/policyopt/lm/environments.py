@@ -21,17 +21,9 @@ import torch
 from torch import Tensor
 
 from policyopt._checks import require
+from policyopt.lm import data
 from policyopt.lm.config import OnlineConfig
-from policyopt.lm.data import (
-    Limits,
-    Message,
-    PromptExample,
-    check_ids,
-    encode_prompt,
-    encode_reply,
-    message_roles,
-    quote,
-)
+from policyopt.lm.data import Limits, Message, PromptExample, quote
 from policyopt.lm.models import LanguageModel
 from policyopt.lm.rewards import settle, to_number
 from policyopt.lm.sampling import Samples, collate
@@ -132,10 +124,10 @@ class _Episode:
         rule = f"{what} must be a list of messages"
         remedy = "return the conversation to begin with, such as row['prompt']"
         require(isinstance(messages, list), rule, quote(messages), remedy)
-        message_roles(messages, what)
+        data.message_roles(messages, what)
         self.messages, ids = [*messages], self.example.prompt_ids
         if messages != self.example.prompt:
-            ids = self._encode(encode_prompt, messages)
+            ids = self._encode(data.encode_prompt, messages)
         self.prompt_ids = ids[-(self.limits.max_prompt_tokens or 0) :]
 
     def speak(self, ids: list[int], log_probs: list[float], whole: bool) -> None:
@@ -157,7 +149,7 @@ class _Episode:
         require(fits, f"{name} must return whether it is done", quote(done))
         self.rewards[-1] = value
         if reply or not done:
-            who = message_roles(reply, f"the messages that {name} returns")
+            who = data.message_roles(reply, f"the messages that {name} returns")
             rule = f"{name} must not return messages of the assistant's"
             require("assistant" not in who, rule, who, "they are the policy's to write")
             self.messages += reply
@@ -165,7 +157,7 @@ class _Episode:
         self.over = bool(done) or not self.whole
         if self.over:
             return
-        ids = self._encode(encode_reply, self.messages[: -len(reply)], reply)
+        ids = self._encode(data.encode_reply, self.messages[: -len(reply)], reply)
         context = (self.limits.context_length or math.inf) - len(self.prompt_ids)
         room = min(context, config.max_episode_tokens or math.inf)
         needed = len(self.ids) + len(ids) + config.sampling.max_new_tokens
@@ -183,7 +175,7 @@ class _Episode:
     def _encode(self, encode: Callable[..., list[int]], *chat: Any) -> list[int]:
         tokenizer, options = self.language_model.tokenizer, self.limits.chat_options
         ids = encode(tokenizer, *chat, **options(self.example.columns))
-        check_ids(tokenizer, ids, self.limits.vocabulary)
+        data.check_ids(tokenizer, ids, self.limits.vocabulary)
         return ids
 
 

@@ -205,7 +205,7 @@ def train_ranking(
                 batch = run.score(batch, frozen, old=False, group=sizes[0])
             above = [_is_above(rewards) for rewards in batch.rewards.split(sizes)]
             pairs = run.sum(torch.cat(above).sum())
-            tokens, norm = run.sum(batch.mask.sum()), 0.0
+            tokens = run.sum(batch.mask.sum())
             statistics = Statistics()
             for rows in run.micro_batches(len(batch), sizes):
                 piece = batch.select(rows)
@@ -225,8 +225,7 @@ def train_ranking(
                     margin=margins.sum(),
                     best=torch.stack([group.log_prob[0] for group in groups]).sum(),
                 )
-            if pairs > 0 or kl_coef > 0:
-                norm = run.descend()
+            norm = run.descend(None if kl_coef > 0 else pairs > 0)
             names = ("loss", "accuracy", "margin", "best")
             loss_sum, right_sum, margin, best = run.sums(statistics, *names)
             count = max(float(pairs), 1.0)
