@@ -15,7 +15,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from itertools import chain, compress, product
 from numbers import Real
 from pathlib import Path
@@ -1008,6 +1008,5 @@ def batch_indices(size: int, batch_size: int, step: int, seed: int) -> list[int]
     rule = "batch_size must be >= 1 and step >= 0"
     require(batch_size >= 1 and step >= 0, rule, (batch_size, step))
     positions = range(step * batch_size, (step + 1) * batch_size)
-    epochs = range(positions[0] // size, positions[-1] // size + 1)
-    orders = {epoch: epoch_order(size, seed, epoch) for epoch in epochs}
-    return [orders[i // size][i % size] for i in positions]
+    order = cache(partial(epoch_order, size, seed))  # of each pass once
+    return [order(i // size)[i % size] for i in positions]

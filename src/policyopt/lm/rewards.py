@@ -217,16 +217,15 @@ def settle(calls: Iterable[Callable[[], Any]]) -> list[Any]:
             results.append(call())
         except Exception as error:
             results.append(error)
-    waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
+
+    async def finish(result: Any) -> Any:
+        return await result if inspect.isawaitable(result) else result
 
     async def together() -> list[Any]:
-        tasks = (results[i] for i in waiting)
-        return await asyncio.gather(*tasks, return_exceptions=True)
+        return await asyncio.gather(*map(finish, results), return_exceptions=True)
 
-    if waiting:
-        done = asyncio.run_coroutine_threadsafe(together(), _loop(os.getpid()))
-        for i, result in zip(waiting, done.result(), strict=True):
-            results[i] = result
+    if any(map(inspect.isawaitable, results)):
+        return asyncio.run_coroutine_threadsafe(together(), _loop(os.getpid())).result()
     return results
 
 
