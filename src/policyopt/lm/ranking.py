@@ -192,6 +192,7 @@ def train_ranking(
         callback=callback, progress=progress, checkpoint_dir=checkpoint_dir,
     )  # fmt: skip
     kl_coef, dpo = getattr(config, "kl_coef", 0.0), getattr(config, "loss", "") == "dpo"
+    reduction: Any = "mean" if config.length_normalized else "sum"
     compared = kl_coef > 0 or dpo or reference is not None
     frozen = run.reference(reference) if compared else None
     objective = check_loss(
@@ -211,7 +212,10 @@ def train_ranking(
                 piece = batch.select(rows)
                 now = run.network(piece.sequences, **run.scoring).log_probs
                 ratio = now - piece.reference_log_probs if dpo else now
-                groups = _groups(piece, ratio, config)
+                scores = sequence_log_prob(ratio, piece.mask, reduction=reduction)
+                counts = torch.bincount(piece.sequences.prompt_index).tolist()
+                parts = scores.split(counts), piece.rewards.split(counts)
+                groups = list(map(RankedGroup, *parts))
                 losses, margins = _untied(groups, objective)
                 total = aggregate(losses, denominator=pairs.clamp(min=1))
                 if kl_coef > 0:
@@ -267,15 +271,6 @@ def _is_above(rewards: Tensor) -> Tensor:
     size = len(rewards)
     better, worse = torch.triu_indices(size, size, 1, device=rewards.device)
     return rewards[better] > rewards[worse]
-
-
-def _groups(
-    piece: Completions, log_probs: Tensor, config: AnyRankingConfig
-) -> list[RankedGroup]:
-    reduction: Any = "mean" if config.length_normalized else "sum"
-    scores = sequence_log_prob(log_probs, piece.mask, reduction=reduction)
-    sizes = torch.bincount(piece.sequences.prompt_index).tolist()
-    return list(map(RankedGroup, scores.split(sizes), piece.rewards.split(sizes)))
 
 
 def _untied(groups: Sequence[RankedGroup], objective: Loss) -> tuple[Tensor, Tensor]:
