@@ -111,10 +111,6 @@ class _Episode:
     finished: bool = False
 
     @property
-    def row(self) -> dict[str, Any]:
-        return {"prompt": self.example.prompt, **self.example.columns}
-
-    @property
     def name(self) -> str:
         return type(self.environment).__name__
 
@@ -222,7 +218,8 @@ def play(
         _Episode(environment(), example, number, language_model, limits)
         for number, example in enumerate(examples, first_row)
     ]
-    starts = _ask("reset", episodes, [episode.row for episode in episodes])
+    rows = [{"prompt": example.prompt, **example.columns} for example in examples]
+    starts = _ask("reset", episodes, rows)
     for episode, messages in zip(episodes, starts, strict=True):
         episode.begin(messages)
     firsts = [e.prompt_ids for e in episodes]
@@ -240,11 +237,11 @@ def play(
         each = shared if turn == 0 else 1
         samples = draw(contexts[::each], each, turn, numbers[::each])
         drawn = samples.sequences
-        rows = zip(
+        spoken = zip(
             active, drawn.completion_ids.tolist(), samples.log_probs.tolist(),
             drawn.lengths.tolist(), samples.finished.tolist(), strict=False,
         )  # fmt: skip
-        for episode, ids, log_probs, length, whole in rows:
+        for episode, ids, log_probs, length, whole in spoken:
             episode.speak(ids[:length], log_probs[:length], whole)
         answers = _ask("step", active, [[*e.messages] for e in active])
         for episode, answer in zip(active, answers, strict=True):

@@ -135,7 +135,7 @@ class Sequences:
         used, index = torch.unique(self.prompt_index[rows], return_inverse=True)
         prompt_mask = self.prompt_mask[used]
         completion_mask = self.completion_mask[rows]
-        L, T = _longest(prompt_mask), _longest(completion_mask)
+        L, T = (int(mask.any(0).sum()) for mask in (prompt_mask, completion_mask))
         first = prompt_mask.shape[1] - L
         return Sequences(
             self.prompt_ids[used][:, first:], prompt_mask[:, first:],
@@ -169,10 +169,6 @@ def widen(values: Tensor, like: Tensor) -> Tensor:
     ``like``, ``[B, T]``.
     """
     return pad(values, (0, like.shape[1] - values.shape[1]))
-
-
-def _longest(mask: Tensor) -> int:
-    return int(mask.sum(1).max()) if mask.numel() else 0
 
 
 def hidden_states(
