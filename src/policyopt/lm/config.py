@@ -95,8 +95,7 @@ class LMConfig(Settings):
 
     def total_updates(self, items: int) -> int:
         """Return the number of updates for a data set of this many items."""
-        passes = math.ceil(self.epochs * items / self.batch_size)
-        return passes if self.updates is None else self.updates
+        return self.updates or math.ceil(self.epochs * items / self.batch_size)
 
     def learning_rate_at(self, update: int, total: int) -> float:
         """Return the learning rate of an update, counted from 0."""

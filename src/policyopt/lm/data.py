@@ -15,7 +15,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from itertools import chain, compress, product
 from numbers import Real
 from pathlib import Path
@@ -66,6 +66,10 @@ class Limits:
         for name, value in vars(self).items():
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name} must be >= 1 or None, got {value!r}")
+
+    def chat_options(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the chat template is given besides the messages of a record."""
+        return self.chat_template_kwargs | {"tools": record.get("tools")}
 
 
 @dataclass(frozen=True)
@@ -795,7 +799,7 @@ def _encode(
     ValueError
         If one of them is unusable, or two completions are the same tokens.
     """
-    options = limits.chat_template_kwargs | {"tools": record.get("tools")}
+    options = limits.chat_options(record)
     prompt_ids, before = _first(tokenizer, prompt, options)
     chats = texts and isinstance(prompt, list)
     chat = _Chat(tokenizer, options, prompt, before) if chats else None
@@ -823,7 +827,7 @@ def _all_turns(tokenizer: Tokenizer, limits: Limits, record: Record) -> Example:
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     prompt, template = messages[: turns[0]], str(tokenizer.chat_template)
     message_roles(prompt, "what comes before the assistant's first message")
-    options = limits.chat_template_kwargs | {"tools": record.get("tools")}
+    options = limits.chat_options(record)
     ids, learned, done = list[int](), list[bool](), ""
     if "endgeneration" in template:
         _render(tokenizer, options, messages, False)
@@ -1004,6 +1008,5 @@ def batch_indices(size: int, batch_size: int, step: int, seed: int) -> list[int]
     rule = "batch_size must be >= 1 and step >= 0"
     require(batch_size >= 1 and step >= 0, rule, (batch_size, step))
     positions = range(step * batch_size, (step + 1) * batch_size)
-    epochs = range(positions[0] // size, positions[-1] // size + 1)
-    orders = {epoch: epoch_order(size, seed, epoch) for epoch in epochs}
-    return [orders[i // size][i % size] for i in positions]
+    order = cache(partial(epoch_order, size, seed))  # of each pass once
+    return [order(i // size)[i % size] for i in positions]

@@ -21,17 +21,9 @@ import torch
 from torch import Tensor
 
 from policyopt._checks import require
+from policyopt.lm import data
 from policyopt.lm.config import OnlineConfig
-from policyopt.lm.data import (
-    Limits,
-    Message,
-    PromptExample,
-    check_ids,
-    encode_prompt,
-    encode_reply,
-    message_roles,
-    quote,
-)
+from policyopt.lm.data import Limits, Message, PromptExample, quote
 from policyopt.lm.models import LanguageModel
 from policyopt.lm.rewards import settle, to_number
 from policyopt.lm.sampling import Samples, collate
@@ -104,6 +96,8 @@ class _Episode:
     environment: Environment
     example: PromptExample
     number: int
+    language_model: LanguageModel
+    limits: Limits
     messages: list[Message] = field(default_factory=list)
     prompt_ids: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
@@ -111,19 +105,74 @@ class _Episode:
     """Which of them the policy chose."""
     log_probs: list[float] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
+    whole: bool = True
+    """Whether the policy's last message ended by itself."""
     over: bool = False
     finished: bool = False
 
     @property
-    def row(self) -> dict[str, Any]:
-        return {"prompt": self.example.prompt, **self.example.columns}
+    def name(self) -> str:
+        return type(self.environment).__name__
 
-    def write(self, ids: list[int], log_probs: list[float] | None = None) -> None:
+    def begin(self, messages: Any) -> None:
+        """Take the conversation that the environment begins with."""
+        what = f"what {self.name}.reset returns"
+        rule = f"{what} must be a list of messages"
+        remedy = "return the conversation to begin with, such as row['prompt']"
+        require(isinstance(messages, list), rule, quote(messages), remedy)
+        data.message_roles(messages, what)
+        self.messages, ids = [*messages], self.example.prompt_ids
+        if messages != self.example.prompt:
+            ids = self._encode(data.encode_prompt, messages)
+        self.prompt_ids = ids[-(self.limits.max_prompt_tokens or 0) :]
+
+    def speak(self, ids: list[int], log_probs: list[float], whole: bool) -> None:
+        """Add a message of the policy's."""
+        self._write(ids, log_probs)
+        self.whole, text = whole, self.language_model.decode(ids)
+        self.messages.append({"role": "assistant", "content": text})
+
+    def hear(self, answer: Any, config: OnlineConfig) -> None:
+        """Take the environment's answer, and see whether the episode goes on."""
+        name = f"{self.name}.step"
+        fits = isinstance(answer, tuple) and len(answer) == 3
+        require(fits, f"{name} must return (messages, done, reward)", quote(answer))
+        reply, done, reward = answer
+        value = to_number(reward)
+        rule = f"{name} must return a finite reward, 0 where there is none"
+        require(math.isfinite(value), rule, quote(reward))
+        fits = isinstance(done, (bool, np.bool_))
+        require(fits, f"{name} must return whether it is done", quote(done))
+        self.rewards[-1] = value
+        if reply or not done:
+            who = data.message_roles(reply, f"the messages that {name} returns")
+            rule = f"{name} must not return messages of the assistant's"
+            require("assistant" not in who, rule, who, "they are the policy's to write")
+            self.messages += reply
+        self.finished = bool(done) and self.whole
+        self.over = bool(done) or not self.whole
+        if self.over:
+            return
+        ids = self._encode(data.encode_reply, self.messages[: -len(reply)], reply)
+        context = (self.limits.context_length or math.inf) - len(self.prompt_ids)
+        room = min(context, config.max_episode_tokens or math.inf)
+        needed = len(self.ids) + len(ids) + config.sampling.max_new_tokens
+        self.over = needed > room
+        if not self.over:
+            self._write(ids)
+
+    def _write(self, ids: list[int], log_probs: list[float] | None = None) -> None:
         """Add what the policy says, or without log-probabilities the environment."""
         self.ids += ids
         self.chosen += [log_probs is not None] * len(ids)
         self.log_probs += log_probs or [0.0] * len(ids)
         self.rewards += [0.0] * len(ids)
+
+    def _encode(self, encode: Callable[..., list[int]], *chat: Any) -> list[int]:
+        tokenizer, options = self.language_model.tokenizer, self.limits.chat_options
+        ids = encode(tokenizer, *chat, **options(self.example.columns))
+        data.check_ids(tokenizer, ids, self.limits.vocabulary)
+        return ids
 
 
 def play(
@@ -166,12 +215,13 @@ def play(
     limits = config.limits(language_model)
     examples = [example for example in examples for _ in range(group_size)]
     episodes = [
-        _Episode(environment(), example, number)
+        _Episode(environment(), example, number, language_model, limits)
         for number, example in enumerate(examples, first_row)
     ]
-    starts = _ask("reset", episodes, [[episode.row] for episode in episodes])
+    rows = [{"prompt": example.prompt, **example.columns} for example in examples]
+    starts = _ask("reset", episodes, rows)
     for episode, messages in zip(episodes, starts, strict=True):
-        _begin(episode, messages, language_model, limits)
+        episode.begin(messages)
     firsts = [e.prompt_ids for e in episodes]
     same = all(ids == firsts[i - i % group_size] for i, ids in enumerate(firsts))
     shared = group_size if same else 1
@@ -186,10 +236,16 @@ def play(
         numbers = [e.number for e in active + idle]
         each = shared if turn == 0 else 1
         samples = draw(contexts[::each], each, turn, numbers[::each])
-        ended = _speak(active, samples, language_model)
-        answers = _ask("step", active, [[[*e.messages]] for e in active])
-        for episode, whole, answer in zip(active, ended, answers, strict=True):
-            _hear(episode, whole, answer, language_model, limits, config)
+        drawn = samples.sequences
+        spoken = zip(
+            active, drawn.completion_ids.tolist(), samples.log_probs.tolist(),
+            drawn.lengths.tolist(), samples.finished.tolist(), strict=False,
+        )  # fmt: skip
+        for episode, ids, log_probs, length, whole in spoken:
+            episode.speak(ids[:length], log_probs[:length], whole)
+        answers = _ask("step", active, [[*e.messages] for e in active])
+        for episode, answer in zip(active, answers, strict=True):
+            episode.hear(answer, config)
     return _collect(episodes, shared, language_model)
 
 
@@ -205,77 +261,6 @@ def check_environment(
     require("messages" not in example.columns, rule, "a column", "rename the column")
     taken = isinstance(functions, Mapping) and "environment" in functions
     require(not taken, "no reward function may be called 'environment'", functions)
-
-
-def _begin(
-    episode: _Episode, messages: Any, language_model: LanguageModel, limits: Limits
-) -> None:
-    what = f"what {_name(episode)}.reset returns"
-    rule = f"{what} must be a list of messages"
-    remedy = "return the conversation to begin with, such as row['prompt']"
-    require(isinstance(messages, list), rule, quote(messages), remedy)
-    message_roles(messages, what)
-    episode.messages, example = [*messages], episode.example
-    ids = example.prompt_ids
-    if messages != example.prompt:
-        tokenizer, options = language_model.tokenizer, _options(episode, limits)
-        ids = encode_prompt(tokenizer, messages, **options)
-        check_ids(tokenizer, ids, limits.vocabulary)
-    episode.prompt_ids = ids[-(limits.max_prompt_tokens or 0) :]
-
-
-def _speak(
-    episodes: Sequence[_Episode], samples: Samples, language_model: LanguageModel
-) -> list[bool]:
-    """Add a message of the policy's to each conversation; tell which are whole."""
-    sequences = samples.sequences
-    rows = zip(episodes, sequences.completion_ids.tolist(), samples.log_probs.tolist(),
-               sequences.lengths.tolist(), strict=False)  # fmt: skip
-    for episode, ids, log_probs, length in rows:
-        episode.write(ids[:length], log_probs[:length])
-        text = language_model.decode(ids[:length])
-        episode.messages.append({"role": "assistant", "content": text})
-    return samples.finished.tolist()[: len(episodes)]
-
-
-def _hear(
-    episode: _Episode,
-    whole: bool,
-    answer: Any,
-    language_model: LanguageModel,
-    limits: Limits,
-    config: OnlineConfig,
-) -> None:
-    """Take an environment's answer, and see whether the episode goes on."""
-    name = f"{_name(episode)}.step"
-    fits = isinstance(answer, tuple) and len(answer) == 3
-    require(fits, f"{name} must return (messages, done, reward)", quote(answer))
-    reply, done, reward = answer
-    value = to_number(reward)
-    rule = f"{name} must return a finite reward, 0 where there is none"
-    require(math.isfinite(value), rule, quote(reward))
-    fits = isinstance(done, (bool, np.bool_))
-    require(fits, f"{name} must return whether it is done", quote(done))
-    episode.rewards[-1] = value
-    if reply or not done:
-        who = message_roles(reply, f"the messages that {name} returns")
-        rule = f"{name} must not return messages of the assistant's"
-        require("assistant" not in who, rule, who, "they are the policy's to write")
-        episode.messages += reply
-    episode.finished = bool(done) and whole
-    episode.over = bool(done) or not whole
-    if episode.over:
-        return
-    tokenizer, options = language_model.tokenizer, _options(episode, limits)
-    before = episode.messages[: -len(reply)]
-    ids = encode_reply(tokenizer, before, reply, **options)
-    check_ids(tokenizer, ids, limits.vocabulary)
-    context = (limits.context_length or math.inf) - len(episode.prompt_ids)
-    room = min(context, config.max_episode_tokens or math.inf)
-    needed = len(episode.ids) + len(ids) + config.sampling.max_new_tokens
-    episode.over = needed > room
-    if not episode.over:
-        episode.write(ids)
 
 
 def _collect(
@@ -298,25 +283,15 @@ def _collect(
     return Episodes(samples, rewards, chats, [said[-1] for said in own])
 
 
-def _options(episode: _Episode, limits: Limits) -> dict[str, Any]:
-    """Return what the chat template is given besides messages."""
-    tools = episode.example.columns.get("tools")
-    return {**limits.chat_template_kwargs, "tools": tools}
-
-
-def _name(episode: _Episode) -> str:
-    return type(episode.environment).__name__
-
-
 def _ask(
-    method: str, episodes: Sequence[_Episode], arguments: Sequence[Sequence[Any]]
+    method: str, episodes: Sequence[_Episode], arguments: Sequence[Any]
 ) -> list[Any]:
     """Call a method of all environments; await those that are coroutines together."""
     calls = zip(episodes, arguments, strict=True)
-    answers = settle(partial(getattr(e.environment, method), *a) for e, a in calls)
+    answers = settle(partial(getattr(e.environment, method), it) for e, it in calls)
     for episode, answer in zip(episodes, answers, strict=True):
         if isinstance(answer, Exception):
-            what = f"{_name(episode)}.{method} raised {type(answer).__name__}: {answer}"
+            what = f"{episode.name}.{method} raised {type(answer).__name__}: {answer}"
             where = f"in turn {sum(m['role'] == 'assistant' for m in episode.messages)}"
             of = f"of the episode for {quote(episode.example.prompt)}"
             raise RuntimeError(f"{what} ({where} {of})") from answer

@@ -48,8 +48,9 @@ class Processes:
         self.count, self.rank = 1, 0
         self._accelerator: Any = None
         self._wants_sharding = False
+        # The network, if its weights are spread or (parallel) each process has all.
         self._sharded: ShardedNetwork | None = None
-        self._network: Any = None
+        self._parallel: Any = None
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return
         from accelerate import Accelerator
@@ -152,13 +153,10 @@ class Processes:
         optimizer = new_optimizer()
         if slots:
             optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
-        if self._sharded is not None:
-            return self._sharded, optimizer
-        if self._accelerator is None:
-            return network, optimizer
-        self._network, optimizer = self._accelerator.prepare(network, optimizer)
-        self.device = self._accelerator.device
-        return self._network, optimizer
+        if self._accelerator is not None and self._sharded is None:
+            self._parallel, optimizer = self._accelerator.prepare(network, optimizer)
+            self.device = self._accelerator.device
+        return self._parallel or self._sharded or network, optimizer
 
     def release(self, language_model: LanguageModel) -> None:
         """Make a sharded network a plain one again, whole and on the CPU."""
@@ -171,15 +169,15 @@ class Processes:
         """Keep the gradients of the block's backward pass to this process for now."""
         # Sharded gradients are added up share by share: a whole one would need the
         # memory that sharding saves.
-        if self._accelerator is None or self._sharded is not None:
+        if self._parallel is None:
             return nullcontext()
-        return self._accelerator.no_sync(self._network)  # type: ignore[no-any-return]
+        return self._accelerator.no_sync(self._parallel)  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a piece's loss to that of all processes."""
         # Data parallelism averages over the processes what must be summed here.
         loss = loss * self.count
-        if self._accelerator is None or self._sharded is not None:
+        if self._parallel is None:
             loss.backward()
         else:
             self._accelerator.backward(loss)
@@ -188,7 +186,7 @@ class Processes:
         """Limit the norm of the gradient; return what it was."""
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         most = limit or math.inf
-        if self._accelerator is None or self._sharded is not None:
+        if self._parallel is None:
             return float(whole(nn.utils.clip_grad_norm_(trained, most)))
         return float(self._accelerator.clip_grad_norm_(trained, most))
 

@@ -192,6 +192,7 @@ def train_ranking(
         callback=callback, progress=progress, checkpoint_dir=checkpoint_dir,
     )  # fmt: skip
     kl_coef, dpo = getattr(config, "kl_coef", 0.0), getattr(config, "loss", "") == "dpo"
+    reduction: Any = "mean" if config.length_normalized else "sum"
     compared = kl_coef > 0 or dpo or reference is not None
     frozen = run.reference(reference) if compared else None
     objective = check_loss(
@@ -205,13 +206,16 @@ def train_ranking(
                 batch = run.score(batch, frozen, old=False, group=sizes[0])
             above = [_is_above(rewards) for rewards in batch.rewards.split(sizes)]
             pairs = run.sum(torch.cat(above).sum())
-            tokens, norm = run.sum(batch.mask.sum()), 0.0
+            tokens = run.sum(batch.mask.sum())
             statistics = Statistics()
             for rows in run.micro_batches(len(batch), sizes):
                 piece = batch.select(rows)
                 now = run.network(piece.sequences, **run.scoring).log_probs
                 ratio = now - piece.reference_log_probs if dpo else now
-                groups = _groups(piece, ratio, config)
+                scores = sequence_log_prob(ratio, piece.mask, reduction=reduction)
+                counts = torch.bincount(piece.sequences.prompt_index).tolist()
+                parts = scores.split(counts), piece.rewards.split(counts)
+                groups = list(map(RankedGroup, *parts))
                 losses, margins = _untied(groups, objective)
                 total = aggregate(losses, denominator=pairs.clamp(min=1))
                 if kl_coef > 0:
@@ -225,8 +229,7 @@ def train_ranking(
                     margin=margins.sum(),
                     best=torch.stack([group.log_prob[0] for group in groups]).sum(),
                 )
-            if pairs > 0 or kl_coef > 0:
-                norm = run.descend()
+            norm = run.descend(None if kl_coef > 0 else pairs > 0)
             names = ("loss", "accuracy", "margin", "best")
             loss_sum, right_sum, margin, best = run.sums(statistics, *names)
             count = max(float(pairs), 1.0)
@@ -268,15 +271,6 @@ def _is_above(rewards: Tensor) -> Tensor:
     size = len(rewards)
     better, worse = torch.triu_indices(size, size, 1, device=rewards.device)
     return rewards[better] > rewards[worse]
-
-
-def _groups(
-    piece: Completions, log_probs: Tensor, config: AnyRankingConfig
-) -> list[RankedGroup]:
-    reduction: Any = "mean" if config.length_normalized else "sum"
-    scores = sequence_log_prob(log_probs, piece.mask, reduction=reduction)
-    sizes = torch.bincount(piece.sequences.prompt_index).tolist()
-    return list(map(RankedGroup, scores.split(sizes), piece.rewards.split(sizes)))
 
 
 def _untied(groups: Sequence[RankedGroup], objective: Loss) -> tuple[Tensor, Tensor]:

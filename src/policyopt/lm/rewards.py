@@ -26,7 +26,7 @@ from torch import Tensor
 
 from policyopt._checks import require
 from policyopt.lm.data import Prompt, quote
-from policyopt.lm.heads import evaluating
+from policyopt.lm.sequences import evaluating, pad_rows
 
 __all__ = [
     "ClassifierReward", "OverlongPenalty", "RewardFunction", "RewardFunctions",
@@ -124,11 +124,9 @@ def compute_rewards(
         total += factor * part.double().nan_to_num(0.0)
     abstained = torch.stack([part.isnan() for part in parts.values()]).all(dim=0)
     for i in abstained.nonzero().flatten().tolist() if given is None else ():
-        got = f"returned None for item {i} ({_item(available, i)})"
-        rule = (
-            "it must return a finite number for every completion that no other scores"
-        )
-        raise ValueError(f"{label(' and '.join(named))} {got}; {rule}")
+        who = f"{label(' and '.join(named))} returned None for item {i}"
+        rule = "must return a finite number for every completion that no other scores"
+        raise ValueError(f"{who} ({_item(available, i)}); it {rule}")
     return Rewards(total.float(), parts)
 
 
@@ -164,10 +162,28 @@ def _by_name(functions: Any) -> dict[str, RewardFunction]:
 def _bound(
     label: str, function: RewardFunction, available: _Columns
 ) -> Callable[[], Any]:
-    """Return a function with the arguments that it takes."""
+    """Return a function with the arguments that its signature takes."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{label} has no readable signature; write {_FORM}") from error
+    parameters = signature.parameters.values()
+    everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    keywords = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = {p.name for p in parameters if p.kind in keywords}
+    if "completions" not in named and not everything:
+        what = f"takes no argument 'completions', its signature is {signature}"
+        raise TypeError(f"{label} {what}; write {_FORM}")
+    for p in parameters:
+        variable = p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        given = p.name in available and p.kind is not p.POSITIONAL_ONLY
+        if p.default is p.empty and not variable and not given:
+            got = f"{p.name!r}, which is not there (there are {', '.join(available)})"
+            remedy = "add the column to the data, or give it a default"
+            raise TypeError(f"{label} requires {got}; {remedy}")
+    accepted = [name for name in available if everything or name in named]
     # Copies: a function that edits its lists does not change what the next one sees.
-    accepted = _accepted(label, function, available)
-    return partial(function, **{key: list(available[key]) for key in accepted})
+    return partial(function, **{name: list(available[name]) for name in accepted})
 
 
 def _scores(label: str, result: Any, available: _Columns) -> Tensor:
@@ -201,16 +217,15 @@ def settle(calls: Iterable[Callable[[], Any]]) -> list[Any]:
             results.append(call())
         except Exception as error:
             results.append(error)
-    waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
+
+    async def finish(result: Any) -> Any:
+        return await result if inspect.isawaitable(result) else result
 
     async def together() -> list[Any]:
-        tasks = (results[i] for i in waiting)
-        return await asyncio.gather(*tasks, return_exceptions=True)
+        return await asyncio.gather(*map(finish, results), return_exceptions=True)
 
-    if waiting:
-        done = asyncio.run_coroutine_threadsafe(together(), _loop(os.getpid()))
-        for i, result in zip(waiting, done.result(), strict=True):
-            results[i] = result
+    if any(map(inspect.isawaitable, results)):
+        return asyncio.run_coroutine_threadsafe(together(), _loop(os.getpid())).result()
     return results
 
 
@@ -224,29 +239,6 @@ def _loop(process: int) -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     Thread(target=loop.run_forever, name="policyopt", daemon=True).start()
     return loop
-
-
-def _accepted(label: str, function: RewardFunction, available: _Columns) -> list[str]:
-    """Return the names of the arguments that the function's signature takes."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{label} has no readable signature; write {_FORM}") from error
-    parameters = signature.parameters.values()
-    everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    keywords = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    named = {p.name for p in parameters if p.kind in keywords}
-    if "completions" not in named and not everything:
-        what = f"takes no argument 'completions', its signature is {signature}"
-        raise TypeError(f"{label} {what}; write {_FORM}")
-    for p in parameters:
-        variable = p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-        given = p.name in available and p.kind is not p.POSITIONAL_ONLY
-        if p.default is p.empty and not variable and not given:
-            got = f"{p.name!r}, which is not there (there are {', '.join(available)})"
-            remedy = "add the column to the data, or give it a default"
-            raise TypeError(f"{label} requires {got}; {remedy}")
-    return [name for name in available if everything or name in named]
 
 
 def _values(label: str, result: Any, count: int) -> list[Any]:
@@ -390,12 +382,9 @@ class ClassifierReward:
         size, scores = self.batch_size if pad >= 0 else 1, list[float]()
         with evaluating(model):
             for start in range(0, len(rows), size):
-                part = rows[start : start + size]
-                full = max(map(len, part))
-                ids = [row + (full - len(row)) * [pad] for row in part]
-                mask = [len(row) * [1] + (full - len(row)) * [0] for row in part]
-                given, there = (torch.tensor(x).to(model.device) for x in (ids, mask))
-                said = model(input_ids=given, attention_mask=there)
+                ids, mask = pad_rows(rows[start : start + size], pad, left=False)
+                ids, mask = ids.to(model.device), mask.long().to(model.device)
+                said = model(input_ids=ids, attention_mask=mask)
                 scores += said.logits[:, self.label].tolist()
         return scores
 

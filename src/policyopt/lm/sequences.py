@@ -101,8 +101,8 @@ class Sequences:
             if not 0 <= row < P:
                 what = f"completion {i} continues prompt {row}"
                 raise ValueError(f"{what}, but there are {P} prompts")
-        left = _pad(prompts, pad_id, left=True)
-        right = _pad(completions, pad_id, left=False)
+        left = pad_rows(prompts, pad_id, left=True)
+        right = pad_rows(completions, pad_id, left=False)
         sequences = Sequences(*left, *right, torch.tensor(index, dtype=torch.long))
         return sequences if device is None else sequences.to(device)
 
@@ -154,7 +154,7 @@ class Sequences:
         used, index = torch.unique(self.prompt_index[rows], return_inverse=True)
         prompt_mask = self.prompt_mask[used]
         completion_mask = self.completion_mask[rows]
-        L, T = _longest(prompt_mask), _longest(completion_mask)
+        L, T = (int(mask.any(0).sum()) for mask in (prompt_mask, completion_mask))
         first = prompt_mask.shape[1] - L
         return Sequences(
             self.prompt_ids[used][:, first:], prompt_mask[:, first:],
@@ -170,7 +170,7 @@ def refuse_empty(prompts: Sequence[Sequence[int]]) -> None:
             raise ValueError(f"prompt {i} is empty; begin it with at least one token")
 
 
-def _pad(
+def pad_rows(
     rows: Sequence[Sequence[int]], pad_id: int, *, left: bool
 ) -> tuple[Tensor, Tensor]:
     """Token ids and mask ``[len(rows), length of the longest]``."""
@@ -188,10 +188,6 @@ def widen(values: Tensor, like: Tensor) -> Tensor:
     ``like``, ``[B, T]``.
     """
     return pad(values, (0, like.shape[1] - values.shape[1]))
-
-
-def _longest(mask: Tensor) -> int:
-    return int(mask.sum(1).max()) if mask.numel() else 0
 
 
 def hidden_states(

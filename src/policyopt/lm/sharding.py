@@ -219,10 +219,9 @@ def gathered(module: nn.Module, *, layers: bool = True) -> Iterator[None]:
         yield
         return
     parts: list[Any] = root.parts() if layers else [root]
-    if layers:
-        for part in parts:
-            part.set_reshard_after_forward(False, recurse=False)
     for part in parts:
+        if layers:
+            part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
     try:
         yield
