@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -426,7 +427,7 @@ GOOD = assistant("one")
         ((user("two"), False), r"Scripted.step must return \(messages, done, reward\)"),
         (
             (user("two"), False, None),
-            "Scripted.step must return a finite reward, 0 where there is none, got 'None'",
+            "Scripted.step must return a finite reward, 0 where there is none, got None",
         ),
         ((user("two"), False, math.nan), "a finite reward"),
         ((user("two"), "no", 0.0), "must return whether it is done"),
@@ -624,6 +625,16 @@ def test_errors_of_a_call_are_told_or_end_the_episode(text: str, told: str) -> N
     assert (done, reward) == (True, 0.0)
     with pytest.raises(ValueError, match="on_error must be 'tell' or 'end', got 'raise'"):
         ToolEnvironment([add], on_error="raise")  # type: ignore[arg-type]
+    for tools, names in (([add, partial(add, 1)], r"\['add', ''\]"), ([add, add], r"\['add', 'add'\]")):
+        with pytest.raises(
+            ValueError, match=f"tools must be functions, each with a name of its own, got {names}"
+        ):
+            ToolEnvironment(tools)  # type: ignore[arg-type]
+    for environment in (ToolEnvironment([add]), MethodTools(Increment())):
+        with pytest.raises(
+            ValueError, match="prompts must be lists of messages where there are tools, got 'one'"
+        ):
+            environment.reset({"prompt": "one", "start": 3})
 
 
 def test_a_form_of_calls_of_ones_own() -> None:

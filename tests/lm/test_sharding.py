@@ -99,6 +99,16 @@ def test_what_is_not_supported_is_refused(
         sharding_requested()
 
 
+def test_mixed_precision_is_refused_without_fsdp_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    assert not sharding_requested()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(
+        ValueError, match="must be launched with --mixed_precision no, got 'fp16'; set autocast="
+    ):
+        sharding_requested()
+
+
 def test_gathering_a_model_that_is_not_sharded_does_nothing() -> None:
     model = tiny_model()
     with gathered(model.model):

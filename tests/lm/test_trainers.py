@@ -906,6 +906,8 @@ def test_the_adaptive_kl_moves_beta_by_its_gain() -> None:
         ),
         (GRPOConfig, {"sampling": SamplingConfig(temperature=0.0)}, "sampling must be of a temperature > 0"),
         (GRPOConfig, {"minibatches": 20, "batch_size": 4}, "minibatches must be <= batch_size"),
+        (GRPOConfig, {"batch_size": 0}, "batch_size must be >= 1"),
+        (OnlineRankingConfig, {"batch_size": 0}, "batch_size must be >= 1"),
         (
             GRPOConfig,
             {"pass_at_k": 2},

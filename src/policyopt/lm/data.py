@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from policyopt._checks import require
+from policyopt._checks import quote, require
 from policyopt.runs import derive_seed
 
 __all__ = ["Prompt", "read_records"]
@@ -212,12 +212,6 @@ def _items(data: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Record]]:
             got = f"{type(record).__name__} {quote(record)}"
             raise ValueError(f"item {i}: must be a dict of columns, got {got}")
         yield f"item {i}", dict(record)
-
-
-def quote(value: object) -> str:
-    """Represent a value in an error message, by at most 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 # --- texts to tokens ---

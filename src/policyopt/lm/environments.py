@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policyopt._checks import require
+from policyopt._checks import quote, require
 from policyopt.lm import data
 from policyopt.lm.config import OnlineConfig
-from policyopt.lm.data import Limits, Message, PromptExample, quote
+from policyopt.lm.data import Limits, Message, PromptExample
 from policyopt.lm.models import LanguageModel
 from policyopt.lm.rewards import settle, to_number
 from policyopt.lm.sampling import Samples, collate
@@ -119,7 +119,7 @@ class _Episode:
         what = f"what {self.name}.reset returns"
         rule = f"{what} must be a list of messages"
         remedy = "return the conversation to begin with, such as row['prompt']"
-        require(isinstance(messages, list), rule, quote(messages), remedy)
+        require(isinstance(messages, list), rule, messages, remedy)
         data.message_roles(messages, what)
         self.messages, ids = [*messages], self.example.prompt_ids
         if messages != self.example.prompt:
@@ -136,13 +136,13 @@ class _Episode:
         """Take the environment's answer, and see whether the episode goes on."""
         name = f"{self.name}.step"
         fits = isinstance(answer, tuple) and len(answer) == 3
-        require(fits, f"{name} must return (messages, done, reward)", quote(answer))
+        require(fits, f"{name} must return (messages, done, reward)", answer)
         reply, done, reward = answer
         value = to_number(reward)
         rule = f"{name} must return a finite reward, 0 where there is none"
-        require(math.isfinite(value), rule, quote(reward))
+        require(math.isfinite(value), rule, reward)
         fits = isinstance(done, (bool, np.bool_))
-        require(fits, f"{name} must return whether it is done", quote(done))
+        require(fits, f"{name} must return whether it is done", done)
         self.rewards[-1] = value
         if reply or not done:
             who = data.message_roles(reply, f"the messages that {name} returns")
@@ -363,7 +363,10 @@ class ToolEnvironment:
         parse: Callable[[str], Sequence[ToolCall]] = parse_tool_calls,
         on_error: Literal["tell", "end"] = "tell",
     ) -> None:
-        self.tools = {tool.__name__: tool for tool in tools}
+        names = [getattr(tool, "__name__", "") for tool in tools]
+        rule = "tools must be functions, each with a name of its own"
+        require(all(names) and len({*names}) == len(names), rule, names)
+        self.tools = dict(zip(names, tools, strict=True))
         rule = "on_error must be 'tell' or 'end'"
         require(on_error in ("tell", "end"), rule, on_error)
         self.parse, self.on_error = parse, on_error
@@ -371,6 +374,8 @@ class ToolEnvironment:
     def reset(self, row: Mapping[str, Any]) -> list[Message]:
         """Begin with the prompt."""
         prompt: list[Message] = row["prompt"]
+        rule = "prompts must be lists of messages where there are tools"
+        require(isinstance(prompt, list), rule, prompt)
         return prompt
 
     def reward(self) -> float:
@@ -420,7 +425,7 @@ class MethodTools(ToolEnvironment):
     def reset(self, row: Mapping[str, Any]) -> list[Message]:
         """Reset the object, and add what it says to the prompt."""
         text = self.instance.reset(**row)
-        *before, last = row["prompt"]
+        *before, last = super().reset(row)
         return [*before, {**last, "content": last["content"] + (text or "")}]
 
     def reward(self) -> float:

@@ -55,7 +55,7 @@ class GRPOConfig(OnlineConfig):
     ``scale_rewards="batch"``. Best-of-n fine-tuning (RAFT): ``baseline="best"``.
     """
 
-    batch_size: int = 16
+    batch_size: Count = 16
     group_size: GroupSize = 8
     """K ≥ 2 completions per prompt."""
     baseline: Literal["group", "leave-one-out", "batch", "best"] = "group"

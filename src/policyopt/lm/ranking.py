@@ -27,7 +27,7 @@ from policyopt.lm.rewards import RewardFunctions
 from policyopt.lm.sampling import Sampler
 from policyopt.lm.training import Run, SamplingRun
 from policyopt.losses import Loss, aggregate, check_loss, item_losses, ranking_loss
-from policyopt.runs import NonNegative, Positive
+from policyopt.runs import Count, NonNegative, Positive
 
 __all__ = ["OnlineRankingConfig", "RankingConfig", "RankingUpdate", "train_ranking"]
 
@@ -46,7 +46,7 @@ class RankingConfig(OfflineConfig):
 class OnlineRankingConfig(OnlineConfig):
     """Settings of :func:`train_ranking` on groups of its own; a batch is of prompts."""
 
-    batch_size: int = 16
+    batch_size: Count = 16
     group_size: GroupSize = 8
     """K ≥ 2 completions per prompt."""
     beta: Positive = 0.1

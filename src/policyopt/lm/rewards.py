@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policyopt._checks import require
-from policyopt.lm.data import Prompt, quote
+from policyopt._checks import quote, require
+from policyopt.lm.data import Prompt
 from policyopt.lm.sequences import evaluating, pad_rows
 
 __all__ = [
@@ -378,7 +378,8 @@ class ClassifierReward:
         for i, row in enumerate(rows):
             rule = f"item {i} must have from 1 to {most} tokens with its prompt"
             require(1 <= len(row) <= most, rule, len(row), "shorten the completions")
-        pad = -1 if config.pad_token_id is None else config.pad_token_id
+        pad = getattr(config, "pad_token_id", None)
+        pad = -1 if pad is None else pad
         size, scores = self.batch_size if pad >= 0 else 1, list[float]()
         with evaluating(model):
             for start in range(0, len(rows), size):

@@ -48,10 +48,14 @@ def sharding_requested() -> bool:
     Raises
     ------
     ValueError
-        If they were launched for what is not supported: FSDP of the first version,
-        offloading, or its own mixed precision.
+        If they were launched for what is not supported: mixed precision other than
+        ``autocast``, FSDP of the first version, or offloading.
     """
     environment = os.environ
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    rule = "the processes must be launched with --mixed_precision no"
+    remedy = "set autocast='bfloat16' in the trainer's config"
+    require(precision == "no", rule, precision, remedy)
     if environment.get("ACCELERATE_USE_FSDP", "").lower() not in _ON:
         return False
     version = environment.get("FSDP_VERSION", "1")
@@ -63,10 +67,6 @@ def sharding_requested() -> bool:
     offload = environment.get("FSDP_OFFLOAD_PARAMS", "").lower()
     rule = "FSDP must be launched with --fsdp_offload_params false"
     require(offload not in _ON, rule, offload)
-    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    rule = "FSDP must be launched with --mixed_precision no"
-    remedy = "set autocast='bfloat16' in the trainer's config"
-    require(precision == "no", rule, precision, remedy)
     # Each process loads the weights itself. With this on, transformers would leave them
     # empty in all but one.
     environment["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
