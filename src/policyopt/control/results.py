@@ -4,7 +4,6 @@ and loaded.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,10 +203,10 @@ def _structure(module: nn.Module) -> tuple[Any, ...]:
 def _algorithm_types(algorithm: str) -> tuple[type[ControlConfig], type[Update]]:
     names = {"reinforce": "Reinforce", "trpo": "TRPO", "ppo": "PPO"}
     require(algorithm in names, f"algorithm must be one of {sorted(names)}", algorithm)
-    # Looked up late: the algorithms' modules import this one.
-    module = importlib.import_module(f"policyopt.control.{algorithm}")
+    from policyopt import control  # late: the algorithms' modules import this one
+
     name = names[algorithm]
-    return getattr(module, f"{name}Config"), getattr(module, f"{name}Update")
+    return getattr(control, f"{name}Config"), getattr(control, f"{name}Update")
 
 
 def _space_tensors(space: gym.Space[Any]) -> dict[str, Tensor]:
