@@ -643,7 +643,9 @@ def _bellman_system(mdp: FiniteMDP, policy: Tensor) -> Tensor:
     """
     transitions = torch.einsum("sa,sat->st", policy, mdp.P)
     if mdp.gamma == 1.0 and mdp.allow_undiscounted:
-        endless = ~_reach_terminal(mdp, transitions.detach() > 0)
+        # The states from which no way leads to a terminal one.
+        edges = transitions.detach() > 0
+        endless = ~_fixed_point(lambda s: s | (edges & s).any(dim=-1), mdp.terminal)
         if endless.any():
             raise ValueError(
                 "gamma = 1, but this policy may go on for ever from states "
@@ -658,13 +660,6 @@ def _fixed_point(change: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
     while not torch.equal(changed := change(states), states):
         states = changed
     return states
-
-
-def _reach_terminal(mdp: FiniteMDP, edges: Tensor) -> Tensor:
-    """States ``[S]`` from which a terminal state can be reached along ``edges`` ``[S,
-    S]``.
-    """
-    return _fixed_point(lambda s: s | (edges & s).any(dim=-1), mdp.terminal)
 
 
 def _endless_states(mdp: FiniteMDP) -> Tensor:
