@@ -18,7 +18,7 @@ from policyopt.checkpoint import optimizer_slots, optimizer_tensors
 from policyopt.control import environments, results
 from policyopt.control.config import build_networks
 from policyopt.control.environments import EnvLike, environment_seed
-from policyopt.control.policies import Critic, Policy, split_mask
+from policyopt.control.policies import Policy, split_mask
 from policyopt.control.results import ConfigT, RowT, TrainResult
 from policyopt.control.rollouts import Collector, Episodes, Rollout
 from policyopt.frame import Frame
@@ -110,8 +110,8 @@ class Run(Frame[ConfigT, RowT]):
         self.policy, self.critic = build_networks(
             *self.spaces, self.config, critic=critic, generator=start, policy=policy
         )
-        for network in self._networks():
-            network.to(self.device)
+        self._networks: Any = results.networks_of(self.policy, self.critic)
+        self._networks.to(self.device)
         self._good = self._snapshot()
         self._scaler = _RewardScaler(self.config.gamma, env.num_envs)
         self.generator = torch.Generator(self.device).manual_seed(seed)
@@ -123,7 +123,7 @@ class Run(Frame[ConfigT, RowT]):
 
     def trainable(self) -> list[nn.Parameter]:
         """Return the parameters of the policy, then those of the critic."""
-        return [p for module in self._networks() for p in module.parameters()]
+        return [p for module in self._networks.values() for p in module.parameters()]
 
     def adam(self, parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Adam:
         """Make the optimiser; a checkpoint holds its moments."""
@@ -180,7 +180,7 @@ class Run(Frame[ConfigT, RowT]):
             raise FloatingPointError("parameters not finite")
         self._good = self._snapshot()
         seen, _ = split_mask(self._rollout.observations)
-        for encoder in {network.encoder for network in self._networks()}:
+        for encoder in {network.encoder for network in self._networks.values()}:
             encoder.update(self._rollout.flat(seen))
 
     def _revert(self, error: BaseException) -> bool:
@@ -193,7 +193,7 @@ class Run(Frame[ConfigT, RowT]):
     def _enter(self) -> None:
         torch.set_num_threads(self.config.cpu_threads)
         if self.config.compile:
-            for network in self._networks():
+            for network in self._networks.values():
                 # The inner network, where there is one: the distribution around it is
                 # plain Python.
                 getattr(network, "network", network).compile()
@@ -222,7 +222,7 @@ class Run(Frame[ConfigT, RowT]):
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         theirs, ours = state.get("task"), environments.describe(self.env)
         require(theirs in (None, ours), f"in this folder env must be {theirs}", ours)
-        results.load_networks(self.policy, self.critic, tensors)
+        results.load_networks(self._networks, tensors)
         self._good = self._snapshot()
         if self._optimizer is not None:
             slots = optimizer_slots(tensors)
@@ -245,9 +245,6 @@ class Run(Frame[ConfigT, RowT]):
         self.generator.manual_seed(fresh)
         self._collector.reset(environment_seed(fresh))
         self._scaler.restart()
-
-    def _networks(self) -> list[Policy | Critic]:
-        return [self.policy] if self.critic is None else [self.policy, self.critic]
 
     def _snapshot(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.trainable()]
