@@ -127,7 +127,7 @@ def read_mask(
     name: str = "action_mask",
     where: str = "in row",
     ignored: NDArray[np.bool_] | None = None,
-) -> NDArray[np.bool_]:
+) -> Tensor:
     """Return a copy of a mask as bool ``[rows, K]``, all True in those to be ignored.
 
     Raises
@@ -150,7 +150,7 @@ def read_mask(
             f"{name} forbids every action{which} {where} {row}; allow at least one, or "
             "end the episode where there is none"
         )
-    return allowed
+    return torch.from_numpy(allowed)
 
 
 class ObservationEncoder(nn.Module):
@@ -518,7 +518,7 @@ class Policy(nn.Module):
             require(self.takes_masks, "action_mask needs a policy that takes it", kind)
             mask = np.array(action_mask)[None] if one else action_mask
             allowed = read_mask(mask, self.action_space, len(values))
-            batch = MaskedObservations(values, move(to_tensor(allowed), device))
+            batch = MaskedObservations(values, allowed.to(device))
         actions = self.to_env(self.act(batch, generator, deterministic=deterministic))
         return first_action(actions) if one else actions
 

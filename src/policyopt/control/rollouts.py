@@ -235,7 +235,7 @@ class Collector:
             values = policies.move(seen, device)
             batch: Observations = values
             if self._masked:
-                masks.append(policies.move(policies.to_tensor(self._mask(t)), device))
+                masks.append(self._mask(t).to(device))
                 batch = MaskedObservations(values, masks[-1])
             action = self.policy.act(batch, self.generator, deterministic=deterministic)
             reward, ended, cut = self._step(action)
@@ -292,7 +292,7 @@ class Collector:
         flags = (policies.to_tensor(end).to(self._place, torch.bool) for end in ends)
         return policies.to_tensor(reward).to(self._place, torch.float32), *flags
 
-    def _mask(self, t: int) -> NDArray[np.bool_]:
+    def _mask(self, t: int) -> Tensor:
         """Which actions each copy may take now, ``[N, K]``; all where it is about to be
         reset, as the action will be ignored.
         """
