@@ -692,7 +692,8 @@ def _ending_policy(mdp: FiniteMDP) -> Tensor:
     usable = torch.ones_like(mdp.terminal)
     while True:
         allowed = ~((mdp.P > 0) & ~usable).any(dim=-1)
-        reached, choice = mdp.terminal.clone(), torch.zeros_like(mdp.R)
+        # The first action, until one is found that leads out.
+        reached, choice = mdp.terminal, greedy_policy(torch.zeros_like(mdp.R))
         while True:
             closer = allowed & ((mdp.P > 0) & reached).any(dim=-1)
             joining = closer.any(dim=-1) & ~reached
@@ -701,7 +702,6 @@ def _ending_policy(mdp: FiniteMDP) -> Tensor:
             choice[joining] = greedy_policy(closer[joining].to(torch.float64))
             reached = reached | joining
         if torch.equal(reached, usable):
-            choice[choice.sum(dim=-1) == 0, 0] = 1.0
             return choice
         usable = reached
 
