@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import gymnasium as gym
 import numpy as np
@@ -179,11 +179,10 @@ class ObservationEncoder(nn.Module):
     def __init__(self, space: gym.Space[Any], *, normalize: bool = False) -> None:
         super().__init__()
         self.shape: Any = tuple(space.shape or ())
+        self.one_hot = isinstance(space, Discrete)
         if isinstance(space, Discrete):
-            self.kind: Literal["one-hot", "flat"] = "one-hot"
             self.features, self.start = int(space.n), int(space.start)
         elif isinstance(space, Box):
-            self.kind = "flat"
             self.features, self.start = math.prod(self.shape), 0
         else:
             raise ValueError(
@@ -196,8 +195,8 @@ class ObservationEncoder(nn.Module):
         if np.issubdtype(space.dtype, np.integer) and isinstance(space, Box):
             largest = np.abs([space.low, space.high], dtype=np.float64).max(initial=0)
             exact = largest <= 2**24
-        self.wide = self.kind == "flat" and not exact
-        self.normalize = normalize and self.kind == "flat"
+        self.wide = not (self.one_hot or exact)
+        self.normalize = normalize and not self.one_hot
         if self.normalize:
             self.mean = nn.Buffer(torch.zeros(self.features))
             self.variance = nn.Buffer(torch.ones(self.features))
@@ -209,15 +208,15 @@ class ObservationEncoder(nn.Module):
     def fits(self, space: gym.Space[Any]) -> bool:
         """Whether observations of this space can be encoded."""
         if isinstance(space, Discrete):
-            wanted = ("one-hot", int(space.n), int(space.start))
-            return (self.kind, self.features, self.start) == wanted
-        return self.kind == "flat" and self.shape == space.shape
+            ours = self.one_hot, self.features, self.start
+            return ours == (True, space.n, space.start)
+        return not self.one_hot and self.shape == space.shape
 
     def forward(self, observations: Tensor) -> Tensor:
         """Map raw observations ``[..., *space.shape]`` to features ``[..., features]``
         (float32).
         """
-        if self.kind == "one-hot":
+        if self.one_hot:
             index = observations.long() - self.start
             return nn.functional.one_hot(index, self.features).float()
         x = observations
