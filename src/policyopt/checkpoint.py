@@ -139,11 +139,11 @@ def optimizer_slots(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor
 
 def rows_to_json(rows: Iterable[DataclassInstance]) -> list[dict[str, Any]]:
     """Turn the rows of a history into records; JSON has no NaN, so it becomes None."""
-    records = [dataclasses.asdict(row) for row in rows]
-    for record in records:
-        nans = [k for k, v in record.items() if isinstance(v, float) and math.isnan(v)]
-        record.update(dict.fromkeys(nans))
-    return records
+    return [
+        # NaN is the only value that differs from itself.
+        {k: v if v == v else None for k, v in dataclasses.asdict(row).items()}
+        for row in rows
+    ]
 
 
 def rows_from_json(

@@ -226,9 +226,7 @@ def normalize(x: Tensor, mask: Tensor | None = None, *, eps: float = 1e-8) -> Te
         return (centred / (centred.std(correction=0) + eps)).view_as(x)
     if not bool(mask.any()):
         raise ValueError("mask selects no entry: there is nothing to normalise")
-    result = torch.zeros_like(x)
-    result[mask] = normalize(x[mask], eps=eps)
-    return result
+    return torch.zeros_like(x).masked_scatter(mask, normalize(x[mask], eps=eps))
 
 
 def _centre(x: Tensor) -> Tensor:
@@ -344,8 +342,7 @@ def pass_at_k_advantages(rewards: Tensor, *, k: int) -> Tensor:
     # Off the first entry: equal rewards give exactly 0.
     own = rewards - rewards[..., :1]
     index = torch.arange(K, device=rewards.device)
-    others = own[..., index.expand(K, K)[index[:, None] != index].view(K, K - 1)]
-    others = others.sort(dim=-1).values
+    others = own[..., (index[:, None] + index[1:]) % K].sort(dim=-1).values
 
     def best(values: Tensor, size: int) -> Tensor:
         # The best of a random set is the j-th lowest in C(j, size − 1) of the sets.

@@ -236,8 +236,7 @@ class Frame(ABC, Generic[ConfigT, RowT]):
         done, total = self.position
         if self._bar is not None:
             self._bar.update(min(done, total) - self._bar.n)
-            shown = {k: getattr(row, k) for k in row.headline}
-            shown = {k: f"{v:.3g}" for k, v in shown.items() if not math.isnan(v)}
+            shown = {k: v for k in row.headline if not math.isnan(v := getattr(row, k))}
             self._bar.set_postfix(shown, refresh=False)
         last = not self.unfinished
         if self._folder is not None and (last or self.update % self._every == 0):

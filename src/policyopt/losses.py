@@ -525,11 +525,10 @@ def dpo_loss(
 
 
 def _log_ratios(
-    chosen: Tensor, rejected: Tensor, *references: Tensor | None
+    chosen: Tensor, rejected: Tensor, first: Tensor | None, second: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return log π/π_ref of both completions; without a reference, log π."""
     check_shapes(chosen_log_prob=chosen, rejected_log_prob=rejected)
-    first, second = references
     if first is None and second is None:
         return chosen, rejected
     if first is None or second is None:
@@ -779,15 +778,13 @@ def aggregate(
         rule = "denominator must be None with reduction='sum'"
         require(denominator is None, rule, denominator, "use reduction='mean'")
         return values.sum()
+    rule = "reduction must be 'mean', 'sequence-mean' or 'sum'"
+    require(reduction in ("mean", "sequence-mean"), rule, reduction)
     count: float | Tensor = values.numel() if mask is None else keep.sum()
     if reduction == "sequence-mean":
         require(values.ndim > 0, "values must be [..., T]", tuple(values.shape))
         lengths = (torch.ones_like(values) if mask is None else keep).sum(dim=-1)
         values, count = values.sum(dim=-1) / lengths.clamp(min=1), (lengths > 0).sum()
-    elif reduction != "mean":
-        raise ValueError(
-            f"reduction must be 'mean', 'sequence-mean' or 'sum', got {reduction!r}"
-        )
     elif mask is None and denominator is None and values.numel() > 0:
         return values.mean()
     if denominator is None and not bool(count > 0):
@@ -864,11 +861,9 @@ def item_losses(
             "loss must return a tensor, or a named tuple or dataclass with a tensor "
             f"in its field 'loss', got {type(returned).__name__}"
         )
-    if items.shape != tuple(shape):
-        raise ValueError(
-            f"loss must return one number per item, shape {tuple(shape)}, got "
-            f"{tuple(items.shape)}; leave the mean to the trainer"
-        )
+    wanted, got = tuple(shape), tuple(items.shape)
+    rule = f"loss must return one number per item, shape {wanted}"
+    require(got == wanted, rule, got, "leave the mean to the trainer")
     if torch.is_grad_enabled() and not items.requires_grad:
         raise ValueError(
             "loss must depend on the policy's parameters, got a tensor without "

@@ -22,6 +22,7 @@ References: Puterman, *Markov Decision Processes*, 1994; Sutton and Barto,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -107,9 +108,8 @@ class FiniteMDP:
             _check_distributions(name, probabilities)
             # float32 input misses a sum of 1 by its rounding, which would show up in
             # every exact result.
-            object.__setattr__(
-                self, name, probabilities / probabilities.sum(dim=-1, keepdim=True)
-            )
+            total = probabilities.sum(dim=-1, keepdim=True)
+            object.__setattr__(self, name, probabilities / total)
         require(0 <= self.gamma <= 1, "gamma must lie in [0, 1]", self.gamma)
         stays = torch.diagonal(self.P, dim1=0, dim2=2).T == 1.0  # [S, A]
         object.__setattr__(self, "terminal", (stays & (self.R == 0.0)).all(dim=1))
@@ -602,16 +602,14 @@ def sample_trajectories(
 # --- Checks and graph arguments ---
 
 
-def _check_distributions(
-    name: str, probabilities: Tensor, tolerance: float = 1e-6
-) -> None:
+def _check_distributions(name: str, probabilities: Tensor) -> None:
     """Raise unless the last dimension holds probability distributions; says where the
     first bad one is.
     """
     smallest = probabilities.min().item()  # NaN if there is one
     require(smallest >= 0, f"{name} must hold probabilities >= 0", smallest)
     total = probabilities.sum(dim=-1)
-    for index in (~((total - 1.0).abs() <= tolerance)).nonzero()[:1].tolist():
+    for index in (~((total - 1.0).abs() <= 1e-6)).nonzero()[:1].tolist():
         got = total[tuple(index)].item()
         raise ValueError(f"{name}{index or ''} must sum to 1, got {got:.10g}")
 
@@ -645,7 +643,9 @@ def _bellman_system(mdp: FiniteMDP, policy: Tensor) -> Tensor:
     """
     transitions = torch.einsum("sa,sat->st", policy, mdp.P)
     if mdp.gamma == 1.0 and mdp.allow_undiscounted:
-        endless = ~_reach_terminal(mdp, transitions.detach() > 0)
+        # The states from which no way leads to a terminal one.
+        edges = transitions.detach() > 0
+        endless = ~_fixed_point(lambda s: s | (edges & s).any(dim=-1), mdp.terminal)
         if endless.any():
             raise ValueError(
                 "gamma = 1, but this policy may go on for ever from states "
@@ -655,16 +655,11 @@ def _bellman_system(mdp: FiniteMDP, policy: Tensor) -> Tensor:
     return torch.eye(len(live), dtype=live.dtype, device=live.device) - mdp.gamma * live
 
 
-def _reach_terminal(mdp: FiniteMDP, edges: Tensor) -> Tensor:
-    """States ``[S]`` from which a terminal state can be reached along ``edges`` ``[S,
-    S]``.
-    """
-    reached = mdp.terminal
-    while True:
-        more = reached | (edges & reached).any(dim=-1)
-        if torch.equal(more, reached):
-            return reached
-        reached = more
+def _fixed_point(change: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
+    """Change a set of states ``[S]`` until it stays as it is."""
+    while not torch.equal(changed := change(states), states):
+        states = changed
+    return states
 
 
 def _endless_states(mdp: FiniteMDP) -> Tensor:
@@ -677,14 +672,12 @@ def _endless_states(mdp: FiniteMDP) -> Tensor:
     probability 1 exactly when C is empty, because the states that a policy visits for
     ever form such a set.
     """
-    possible = mdp.P > 0
-    stay = ~mdp.terminal
-    while True:
-        leaves = (possible & ~stay).any(dim=-1)  # [S, A]
-        less = stay & (~leaves).any(dim=-1)
-        if torch.equal(less, stay):
-            return stay
-        stay = less
+
+    def drop(stay: Tensor) -> Tensor:
+        leaves = ((mdp.P > 0) & ~stay).any(dim=-1)  # [S, A]
+        return stay & (~leaves).any(dim=-1)
+
+    return _fixed_point(drop, ~mdp.terminal)
 
 
 def _ending_policy(mdp: FiniteMDP) -> Tensor:
@@ -699,18 +692,16 @@ def _ending_policy(mdp: FiniteMDP) -> Tensor:
     usable = torch.ones_like(mdp.terminal)
     while True:
         allowed = ~((mdp.P > 0) & ~usable).any(dim=-1)
-        reached, choice = mdp.terminal.clone(), torch.zeros_like(mdp.R)
+        # The first action, until one is found that leads out.
+        reached, choice = mdp.terminal, greedy_policy(torch.zeros_like(mdp.R))
         while True:
             closer = allowed & ((mdp.P > 0) & reached).any(dim=-1)
             joining = closer.any(dim=-1) & ~reached
             if not joining.any():
                 break
-            choice = torch.where(
-                joining[:, None], greedy_policy(closer.to(torch.float64)), choice
-            )
+            choice[joining] = greedy_policy(closer[joining].to(torch.float64))
             reached = reached | joining
         if torch.equal(reached, usable):
-            choice[choice.sum(dim=-1) == 0, 0] = 1.0
             return choice
         usable = reached
 

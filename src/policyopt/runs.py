@@ -69,10 +69,9 @@ class _Fields(type):
     """Makes a config: translates names of the last version, and names a wrong one."""
 
     def __call__(cls: Any, **values: Any) -> Any:
-        for old, new in cls.renamed.items():
-            if old in values:
-                _warn_renamed(cls.__name__, old, new)
-                values[new] = values.pop(old)
+        for old in values.keys() & cls.renamed.keys():
+            _warn_renamed(cls.__name__, old, cls.renamed[old])
+            values[cls.renamed[old]] = values.pop(old)
         known = [f.name for f in dataclasses.fields(cls) if f.init]
         for name in values.keys() - set(known):
             near = [cls.elsewhere[name]] if name in cls.elsewhere else []
@@ -111,8 +110,7 @@ class Settings(metaclass=_Fields):
                 self._check(name, bound.holds(value), bound.text + suffix)
 
     def __getattr__(self, name: str) -> Any:
-        if name in type(self).renamed:
-            new = type(self).renamed[name]
+        if new := self.renamed.get(name):
             _warn_renamed(type(self).__name__, name, new)
             return getattr(self, new)
         raise AttributeError(f"{type(self).__name__} has no field {name!r}")

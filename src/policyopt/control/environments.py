@@ -121,6 +121,7 @@ def make_vector_env(
             "and wrappers, e.g. `lambda: gym.make(...)`"
         )
     require(num_envs >= 1, "num_envs must be >= 1", num_envs)
+    factory: Any = env
     if isinstance(env, (str, EnvSpec)):
         spec = gym.spec(env) if isinstance(env, str) else env
         same = (spec.entry_point, spec.vector_entry_point) == _SAME_TASK
@@ -131,11 +132,8 @@ def make_vector_env(
             return _checked(made), True
         # The passive checker costs more than many environments do; rollouts check what
         # matters.
-        factory: Callable[..., Any] = partial(gym.make, spec, disable_env_checker=True)
-    elif callable(env):
-        factory = env
-    else:
-        raise ValueError(f"{wanted}, got {env!r}")
+        factory = partial(gym.make, spec, disable_env_checker=True)
+    require(callable(factory), wanted, env)
     mode = AutoresetMode.NEXT_STEP
     return SyncVectorEnv([factory] * num_envs, autoreset_mode=mode), True
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import gymnasium as gym
 import numpy as np
@@ -127,7 +127,7 @@ def read_mask(
     name: str = "action_mask",
     where: str = "in row",
     ignored: NDArray[np.bool_] | None = None,
-) -> NDArray[np.bool_]:
+) -> Tensor:
     """Return a copy of a mask as bool ``[rows, K]``, all True in those to be ignored.
 
     Raises
@@ -150,7 +150,7 @@ def read_mask(
             f"{name} forbids every action{which} {where} {row}; allow at least one, or "
             "end the episode where there is none"
         )
-    return allowed
+    return torch.from_numpy(allowed)
 
 
 class ObservationEncoder(nn.Module):
@@ -179,11 +179,10 @@ class ObservationEncoder(nn.Module):
     def __init__(self, space: gym.Space[Any], *, normalize: bool = False) -> None:
         super().__init__()
         self.shape: Any = tuple(space.shape or ())
+        self.one_hot = isinstance(space, Discrete)
         if isinstance(space, Discrete):
-            self.kind: Literal["one-hot", "flat"] = "one-hot"
             self.features, self.start = int(space.n), int(space.start)
         elif isinstance(space, Box):
-            self.kind = "flat"
             self.features, self.start = math.prod(self.shape), 0
         else:
             raise ValueError(
@@ -194,12 +193,10 @@ class ObservationEncoder(nn.Module):
             )
         exact = np.can_cast(space.dtype, np.float32)
         if np.issubdtype(space.dtype, np.integer) and isinstance(space, Box):
-            largest = np.max(
-                np.abs([space.low, space.high], dtype=np.float64), initial=0
-            )
+            largest = np.abs([space.low, space.high], dtype=np.float64).max(initial=0)
             exact = largest <= 2**24
-        self.wide = self.kind == "flat" and not exact
-        self.normalize = normalize and self.kind == "flat"
+        self.wide = not (self.one_hot or exact)
+        self.normalize = normalize and not self.one_hot
         if self.normalize:
             self.mean = nn.Buffer(torch.zeros(self.features))
             self.variance = nn.Buffer(torch.ones(self.features))
@@ -211,15 +208,15 @@ class ObservationEncoder(nn.Module):
     def fits(self, space: gym.Space[Any]) -> bool:
         """Whether observations of this space can be encoded."""
         if isinstance(space, Discrete):
-            wanted = ("one-hot", int(space.n), int(space.start))
-            return (self.kind, self.features, self.start) == wanted
-        return self.kind == "flat" and self.shape == space.shape
+            ours = self.one_hot, self.features, self.start
+            return ours == (True, space.n, space.start)
+        return not self.one_hot and self.shape == space.shape
 
     def forward(self, observations: Tensor) -> Tensor:
         """Map raw observations ``[..., *space.shape]`` to features ``[..., features]``
         (float32).
         """
-        if self.kind == "one-hot":
+        if self.one_hot:
             index = observations.long() - self.start
             return nn.functional.one_hot(index, self.features).float()
         x = observations
@@ -286,8 +283,8 @@ class ImageEncoder(ObservationEncoder):
     def __init__(
         self, space: gym.Space[Any], *, features: int = 256, generator: torch.Generator
     ) -> None:
-        pixels = space.dtype == np.uint8 and len(space.shape or ()) == 3
-        require(pixels, "images must be a Box of uint8 with three dimensions", space)
+        image = space.dtype == np.uint8 and len(space.shape or ()) == 3
+        require(image, "images must be a Box of uint8 with three dimensions", space)
         super().__init__(space)
         self.features = features
         first, middle, last = self.shape
@@ -297,15 +294,13 @@ class ImageEncoder(ObservationEncoder):
         for sizes in pairwise([last if self.channels_last else first, 16, 32, 32]):
             # skip_init: see _mlp.
             conv = nn.utils.skip_init(nn.Conv2d, *sizes, 3, stride=2, padding=1)
+            _init_orthogonal(conv, math.sqrt(2), generator)
             layers += [conv, nn.ReLU()]
-            height, width = (height + 1) // 2, (width + 1) // 2
-        linear = nn.utils.skip_init(nn.Linear, 32 * height * width, features)
+        # Each convolution halves them, rounding up.
+        pixels = math.ceil(height / 8) * math.ceil(width / 8)
+        linear = nn.utils.skip_init(nn.Linear, 32 * pixels, features)
+        _init_orthogonal(linear, math.sqrt(2), generator)
         self.network = nn.Sequential(*layers, nn.Flatten(), linear, nn.ReLU())
-        for name, parameter in self.network.named_parameters():
-            if name.endswith("weight"):
-                nn.init.orthogonal_(parameter, math.sqrt(2), generator=generator)
-            else:
-                nn.init.zeros_(parameter)
 
     def forward(self, observations: Tensor) -> Tensor:
         """Map images ``[..., *space.shape]`` to features ``[..., features]``
@@ -386,6 +381,11 @@ def _cast(x: Tensor, space: gym.Space[Any]) -> Tensor:
     return x.to(torch.from_numpy(np.empty(0, space.dtype)).dtype)
 
 
+def _init_orthogonal(layer: Any, gain: float, generator: torch.Generator) -> None:
+    nn.init.orthogonal_(layer.weight, gain, generator=generator)
+    nn.init.zeros_(layer.bias)
+
+
 def _mlp(
     sizes: Sequence[int],
     activation: str,
@@ -402,8 +402,7 @@ def _mlp(
         # skip_init: the default initialisation would draw from the global generator.
         linear = nn.utils.skip_init(nn.Linear, fan_in, fan_out)
         if orthogonal:
-            nn.init.orthogonal_(linear.weight, gain=gain, generator=generator)
-            nn.init.zeros_(linear.bias)
+            _init_orthogonal(linear, gain, generator)
         else:
             bound = 1 / math.sqrt(fan_in)
             nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5), generator=generator)
@@ -518,7 +517,7 @@ class Policy(nn.Module):
             require(self.takes_masks, "action_mask needs a policy that takes it", kind)
             mask = np.array(action_mask)[None] if one else action_mask
             allowed = read_mask(mask, self.action_space, len(values))
-            batch = MaskedObservations(values, move(to_tensor(allowed), device))
+            batch = MaskedObservations(values, allowed.to(device))
         actions = self.to_env(self.act(batch, generator, deterministic=deterministic))
         return first_action(actions) if one else actions
 
@@ -607,9 +606,9 @@ class GaussianPolicy(Policy):
     ) -> None:
         super().__init__()
         self.encoder, self.network, self.action_space = encoder, network, space
-        finite, bounds = np.finfo(str(space.dtype)), (space.low, space.high)
-        bounded = np.isfinite(space.low) & np.isfinite(space.high)
-        low, high = (np.float64(b.clip(finite.min, finite.max)) for b in bounds)
+        bounded = space.bounded_below & space.bounded_above
+        # In place of infinity the largest number of the space's type.
+        low, high = (np.float64(np.nan_to_num(b)) for b in (space.low, space.high))
         centre = np.where(bounded, low / 2 + high / 2, np.clip(0, low, high))
         half_range = np.where(bounded, high / 2 - low / 2, 1.0)
         # No buffer: float64 holds every bound, and Apple's GPUs do not have it.
@@ -716,8 +715,7 @@ def make_policy(
     if isinstance(action_space, (MultiDiscrete, MultiBinary)):
         outputs = int(choices(action_space).sum())
         return MultiCategoricalPolicy(encoder, action_space, network(outputs))
-    floating = np.issubdtype(action_space.dtype, np.floating)
-    if isinstance(action_space, Box) and floating:
+    if isinstance(action_space, Box) and np.issubdtype(action_space.dtype, np.floating):
         outputs = math.prod(action_space.shape)
         return GaussianPolicy(encoder, action_space, network(outputs), log_std)
     raise ValueError(

@@ -4,7 +4,6 @@ and loaded.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,9 +78,7 @@ class TrainResult(Generic[ConfigT, RowT]):
 
     def cpu(self) -> None:
         """Move the networks to the CPU, in place."""
-        for network in (self.policy, self.critic):
-            if network is not None:
-                network.cpu()
+        networks_of(self.policy, self.critic).cpu()
 
     def save(self, folder: str | Path) -> Path:
         """Write the networks (safetensors) and all the rest (JSON), atomically; return
@@ -130,7 +127,7 @@ class TrainResult(Generic[ConfigT, RowT]):
             observations, actions, config, generator=torch.Generator(),
             critic=any(name.startswith("critic.") for name in tensors),
         )  # fmt: skip
-        load_networks(policy, critic, tensors)
+        load_networks(networks_of(policy, critic), tensors)
         return TrainResult(
             algorithm=identity["algorithm"], environment=identity["environment"],
             num_envs=identity["copies"], seed=identity["seed"], config=config,
@@ -155,9 +152,7 @@ def identity_of(result: TrainResult[Any, Any]) -> dict[str, Any]:
 
 def parts_of(result: TrainResult[Any, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return what a checkpoint holds of a result, as tensors and as JSON."""
-    tensors = {f"policy.{k}": v for k, v in result.policy.state_dict().items()}
-    if result.critic is not None:
-        tensors |= {f"critic.{k}": v for k, v in result.critic.state_dict().items()}
+    tensors = dict(networks_of(result.policy, result.critic).state_dict())
     for name, column in result.episodes.table().items():
         tensors[f"episodes.{name}"] = torch.from_numpy(column)
     built_in = _is_built_in(result)
@@ -181,13 +176,15 @@ def _is_built_in(result: TrainResult[Any, Any]) -> bool:
     return _structure(rebuilt) == _structure(result.policy)
 
 
-def load_networks(
-    policy: Policy, critic: Critic | None, tensors: Mapping[str, Tensor]
-) -> None:
+def networks_of(policy: Policy, critic: Critic | None) -> nn.ModuleDict:
+    """Return the networks that there are by their names in a checkpoint."""
+    return nn.ModuleDict({"policy": policy} | ({"critic": critic} if critic else {}))
+
+
+def load_networks(networks: nn.ModuleDict, tensors: Mapping[str, Tensor]) -> None:
     """Take over the weights and statistics of a checkpoint."""
-    policy.load_state_dict(strip(tensors, "policy."))
-    if critic is not None:
-        critic.load_state_dict(strip(tensors, "critic."))
+    for name, network in networks.items():
+        network.load_state_dict(strip(tensors, f"{name}."))
 
 
 def episodes_of(tensors: Mapping[str, Tensor]) -> Episodes:
@@ -204,10 +201,10 @@ def _structure(module: nn.Module) -> tuple[Any, ...]:
 def _algorithm_types(algorithm: str) -> tuple[type[ControlConfig], type[Update]]:
     names = {"reinforce": "Reinforce", "trpo": "TRPO", "ppo": "PPO"}
     require(algorithm in names, f"algorithm must be one of {sorted(names)}", algorithm)
-    # Looked up late: the algorithms' modules import this one.
-    module = importlib.import_module(f"policyopt.control.{algorithm}")
+    from policyopt import control  # late: the algorithms' modules import this one
+
     name = names[algorithm]
-    return getattr(module, f"{name}Config"), getattr(module, f"{name}Update")
+    return getattr(control, f"{name}Config"), getattr(control, f"{name}Update")
 
 
 def _space_tensors(space: gym.Space[Any]) -> dict[str, Tensor]:

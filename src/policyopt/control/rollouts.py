@@ -34,13 +34,7 @@ from torch import Tensor
 from policyopt._checks import require
 from policyopt.control import environments, policies
 from policyopt.control.environments import EnvLike, environment_seed
-from policyopt.control.policies import (
-    MaskedObservations,
-    Observations,
-    Policy,
-    move,
-    to_tensor,
-)
+from policyopt.control.policies import MaskedObservations, Observations, Policy
 
 __all__ = ["Collector", "Episodes", "Rollout", "sample_episodes"]
 
@@ -236,12 +230,12 @@ class Collector:
         masks: list[Tensor] = []
         finals: list[Any] = []
         for t in range(steps):
-            seen = to_tensor(self._observation)
+            seen = policies.to_tensor(self._observation)
             self._check_discrete(seen)
-            values = move(seen, device)
+            values = policies.move(seen, device)
             batch: Observations = values
             if self._masked:
-                masks.append(move(to_tensor(self._mask(t)), device))
+                masks.append(self._mask(t).to(device))
                 batch = MaskedObservations(values, masks[-1])
             action = self.policy.act(batch, self.generator, deterministic=deterministic)
             reward, ended, cut = self._step(action)
@@ -263,7 +257,7 @@ class Collector:
                 )
         columns = [torch.stack(c) for c in zip(*rows, strict=True)]
         observations, actions, rewards, terminated, truncated, valid = columns
-        after = to_tensor(self._observation)
+        after = policies.to_tensor(self._observation)
         final = torch.cat([after[:0], *finals])
         self._check_discrete(torch.cat([after, final]))
         self._check_finite("observation", observations)
@@ -275,15 +269,15 @@ class Collector:
         late = "action_mask" in self._info and self.policy.takes_masks and not masks
         rule = f'info of {self.name} must hold "action_mask" from the reset on'
         require(not late, rule, "none there")
-        values = move(observations, device)
+        values = policies.move(observations, device)
         states = MaskedObservations(values, torch.stack(masks)) if masks else values
         done = terminated | truncated
         t, n = (done & self._same_step).nonzero().T.to(device)
         return Rollout(
             observations=states, actions=actions, rewards=rewards.to(device),
             terminated=terminated.to(device), truncated=truncated.to(device),
-            valid=valid.to(device), last_observations=move(after, device),
-            final_index=(t, n), final_observations=move(final, device),
+            valid=valid.to(device), last_observations=policies.move(after, device),
+            final_index=(t, n), final_observations=policies.move(final, device),
             episodes=self._close_episodes(rewards, done, valid),
         )  # fmt: skip
 
@@ -295,10 +289,10 @@ class Collector:
             # A copy: the environment may keep it, or change it.
             given = self.policy.to_space(action).to(self._place, copy=True)
         self._observation, reward, *ends, self._info = self.env.step(given)
-        flags = (to_tensor(end).to(self._place, torch.bool) for end in ends)
-        return to_tensor(reward).to(self._place, torch.float32), *flags
+        flags = (policies.to_tensor(end).to(self._place, torch.bool) for end in ends)
+        return policies.to_tensor(reward).to(self._place, torch.float32), *flags
 
-    def _mask(self, t: int) -> NDArray[np.bool_]:
+    def _mask(self, t: int) -> Tensor:
         """Which actions each copy may take now, ``[N, K]``; all where it is about to be
         reset, as the action will be ignored.
         """
@@ -332,7 +326,7 @@ class Collector:
         remedy = "put the observations before the reset there, or use AutoresetMode"
         found = all(row is not None for row in rows)
         require(found, f'{rule} "final_obs"', [*self._info], f"{remedy}.NEXT_STEP")
-        return torch.stack([to_tensor(row) for row in rows])
+        return torch.stack([policies.to_tensor(row) for row in rows])
 
     def _check_float32(self, observations: Tensor, encoder: Any) -> None:
         """Refuse observations whose differences are lost on the way to the network."""

@@ -65,8 +65,7 @@ class Steps:
             # Views: one copy for all of them costs less than one for each.
             part = shuffled.select(slice(int(rows[0]), int(rows[-1]) + 1))
             if normalized:
-                scaled = normalize(part.advantages)
-                part = dataclasses.replace(part, advantages=scaled)
+                part = dataclasses.replace(part, advantages=normalize(part.advantages))
             yield part
 
     def scored(self, distribution: Distribution) -> Self:

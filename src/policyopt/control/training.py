@@ -18,7 +18,7 @@ from policyopt.checkpoint import optimizer_slots, optimizer_tensors
 from policyopt.control import environments, results
 from policyopt.control.config import build_networks
 from policyopt.control.environments import EnvLike, environment_seed
-from policyopt.control.policies import Critic, Policy, split_mask
+from policyopt.control.policies import Policy, split_mask
 from policyopt.control.results import ConfigT, RowT, TrainResult
 from policyopt.control.rollouts import Collector, Episodes, Rollout
 from policyopt.frame import Frame
@@ -93,8 +93,7 @@ class Run(Frame[ConfigT, RowT]):
         self.device = resolve_device(config.device)
         self._threads = torch.get_num_threads()
         self._optimizer: torch.optim.Optimizer | None = None
-        self._episodes: list[Episodes] = []
-        self._episode_count, self._last_returns = 0, list[float]()
+        self._episodes = Episodes.concatenate([])
         self.env, self._owned = environments.make_vector_env(env, config.num_envs)
         try:
             self._build(policy, critic)
@@ -110,8 +109,8 @@ class Run(Frame[ConfigT, RowT]):
         self.policy, self.critic = build_networks(
             *self.spaces, self.config, critic=critic, generator=start, policy=policy
         )
-        for network in self._networks():
-            network.to(self.device)
+        self._networks: Any = results.networks_of(self.policy, self.critic)
+        self._networks.to(self.device)
         self._good = self._snapshot()
         self._scaler = _RewardScaler(self.config.gamma, env.num_envs)
         self.generator = torch.Generator(self.device).manual_seed(seed)
@@ -123,7 +122,7 @@ class Run(Frame[ConfigT, RowT]):
 
     def trainable(self) -> list[nn.Parameter]:
         """Return the parameters of the policy, then those of the critic."""
-        return [p for module in self._networks() for p in module.parameters()]
+        return [p for module in self._networks.values() for p in module.parameters()]
 
     def adam(self, parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Adam:
         """Make the optimiser; a checkpoint holds its moments."""
@@ -149,7 +148,7 @@ class Run(Frame[ConfigT, RowT]):
         collector = self._collector
         rollout = collector.collect(steps) if steps else collector.collect_episodes()
         self._rollout = rollout  # for the encoder, once the update is made
-        self._note(rollout.episodes)
+        self._episodes = Episodes.concatenate([self._episodes, rollout.episodes])
         return self._scaler(rollout) if self.config.normalize_rewards else rollout
 
     def result(self) -> TrainResult[ConfigT, RowT]:
@@ -158,7 +157,7 @@ class Run(Frame[ConfigT, RowT]):
             algorithm=self.algorithm, environment=self.name, seed=self.seed,
             num_envs=self.env.num_envs, config=self.config, policy=self.policy,
             critic=self.critic, history=self.history, stop_reason=self.stop_reason,
-            episodes=Episodes.concatenate(self._episodes), seconds=self.seconds,
+            episodes=self._episodes, seconds=self.seconds,
             steps=self._collector.steps, spaces=self.spaces,
             reward_statistics=self._scaler.statistics,
         )  # fmt: skip
@@ -166,21 +165,17 @@ class Run(Frame[ConfigT, RowT]):
     # --- what the frame asks for ---
 
     def _common(self, **fields: Any) -> dict[str, Any]:
-        mean = float(np.mean(self._last_returns)) if self._last_returns else math.nan
-        counts = {"steps": self._collector.steps, "episodes": self._episode_count}
+        last = self._episodes.returns[-20:]
+        mean = float(last.mean()) if len(last) else math.nan
+        counts = {"steps": self._collector.steps, "episodes": len(self._episodes)}
         return {**counts, "return_mean": mean, **fields}
-
-    def _note(self, episodes: Episodes) -> None:
-        self._episodes.append(episodes)
-        self._episode_count += len(episodes)
-        self._last_returns = [*self._last_returns, *episodes.returns.tolist()][-20:]
 
     def _recorded(self) -> None:
         if not bool(torch.isfinite(nn.utils.get_total_norm(self.trainable()))):
             raise FloatingPointError("parameters not finite")
         self._good = self._snapshot()
         seen, _ = split_mask(self._rollout.observations)
-        for encoder in {network.encoder for network in self._networks()}:
+        for encoder in {network.encoder for network in self._networks.values()}:
             encoder.update(self._rollout.flat(seen))
 
     def _revert(self, error: BaseException) -> bool:
@@ -193,7 +188,7 @@ class Run(Frame[ConfigT, RowT]):
     def _enter(self) -> None:
         torch.set_num_threads(self.config.cpu_threads)
         if self.config.compile:
-            for network in self._networks():
+            for network in self._networks.values():
                 # The inner network, where there is one: the distribution around it is
                 # plain Python.
                 getattr(network, "network", network).compile()
@@ -222,7 +217,7 @@ class Run(Frame[ConfigT, RowT]):
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         theirs, ours = state.get("task"), environments.describe(self.env)
         require(theirs in (None, ours), f"in this folder env must be {theirs}", ours)
-        results.load_networks(self.policy, self.critic, tensors)
+        results.load_networks(self._networks, tensors)
         self._good = self._snapshot()
         if self._optimizer is not None:
             slots = optimizer_slots(tensors)
@@ -234,7 +229,7 @@ class Run(Frame[ConfigT, RowT]):
             saved = self._optimizer.state_dict() | {"state": slots}
             self._optimizer.load_state_dict(saved)
         self._scaler.statistics = tuple(state["reward_statistics"])
-        self._note(results.episodes_of(tensors))
+        self._episodes = results.episodes_of(tensors)
         self._collector.steps = state["steps"]
 
     def _saved(self) -> None:
@@ -245,9 +240,6 @@ class Run(Frame[ConfigT, RowT]):
         self.generator.manual_seed(fresh)
         self._collector.reset(environment_seed(fresh))
         self._scaler.restart()
-
-    def _networks(self) -> list[Policy | Critic]:
-        return [self.policy] if self.critic is None else [self.policy, self.critic]
 
     def _snapshot(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.trainable()]
