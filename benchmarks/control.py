@@ -82,7 +82,7 @@ TASKS = (
         "Acrobot-v1", "PPO", -100,
         {"num_envs": 16, "rollout_steps": 128, "minibatch_size": 256, "epochs_per_batch": 10, **SWING},
         {"copies": 16, "n_steps": 256, "gamma": 0.99, "gae_lambda": 0.94, "n_epochs": 4, "normalize": (True, True)},
-        ("policyopt", "policyopt-tensors", *RACE[1:]),
+        ("policyopt", "policyopt-vector", *RACE[1:]),
     ),
     Task(
         "Pendulum-v1", "PPO", -250,
@@ -90,13 +90,13 @@ TASKS = (
          "gae_lambda": 0.95, "normalize_observations": False, "normalize_rewards": True},
         {"copies": 4, "n_steps": 1024, "gae_lambda": 0.95, "gamma": 0.9, "n_epochs": 10, "ent_coef": 0.0,
          "learning_rate": 1e-3, "clip_range": 0.2, "use_sde": True, "sde_sample_freq": 4},
-        ("policyopt", "policyopt-tensors", *RACE[1:]),
+        ("policyopt", "policyopt-vector", *RACE[1:]),
     ),
 )  # fmt: skip
 NAMES = {
     "policyopt": "policyopt",
     "policyopt-default": "policyopt, its defaults",
-    "policyopt-tensors": "policyopt, tensors",
+    "policyopt-vector": "policyopt, vector environment",
     "peer-zoo": "{peer}, zoo's setting",
     "peer-ours": "{peer}, policyopt's setting",
     "sbx-ours": "sbx, policyopt's setting",
@@ -116,8 +116,8 @@ def run_policyopt(task: Task, kind: str, seed: int, budget: int, mark: Mark) -> 
     settings = {} if kind == "default" else task.ours
     config = getattr(control, f"{task.algorithm}Config")(total_steps=budget, device="cpu", **settings)
     env: Any = task.env
-    if kind == "tensors":
-        env = getattr(tensor_envs, task.env.partition("-")[0])(config.num_envs)
+    if kind == "vector":
+        env = getattr(tensor_envs, task.env.partition("-")[0])(config.num_envs, device="numpy")
     train = getattr(control, f"train_{task.algorithm.lower()}")
     return int(train(env, config, seed=seed, callback=callback, progress=False).steps)
 
@@ -302,8 +302,8 @@ def page(results: dict[str, Any]) -> str:
         "## Where the speed comes from, and where it does not",
         "",
         "- CartPole's own vector implementation in Gymnasium steps all copies in a few NumPy calls. Acrobot and",
-        "  Pendulum have none, so their copies are stepped one after another, here as elsewhere; the rows with",
-        "  *tensors* hand over the book's own, {py:mod}`policyopt_book.tasks.tensor_envs`.",
+        "  Pendulum have none, so their copies are stepped one after another, here as elsewhere; the rows with a",
+        "  *vector environment* hand over the book's own, {py:mod}`policyopt_book.tasks.tensor_envs`, in NumPy.",
         "- Values and log-probabilities are computed once per batch, not once per step.",
         "- Many copies and large minibatches: fewer, fuller calls into PyTorch.",
         "- Adam is fused; statistics leave the graph once per minibatch.",
