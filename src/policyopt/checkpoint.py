@@ -139,18 +139,20 @@ def optimizer_slots(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor
 
 def rows_to_json(rows: Iterable[DataclassInstance]) -> list[dict[str, Any]]:
     """Turn the rows of a history into records; JSON has no NaN, so it becomes None."""
-    return [
-        # NaN is the only value that differs from itself.
-        {k: v if v == v else None for k, v in dataclasses.asdict(row).items()}
-        for row in rows
-    ]
+    # NaN is the only value that differs from itself.
+    return [_exchange(dataclasses.asdict(r), lambda v: v != v, None) for r in rows]
 
 
 def rows_from_json(
     row_type: Callable[..., RowT], records: Iterable[dict[str, Any]]
 ) -> list[RowT]:
     """Undo :func:`rows_to_json`."""
-    return [
-        row_type(**{k: math.nan if v is None else v for k, v in record.items()})
-        for record in records
-    ]
+    missing = [_exchange(r, lambda v: v is None, math.nan) for r in records]
+    return [row_type(**record) for record in missing]
+
+
+def _exchange(value: Any, old: Callable[[Any], bool], new: Any) -> Any:
+    """Put something else in the place of some values, in dictionaries too."""
+    if isinstance(value, dict):
+        return {k: _exchange(v, old, new) for k, v in value.items()}
+    return new if old(value) else value

@@ -357,17 +357,16 @@ def train_seeds(
 
 def _run(run: Callable[..., ResultT], seed: int) -> ResultT:
     try:
-        return run(seed=seed, progress=False)
+        result = run(seed=seed, progress=False)
     except TrainingDivergedError as error:
-        return error.result  # type: ignore[no-any-return]
+        result = error.result
+    if callable(move := getattr(result, "cpu", None)):
+        move()  # tensors of a GPU could not outlive a process of their own
+    return result
 
 
 def _run_pickled(job: bytes) -> bytes:
-    run, seed = pickle.loads(job)
-    result = _run(run, seed)
-    if callable(getattr(result, "cpu", None)):
-        result.cpu()  # tensors of a GPU could not outlive this process
-    return cloudpickle.dumps(result)  # type: ignore[no-any-return]
+    return cloudpickle.dumps(_run(*pickle.loads(job)))  # type: ignore[no-any-return]
 
 
 def _context() -> multiprocessing.context.BaseContext:

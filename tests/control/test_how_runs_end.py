@@ -8,9 +8,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
-from control_runs import PPO, TRAINERS, Point, clipped, parameters, ppo, surrogate, trpo, with_config
+from control_runs import PPO, TRAINERS, Point, clipped, on, parameters, ppo, surrogate, trpo, with_config
 from torch import Tensor
 
 from policyopt.control import Steps, TrainingDivergedError, make_policy, train_ppo
@@ -160,3 +162,27 @@ def test_a_learning_rate_beyond_reason_diverges_and_says_so() -> None:
         match=r"seed 0, \d+ of 600 steps.*lower learning rate or normalize_rewards=True",
     ):
         with_config(ppo, learning_rate=1e30, max_gradient_norm=None)()
+
+
+class OneStep(gym.Env[Any, Any]):
+    """Every episode is over after one step."""
+
+    observation_space = gym.spaces.Box(-1, 1, (2,))
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        return np.ones(2, np.float32), float(action), True, False, {}
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("train", [ppo, trpo], ids=["ppo", "trpo"])
+def test_a_rollout_of_resets_alone_is_passed_over(train: Any, scaled: bool) -> None:
+    """With one row of one copy every second rollout holds nothing but a reset."""
+    changes = {"num_envs": 1, "rollout_steps": 1, "total_steps": 20, "normalize_rewards": scaled}
+    result = with_config(on(train, OneStep), **changes)(seed=0)
+    assert result.steps == len(result.episodes) == len(result.history) == 20
+    assert all(p.isfinite().all() for p in result.policy.parameters())

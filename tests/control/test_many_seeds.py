@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,6 +67,16 @@ def test_seeds_in_turn() -> None:
     results = train_seeds(ppo, seeds=2, workers=1, progress=False)
     assert [result.seed for result in results] == [0, 1]
     assert_same_run(results[1], ppo(seed=1))
+
+
+def test_results_are_moved_to_the_cpu_also_in_turn() -> None:
+    moved: list[int] = []
+
+    def run(*, seed: int, progress: bool) -> SimpleNamespace:
+        return SimpleNamespace(cpu=lambda: moved.append(seed))
+
+    train_seeds(run, seeds=2, workers=1, progress=False)
+    assert moved == [0, 1]
 
 
 def test_ctrl_c_stops_all_seeds() -> None:

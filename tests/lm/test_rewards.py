@@ -9,9 +9,11 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -236,7 +238,7 @@ def test_one_function_must_have_an_opinion() -> None:
         score(never)
 
 
-def test_the_history_has_the_mean_of_what_was_scored() -> None:
+def test_the_history_has_the_mean_of_what_was_scored(tmp_path: Path) -> None:
     seen: list[list[float | None]] = []
 
     def brief(completions: list[str]) -> list[float | None]:
@@ -248,8 +250,13 @@ def test_the_history_has_the_mean_of_what_was_scored() -> None:
 
     config = GRPOConfig(updates=2, batch_size=4, group_size=4, sampling=SamplingConfig(max_new_tokens=6))
     functions = {"zero": lambda completions: [0.0] * len(completions), "brief": brief, "never": never}
-    result = train_grpo(tiny_model(), [{"prompt": "one two"}] * 4, functions, config, progress=False)
-    for row, values in zip(result.history, seen, strict=True):
+    data = [{"prompt": "one two"}] * 4
+    result = train_grpo(tiny_model(), data, functions, config, progress=False, checkpoint_dir=tmp_path)
+    longer = train_grpo(
+        tiny_model(), data, functions, replace(config, updates=3), progress=False, checkpoint_dir=tmp_path
+    )
+    assert str(longer.history[:2]) == str(result.history[:])
+    for row, values in zip(longer.history, seen, strict=True):
         given = [value for value in values if value is not None]
         assert 0 < len(given) < len(values)
         assert row.rewards["brief"] == pytest.approx(sum(given) / len(given))

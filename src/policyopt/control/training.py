@@ -147,6 +147,8 @@ class Run(Frame[ConfigT, RowT]):
         """
         collector = self._collector
         rollout = collector.collect(steps) if steps else collector.collect_episodes()
+        while not rollout.valid.any():  # every row was a reset
+            rollout = collector.collect(1)
         self._rollout = rollout  # for the encoder, once the update is made
         self._episodes = Episodes.concatenate([self._episodes, rollout.episodes])
         return self._scaler(rollout) if self.config.normalize_rewards else rollout
