@@ -93,7 +93,8 @@ class Run(Frame[ConfigT, RowT]):
         self.device = resolve_device(config.device)
         self._threads = torch.get_num_threads()
         self._optimizer: torch.optim.Optimizer | None = None
-        self._episodes = Episodes.concatenate([])
+        self._episodes: list[Episodes] = []
+        self._episode_count, self._last_returns = 0, list[float]()
         self.env, self._owned = environments.make_vector_env(env, config.num_envs)
         try:
             self._build(policy, critic)
@@ -150,7 +151,7 @@ class Run(Frame[ConfigT, RowT]):
         while not rollout.valid.any():  # every row was a reset
             rollout = collector.collect(1)
         self._rollout = rollout  # for the encoder, once the update is made
-        self._episodes = Episodes.concatenate([self._episodes, rollout.episodes])
+        self._note(rollout.episodes)
         return self._scaler(rollout) if self.config.normalize_rewards else rollout
 
     def result(self) -> TrainResult[ConfigT, RowT]:
@@ -159,7 +160,7 @@ class Run(Frame[ConfigT, RowT]):
             algorithm=self.algorithm, environment=self.name, seed=self.seed,
             num_envs=self.env.num_envs, config=self.config, policy=self.policy,
             critic=self.critic, history=self.history, stop_reason=self.stop_reason,
-            episodes=self._episodes, seconds=self.seconds,
+            episodes=Episodes.concatenate(self._episodes), seconds=self.seconds,
             steps=self._collector.steps, spaces=self.spaces,
             reward_statistics=self._scaler.statistics,
         )  # fmt: skip
@@ -167,10 +168,14 @@ class Run(Frame[ConfigT, RowT]):
     # --- what the frame asks for ---
 
     def _common(self, **fields: Any) -> dict[str, Any]:
-        last = self._episodes.returns[-20:]
-        mean = float(last.mean()) if len(last) else math.nan
-        counts = {"steps": self._collector.steps, "episodes": len(self._episodes)}
+        mean = float(np.mean(self._last_returns)) if self._last_returns else math.nan
+        counts = {"steps": self._collector.steps, "episodes": self._episode_count}
         return {**counts, "return_mean": mean, **fields}
+
+    def _note(self, episodes: Episodes) -> None:
+        self._episodes.append(episodes)
+        self._episode_count += len(episodes)
+        self._last_returns = [*self._last_returns, *episodes.returns.tolist()][-20:]
 
     def _recorded(self) -> None:
         if not bool(torch.isfinite(nn.utils.get_total_norm(self.trainable()))):
@@ -231,7 +236,7 @@ class Run(Frame[ConfigT, RowT]):
             saved = self._optimizer.state_dict() | {"state": slots}
             self._optimizer.load_state_dict(saved)
         self._scaler.statistics = tuple(state["reward_statistics"])
-        self._episodes = results.episodes_of(tensors)
+        self._note(results.episodes_of(tensors))
         self._collector.steps = state["steps"]
 
     def _saved(self) -> None:
