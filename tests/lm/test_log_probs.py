@@ -267,6 +267,33 @@ def test_autocast() -> None:
     assert weight.grad.dtype == torch.float32
 
 
+def test_under_autocast_the_weight_gradient_is_never_rounded_to_16_bits() -> None:
+    """257 has nine bits, of which bfloat16 keeps eight."""
+    weight, hidden = torch.zeros(2, 1, requires_grad=True), torch.full((257, 1), 2.0)
+    bias = torch.zeros(2, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        targets = torch.zeros(257, dtype=torch.long)
+        log_probs, _ = chunked_log_probs(linear(weight, bias), hidden, targets, chunk_size=1)
+    log_probs.sum().backward()
+    assert weight.grad is not None
+    assert bias.grad is not None
+    assert weight.grad.flatten().tolist() == [257.0, -257.0]
+    assert bias.grad.tolist() == [128.5, -128.5]
+
+
+def test_the_gradient_of_a_large_16_bit_weight_is_added_up_in_pieces() -> None:
+    """They are all of it, the last and shorter one too."""
+    size = 3 * 2**16 + 5  # 2²² numbers are 2¹⁷ rows: a piece and a half
+    hidden, targets = torch.randn(4, 32), torch.tensor([0, 2**17 - 1, 2**17, size - 1])
+    weight = torch.zeros(size, 32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        log_probs, _ = chunked_log_probs(linear(weight), hidden, targets, chunk_size=2)
+    log_probs.sum().backward()
+    assert weight.grad is not None
+    wanted = (-hidden.sum(0) / size).repeat(size, 1).index_add(0, targets, hidden)
+    torch.testing.assert_close(weight.grad, wanted, rtol=0.02, atol=2e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

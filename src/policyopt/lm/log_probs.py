@@ -183,8 +183,7 @@ def chunked_log_probs(
     if len(hidden) <= size:
         result = score(head(hidden), targets)
     elif plain is not None:
-        weight = plain.weight.to(dtype)
-        bias = None if plain.bias is None else plain.bias.to(dtype)
+        weight, bias = plain.weight, plain.bias
         if not (weight.requires_grad or (bias is not None and bias.requires_grad)):
             slopes = _ones  # how log p changes with the state is then all there is
         apply: _Apply = _Recomputed.apply
@@ -267,6 +266,9 @@ class _Recomputed(torch.autograd.Function):
         score: Callable[[Tensor, Tensor], tuple[Tensor, ...]], size: int,
         slopes: _Slopes | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
+        # Cast here, so that the gradients need not go through the narrower type.
+        ctx.dtype, weight = weight.dtype, weight.to(hidden.dtype)
+        bias = None if bias is None else bias.to(hidden.dtype)
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.score, ctx.size = score, size
         slopes = slopes if any(ctx.needs_input_grad) else None
@@ -302,6 +304,9 @@ def _in_chunks(
     grad_hidden = torch.empty_like(hidden) if needs[0] else None
     grad_weight = torch.zeros_like(weight, dtype=wide) if needs[1] else None
     grad_bias = torch.zeros_like(bias, dtype=wide) if needs[2] else None
+    # A CPU widens products into memory that the system hands out page by page, which
+    # takes longer than multiplying; small pieces of it are used again.
+    most = 2**22 // weight.shape[1] if weight.device.type == "cpu" else len(weight)
     pieces = []
     for start in range(0, len(hidden), ctx.size):
         rows = slice(start, start + ctx.size)
@@ -322,11 +327,13 @@ def _in_chunks(
         if grad_weight is not None and weight.dtype == wide:
             grad_weight.addmm_(grad.T, hidden[rows])
         elif grad_weight is not None:
-            grad_weight += grad.T @ hidden[rows]
+            parts = zip(grad_weight.split(most), grad.T.split(most), strict=True)
+            for total, of_logits in parts:
+                total += of_logits @ hidden[rows]
         del grad
     sums = (grad_weight, grad_bias)
-    narrow = [None if total is None else total.to(weight.dtype) for total in sums]
-    return tuple(map(torch.cat, zip(*pieces, strict=True))), [grad_hidden, *narrow]
+    typed = [None if total is None else total.to(ctx.dtype) for total in sums]
+    return tuple(map(torch.cat, zip(*pieces, strict=True))), [grad_hidden, *typed]
 
 
 def completion_log_probs(
