@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lm_runs import tiny_model
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from policyopt.lm import log_probs as log_probs_module
 from policyopt.lm.log_probs import (
@@ -292,6 +294,33 @@ def test_the_gradient_of_a_large_16_bit_weight_is_added_up_in_pieces() -> None:
     assert weight.grad is not None
     wanted = (-hidden.sum(0) / size).repeat(size, 1).index_add(0, targets, hidden)
     torch.testing.assert_close(weight.grad, wanted, rtol=0.02, atol=2e-6)
+
+
+@pytest.mark.parametrize("case", ["short", "long", "checkpointed", "exact"])
+def test_a_cpu_attends_to_few_tokens_by_plain_products_in_16_bits(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if case == "checkpointed":  # recomputed without what surrounds the forward pass
+        monkeypatch.setattr(GradientCheckpointingLayer, "gradient_checkpointing", True)
+    model = tiny_model().model
+    prompts = [[3] * (511 if case == "long" else 2), [5]]
+    batch = Sequences.pad(prompts, [[4, 6], [7], [8, 9]], [0, 0, 1])
+    completion_log_probs(model, batch)  # the checks of the first call
+    flags = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    results = []
+    for autocast in (False, case != "exact"):
+        with (
+            profile(activities=[ProfilerActivity.CPU]) as run,
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        ):
+            results.append(completion_log_probs(model, batch).log_probs)
+    assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed() == flags
+    called = {event.name for event in run.events() or ()}
+    assert ("aten::_scaled_dot_product_attention_math" in called) == (case == "short")
+    assert ("aten::_scaled_dot_product_flash_attention_for_cpu" in called) == (case != "short")
+    if case == "exact":
+        assert torch.equal(*results)
+    torch.testing.assert_close(*results, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize(
