@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lm_runs import tiny_model
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from policyopt.lm import log_probs as log_probs_module
 from policyopt.lm.log_probs import (
@@ -265,6 +267,60 @@ def test_autocast() -> None:
     torch.testing.assert_close(log_probs, wanted.gather(1, targets[:, None])[:, 0])
     assert weight.grad is not None
     assert weight.grad.dtype == torch.float32
+
+
+def test_under_autocast_the_weight_gradient_is_never_rounded_to_16_bits() -> None:
+    """257 has nine bits, of which bfloat16 keeps eight."""
+    weight, hidden = torch.zeros(2, 1, requires_grad=True), torch.full((257, 1), 2.0)
+    bias = torch.zeros(2, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        targets = torch.zeros(257, dtype=torch.long)
+        log_probs, _ = chunked_log_probs(linear(weight, bias), hidden, targets, chunk_size=1)
+    log_probs.sum().backward()
+    assert weight.grad is not None
+    assert bias.grad is not None
+    assert weight.grad.flatten().tolist() == [257.0, -257.0]
+    assert bias.grad.tolist() == [128.5, -128.5]
+
+
+def test_the_gradient_of_a_large_16_bit_weight_is_added_up_in_pieces() -> None:
+    """They are all of it, the last and shorter one too."""
+    size = 3 * 2**16 + 5  # 2²² numbers are 2¹⁷ rows: a piece and a half
+    hidden, targets = torch.randn(4, 32), torch.tensor([0, 2**17 - 1, 2**17, size - 1])
+    weight = torch.zeros(size, 32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        log_probs, _ = chunked_log_probs(linear(weight), hidden, targets, chunk_size=2)
+    log_probs.sum().backward()
+    assert weight.grad is not None
+    wanted = (-hidden.sum(0) / size).repeat(size, 1).index_add(0, targets, hidden)
+    torch.testing.assert_close(weight.grad, wanted, rtol=0.02, atol=2e-6)
+
+
+@pytest.mark.parametrize("case", ["short", "long", "checkpointed", "exact"])
+def test_a_cpu_attends_to_few_tokens_by_plain_products_in_16_bits(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if case == "checkpointed":  # recomputed without what surrounds the forward pass
+        monkeypatch.setattr(GradientCheckpointingLayer, "gradient_checkpointing", True)
+    model = tiny_model().model
+    prompts = [[3] * (511 if case == "long" else 2), [5]]
+    batch = Sequences.pad(prompts, [[4, 6], [7], [8, 9]], [0, 0, 1])
+    completion_log_probs(model, batch)  # the checks of the first call
+    flags = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    results = []
+    for autocast in (False, case != "exact"):
+        with (
+            profile(activities=[ProfilerActivity.CPU]) as run,
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        ):
+            results.append(completion_log_probs(model, batch).log_probs)
+    assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed() == flags
+    called = {event.name for event in run.events() or ()}
+    assert ("aten::_scaled_dot_product_attention_math" in called) == (case == "short")
+    assert ("aten::_scaled_dot_product_flash_attention_for_cpu" in called) == (case != "short")
+    if case == "exact":
+        assert torch.equal(*results)
+    torch.testing.assert_close(*results, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,13 @@ the gradient from the logits while they are there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.backends import cuda
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from policyopt._checks import require
@@ -183,8 +186,7 @@ def chunked_log_probs(
     if len(hidden) <= size:
         result = score(head(hidden), targets)
     elif plain is not None:
-        weight = plain.weight.to(dtype)
-        bias = None if plain.bias is None else plain.bias.to(dtype)
+        weight, bias = plain.weight, plain.bias
         if not (weight.requires_grad or (bias is not None and bias.requires_grad)):
             slopes = _ones  # how log p changes with the state is then all there is
         apply: _Apply = _Recomputed.apply
@@ -267,6 +269,9 @@ class _Recomputed(torch.autograd.Function):
         score: Callable[[Tensor, Tensor], tuple[Tensor, ...]], size: int,
         slopes: _Slopes | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
+        # Cast here, so that the gradients need not go through the narrower type.
+        ctx.dtype, weight = weight.dtype, weight.to(hidden.dtype)
+        bias = None if bias is None else bias.to(hidden.dtype)
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.score, ctx.size = score, size
         slopes = slopes if any(ctx.needs_input_grad) else None
@@ -302,6 +307,9 @@ def _in_chunks(
     grad_hidden = torch.empty_like(hidden) if needs[0] else None
     grad_weight = torch.zeros_like(weight, dtype=wide) if needs[1] else None
     grad_bias = torch.zeros_like(bias, dtype=wide) if needs[2] else None
+    # A CPU widens products into memory that the system hands out page by page, which
+    # takes longer than multiplying; small pieces of it are used again.
+    most = 2**22 // weight.shape[1] if weight.device.type == "cpu" else len(weight)
     pieces = []
     for start in range(0, len(hidden), ctx.size):
         rows = slice(start, start + ctx.size)
@@ -322,11 +330,13 @@ def _in_chunks(
         if grad_weight is not None and weight.dtype == wide:
             grad_weight.addmm_(grad.T, hidden[rows])
         elif grad_weight is not None:
-            grad_weight += grad.T @ hidden[rows]
+            parts = zip(grad_weight.split(most), grad.T.split(most), strict=True)
+            for total, of_logits in parts:
+                total += of_logits @ hidden[rows]
         del grad
     sums = (grad_weight, grad_bias)
-    narrow = [None if total is None else total.to(weight.dtype) for total in sums]
-    return tuple(map(torch.cat, zip(*pieces, strict=True))), [grad_hidden, *narrow]
+    typed = [None if total is None else total.to(ctx.dtype) for total in sums]
+    return tuple(map(torch.cat, zip(*pieces, strict=True))), [grad_hidden, *typed]
 
 
 def completion_log_probs(
@@ -424,9 +434,31 @@ def token_states(
     """Compute the states, or pick them from what :func:`completion_log_probs` got."""
     ids, mask = sequences.completion_ids, sequences.policy_mask
     if hidden is None:
-        hidden = hidden_states(model, sequences.states(), share_prompts=share)
+        with _attending(model, sequences):
+            hidden = hidden_states(model, sequences.states(), share_prompts=share)
     places = mask.flatten().nonzero()[:, 0]
     states = hidden[:, : ids.shape[1]].reshape(-1, hidden.shape[-1])
     picked, tokens = states.index_select(0, places), ids.flatten()[places]
     parts = backbone_and_head(model)
     return TokenStates(parts, picked, tokens, places, mask.shape)
+
+
+@contextmanager
+def _attending(model: nn.Module, sequences: Sequences) -> Iterator[None]:
+    """Attend to few tokens by plain products where a CPU computes in 16 bits: its flash
+    attention takes 1.5 times (512 tokens) to 3 times as long (90), most of it backward.
+    """
+    ids = sequences.prompt_ids
+    short = ids.shape[1] + sequences.completion_ids.shape[1] <= 512
+    halved = ids.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    # A layer that is computed again backward would not attend in the same way there.
+    again = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    plain = short and halved and not again
+    before = cuda.fp16_bf16_reduction_math_sdp_allowed()  # meant for CPUs too
+    # Without it the products would be in float32.
+    cuda.allow_fp16_bf16_reduction_math_sdp(before or plain)
+    try:
+        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+            yield
+    finally:
+        cuda.allow_fp16_bf16_reduction_math_sdp(before)
