@@ -157,3 +157,16 @@ def test_a_device_that_is_not_there_is_named() -> None:
         ValueError, match=r"device must be 'auto' or a device that this machine has.*got 'tpu7'"
     ):
         resolve_device("tpu7")
+
+
+def test_a_table_has_all_keys_that_some_row_has() -> None:
+    @dataclass
+    class Scores:
+        update: int
+        rewards: dict[str, float]
+
+    history = History([Scores(1, {"old": 1.0}), Scores(2, {"new": 2.0})])
+    table = history.table()
+    assert [*table] == ["update", "rewards.old", "rewards.new"]
+    np.testing.assert_array_equal(table["rewards.old"], [1.0, np.nan])
+    np.testing.assert_array_equal(table["rewards.new"], [np.nan, 2.0])

@@ -226,8 +226,9 @@ class History(list[RowT]):
         for field in dataclasses.fields(self[0]) if self else ():
             values = self.column(field.name)
             if isinstance(values[0], dict):
-                for key in values[0]:
-                    part = np.array([row[key] for row in values])
+                # A run that goes on from a checkpoint may have other keys.
+                for key in dict.fromkeys(key for row in values for key in row):
+                    part = np.array([row.get(key, math.nan) for row in values])
                     columns[f"{field.name}.{key}"] = part
             else:
                 columns[field.name] = values
@@ -298,6 +299,11 @@ def train_seeds(
         pickled, moved by its method ``cpu`` if it has one. A run that diverged is
         represented by its last good result, whose ``stop_reason`` tells.
 
+    Raises
+    ------
+    ValueError
+        If several runs would keep their checkpoints in one folder.
+
     Examples
     --------
     >>> from functools import partial
@@ -313,6 +319,11 @@ def train_seeds(
     require(workers is None or workers >= 1, "workers must be >= 1 or None", workers)
     variants: Mapping[Any, Any] = runs if isinstance(runs, Mapping) else {None: runs}
     jobs = [(label, seed) for label in variants for seed in chosen]
+    options = (getattr(run, "keywords", {}) for run in variants.values())
+    shared = [o["checkpoint_dir"] for o in options if o.get("checkpoint_dir")]
+    remedy = "name it by the seed in a function of your own"
+    alone = not shared or len(jobs) == 1
+    require(alone, "runs must not share a checkpoint_dir", shared, remedy)
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     available = len(affinity(0)) if affinity else os.cpu_count() or 1
     processes = min(workers or available, len(jobs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import gymnasium as gym
@@ -125,6 +126,24 @@ def test_spaces_are_gymnasiums(kind: type[TensorEnv]) -> None:
     assert env.action_space.shape == (2, *single.action_space.shape)  # type: ignore[misc]
     observation, _ = env.reset(seed=0)
     assert env.observation_space.contains(observation.numpy())
+
+
+@KINDS
+@DEVICES
+def test_in_float32_a_final_observation_is_the_old_episodes(kind: type[TensorEnv], device: str) -> None:
+    env = kind(3, device=device, dtype=torch.float32)
+    env.reset(seed=0)
+    env.limit = 2
+    actions = random_actions(env, torch.Generator().manual_seed(0))
+    first = moved(env, actions)[0]
+    observation, _, _, _, info = moved(env, actions)
+    assert torch.as_tensor(env.state).dtype == torch.float32
+    assert not torch.equal(info["final_obs"], observation)
+    again = kind(3, device=device, dtype=torch.float32)
+    again.reset(seed=0)
+    assert torch.equal(moved(again, actions)[0], first)
+    assert torch.equal(moved(again, actions)[0], info["final_obs"])
+    assert copy.deepcopy(env).num_envs == 3  # for seeds that run in turn
 
 
 @KINDS

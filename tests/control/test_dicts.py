@@ -190,8 +190,36 @@ def test_a_dictionary_is_flattened_and_read_by_its_own_encoder() -> None:
     with pytest.raises(ValueError, match=r"parts must be of \['speed'\], got \['image'\]"):
         DictEncoder(spaces.Dict(speed=PARTS["speed"]), image)
     with pytest.raises(
-        ValueError, match=r"parts must read \[2\] numbers, as those of \['image'\] have, got \[20\]"
+        ValueError, match=r"the encoder of 'image' must be for Box\(.*\(2,\), float32\), got \(5, 4, 1\)"
     ):
         DictEncoder(spaces.Dict(image=PARTS["speed"]), image)
     with pytest.raises(ValueError, match="space must be a Dict, got Box"):
         DictEncoder(IMAGE, image)
+
+
+def test_parts_may_have_any_name_and_an_encoder_of_ones_own() -> None:
+    class Sum(torch.nn.Module):
+        """Two numbers as their sum."""
+
+        shape, features = (2,), 1
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.float().sum(-1, keepdim=True)
+
+        def update(self, x: torch.Tensor) -> None: ...
+
+    names = ("type", "items", "pos.x")
+    space = spaces.Dict({name: spaces.Box(-1, 1, (2,)) for name in names})
+    encoder = DictEncoder(space, {"items": Sum()})  # type: ignore[dict-item]
+    x = torch.arange(6.0).view(1, 6)  # in the order of the space: items, pos.x, type
+    assert encoder(x).tolist() == [[1.0, 2.0, 3.0, 4.0, 5.0]]
+    assert encoder.features == 5
+    encoder.update(x)
+
+
+@pytest.mark.parametrize("shape", [(24, 16, 3), (3, 16, 24)])
+def test_an_encoder_for_images_of_another_shape_is_refused(shape: tuple[int, int, int]) -> None:
+    space = spaces.Dict(image=spaces.Box(0, 255, (16, 24, 3), np.uint8))
+    eyes = ImageEncoder(spaces.Box(0, 255, shape, np.uint8), generator=generator())
+    with pytest.raises(ValueError, match=r"the encoder of 'image' must be for Box.*\(16, 24, 3\)"):
+        DictEncoder(space, {"image": eyes})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,6 +68,17 @@ def test_seeds_in_turn() -> None:
     results = train_seeds(ppo, seeds=2, workers=1, progress=False)
     assert [result.seed for result in results] == [0, 1]
     assert_same_run(results[1], ppo(seed=1))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_runs_may_not_share_a_folder(tmp_path: Path, workers: int) -> None:
+    run = partial(ppo, checkpoint_dir=tmp_path)
+    with pytest.raises(
+        ValueError, match=r"runs must not share a checkpoint_dir, got .*; name it by the seed"
+    ):
+        train_seeds(run, seeds=2, workers=workers, progress=False)
+    train_seeds(run, seeds=1, workers=workers, progress=False)
+    assert any(tmp_path.iterdir())
 
 
 def test_results_are_moved_to_the_cpu_also_in_turn() -> None:

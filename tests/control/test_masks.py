@@ -501,3 +501,21 @@ def test_a_mask_is_not_needed_where_no_copy_acts() -> None:
         progress=False,
     )
     assert result.steps >= 600
+
+
+def test_copies_in_processes_of_their_own_are_asked_too() -> None:
+    """The smallest value is forbidden always, and so never taken."""
+    space = spaces.Discrete(3)
+
+    def rollout(kind: Any) -> Any:
+        env = kind([partial(Asked, space)] * 2)
+        policy = make_policy(env.single_observation_space, space, generator=generator())
+        try:
+            return Collector(env, policy, generator(1), seed=0).collect(12)
+        finally:
+            env.close()
+
+    one, other = rollout(gym.vector.SyncVectorEnv), rollout(gym.vector.AsyncVectorEnv)
+    assert not one.observations.mask.all()
+    assert torch.equal(one.observations.mask, other.observations.mask)
+    assert torch.equal(one.actions, other.actions)

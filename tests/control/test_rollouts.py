@@ -563,3 +563,17 @@ def test_a_discrete_observation_outside_its_space_names_the_environment(mode: Au
 
 def test_large_but_finite_rewards_pass() -> None:
     assert broken(what="reward", at=4, value=1e30)().steps == 24
+
+
+@pytest.mark.parametrize("place", [1, 2, 3])
+def test_results_of_another_shape_are_refused(place: int) -> None:
+    class Wide(gym.vector.VectorWrapper):
+        def step(self, actions: Any) -> Any:
+            results = [*self.env.step(actions)]
+            results[place] = results[place][:, None]
+            return tuple(results)
+
+    env = Wide(gym.make_vec("CartPole-v1", num_envs=3))
+    policy = make_policy(env.single_observation_space, env.single_action_space, generator=torch.Generator())
+    with pytest.raises(ValueError, match=r"rewards and ends of environment must have the shape \[3\]"):
+        Collector(env, policy, torch.Generator(), seed=0).collect(2)

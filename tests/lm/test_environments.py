@@ -10,6 +10,7 @@ from functools import partial
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lm_runs import COMMON, WORDS, count_ones, weights
@@ -432,7 +433,7 @@ GOOD = assistant("one")
         ((user("two"), False, math.nan), "a finite reward"),
         ((user("two"), "no", 0.0), "must return whether it is done"),
         (([], False, 0.0), "the messages that Scripted.step returns must be text or a non-empty list"),
-        (("two", False, 0.0), "must be a list of messages|non-empty list of messages"),
+        (("two", False, 0.0), "Scripted.step must return a list of messages, got 'two'"),
         (
             ([{"role": "user"}, "two"], False, 0.0),
             "message 1 of the messages that Scripted.step returns must look",
@@ -677,3 +678,114 @@ def test_an_environment_in_the_form_of_trl() -> None:
     again = MethodTools(Increment(), on_error="end")
     again.reset(row)
     assert ask(again, call('{"name": "increment"}'))[1:] == (True, 0.0)
+
+
+def test_an_episode_that_is_cut_is_asked_for_its_reward_once() -> None:
+    class Pays(Increment):
+        def get_reward(self) -> float:
+            self.asked = getattr(self, "asked", 0) + 1
+            return -1.0
+
+    class Calls(MethodTools):
+        async def step(self, messages: Any) -> Any:
+            """Take whatever is said for a call."""
+            return await super().step([assistant(call('{"name": "increment", "arguments": {"step": 1}}'))[0]])
+
+    data = [{"prompt": user("one"), "start": 2}]
+    for kind, turns in ((Calls, 2), (MethodTools, 1)):
+        made: list[Pays] = []
+
+        def make(kind: Any = kind, made: Any = made) -> MethodTools:
+            made.append(Pays())
+            return kind(made[-1])  # type: ignore[no-any-return]
+
+        episodes = play_with(chat_model(), make, replace(CONFIG, max_turns=2), data, group_size=8)
+        assert [game.asked for game in made] == [1] * 8
+        assert episodes.rewards.sum(1).tolist() == [-1.0] * 8
+        said = [sum(m["role"] == "assistant" for m in chat) for chat in episodes.messages]
+        assert max(said) == turns
+
+
+# --- What is the user's stays so --------------------------------------------------------------------------------
+
+
+def test_what_an_environment_changes_is_its_own() -> None:
+    """Its hint is read, the data stay as they are, and so does what was said."""
+
+    class Careless(Scripted):
+        def reset(self, row: Any) -> Any:
+            row["prompt"][-1]["content"] += " nine"
+            row["goal"].append("nine")
+            self.row = row
+            return row["prompt"]
+
+        def step(self, messages: Any) -> Any:
+            answer = super().step([*messages])
+            messages[0]["content"] = "lost"
+            messages.clear()
+            self.row["prompt"][-1]["content"] = "lost"
+            return answer
+
+    class Hints(Scripted):
+        def reset(self, row: Any) -> Any:
+            return user(row["prompt"][0]["content"] + " nine")
+
+    data = [{"prompt": user("one"), "goal": ["one"]}]
+    careless = play_with(chat_model(), lambda: Careless(GO_ON, STOP), data=data, group_size=2)
+    hints = play_with(chat_model(), lambda: Hints(GO_ON, STOP), data=data, group_size=2)
+    assert data == [{"prompt": user("one"), "goal": ["one"]}]
+    assert careless.messages == hints.messages
+    assert torch.equal(careless.samples.sequences.prompt_ids, hints.samples.sequences.prompt_ids)
+
+
+def test_replies_may_be_one_list_that_grows() -> None:
+    class Grows(Scripted):
+        def step(self, messages: Any) -> Any:
+            self.said = getattr(self, "said", user("two"))
+            answer = (self.said, len(messages) > 3, 0.0)
+            super().step(messages)
+            return answer
+
+    shared = play_with(chat_model(), lambda: Grows(GO_ON), group_size=2)
+    fresh = play_with(
+        chat_model(), lambda: Scripted((user("two"), False, 0.0), (user("two"), True, 0.0)), group_size=2
+    )
+    assert shared.messages == fresh.messages
+
+
+@pytest.mark.parametrize("done", [np.array(True), np.bool_(True), torch.tensor(True)])
+def test_the_end_may_be_told_by_numpy_or_a_tensor(done: Any) -> None:
+    episodes = play_with(chat_model(), lambda: Scripted(([], done, np.float32(1))), group_size=2)
+    assert episodes.samples.finished.any()
+
+
+def test_one_object_for_all_episodes_is_refused() -> None:
+    one, game = Scripted(STOP), Increment()
+    config = GRPOConfig(**COMMON, sampling=SHORT, group_size=2)
+    for shared in (lambda: one, lambda: MethodTools(game)):
+        with pytest.raises(ValueError, match="environment must make another object for each episode"):
+            train_grpo(chat_model(), DATA, (), config, environment=shared, progress=False)  # type: ignore[arg-type]
+
+
+def test_no_function_may_take_the_name_of_the_environments_rewards() -> None:
+    def environment(completions: list[str], **columns: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+    config = GRPOConfig(**COMMON, sampling=SHORT, group_size=2)
+    with pytest.raises(ValueError, match="no reward function may be called 'environment'"):
+        train_grpo(
+            chat_model(), DATA, environment, config, environment=lambda: Scripted(STOP), progress=False
+        )
+
+
+def test_a_cancelled_step_is_named() -> None:
+    class Cancelled(Scripted):
+        async def step(self, messages: Any) -> Any:
+            raise asyncio.CancelledError
+
+    with pytest.raises(RuntimeError, match=r"Cancelled.step raised CancelledError"):
+        play_with(chat_model(), lambda: Cancelled(STOP))
+
+
+def test_no_call_may_be_told_by_none() -> None:
+    assert ask(ToolEnvironment([add], parse=lambda text: None), "five") == ([], True, 0.0)  # type: ignore[arg-type, return-value]

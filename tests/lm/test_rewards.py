@@ -209,6 +209,26 @@ def test_an_asynchronous_function_that_raises_is_named() -> None:
     assert sum(thread.name == "policyopt" for thread in threading.enumerate()) == 1
 
 
+def test_what_a_function_changes_is_its_own() -> None:
+    chats = [[{"role": "user", "content": "one"}, {"role": "user", "content": "two"}] for _ in range(2)]
+    columns = {"goals": [["a", "b"], ["c"]]}
+
+    def careless(completions: list[str], prompts: Any, goals: list[list[str]]) -> list[float]:
+        for chat, goal in zip(prompts, goals, strict=True):
+            chat.pop()
+            chat[0]["content"] = "lost"
+            goal.clear()
+        return [0.0] * len(completions)
+
+    def counts(completions: list[str], prompts: Any, goals: list[list[str]]) -> list[float]:
+        return [len(chat) + 10.0 * len(goal) for chat, goal in zip(prompts, goals, strict=True)]
+
+    result = compute_rewards([careless, counts], ["x", "y"], chats, columns)
+    assert result.total.tolist() == [22.0, 12.0]
+    assert [len(chat) for chat in chats] == [2, 2]
+    assert columns == {"goals": [["a", "b"], ["c"]]}
+
+
 # --- functions that abstain ------------------------------------------------------------------------------------
 
 

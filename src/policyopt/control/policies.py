@@ -350,12 +350,15 @@ class DictEncoder(ObservationEncoder):
         require(parts.keys() <= flat.keys(), rule, [*parts])
         encoders = {n: parts.get(n) or ObservationEncoder(flat[n]) for n in flat}
         self.sizes = [math.prod(part.shape) for part in flat.values()]
-        sizes = [math.prod(part.shape) for part in encoders.values()]
-        rule = f"parts must read {self.sizes} numbers, as those of {[*flat]} have"
-        require(sizes == self.sizes, rule, sizes)
-        self.parts: Any = nn.ModuleDict(encoders)
+        for name, part in encoders.items():
+            fits = tuple(part.shape) in (space[name].shape, flat[name].shape)
+            rule = f"the encoder of {name!r} must be for {space[name]}"
+            require(fits, rule, tuple(part.shape), "make it for this space")
+        # A ModuleDict would not take every name.
+        self.parts, self.encoders = encoders, nn.ModuleList(encoders.values())
         self.features = sum(part.features for part in encoders.values())
-        self.normalize = all(x.normalize for x in encoders.values() if x.wide)
+        wide = [x for x in encoders.values() if getattr(x, "wide", False)]
+        self.normalize = all(part.normalize for part in wide)
 
     def _pieces(self, observations: Tensor) -> Iterator[tuple[Any, Tensor]]:
         pieces = observations.split(self.sizes, -1)

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from gymnasium.spaces import Discrete
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -136,7 +136,7 @@ class Collector:
 
     A policy that takes masks gets those that the environment gives: the arrays in
     ``info["action_mask"]``, or what the method ``action_masks`` of each copy in a
-    ``SyncVectorEnv`` returns.
+    ``SyncVectorEnv`` or ``AsyncVectorEnv`` returns.
 
     Parameters
     ----------
@@ -178,8 +178,9 @@ class Collector:
         self.name, self.steps = name, 0
         self._same_step = env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
         self._base: Any = getattr(env, "unwrapped", env)
-        copies = self._base.envs if isinstance(self._base, SyncVectorEnv) else []
-        self._asks = any(copy.has_wrapper_attr("action_masks") for copy in copies[:1])
+        self._asks = isinstance(self._base, (SyncVectorEnv, AsyncVectorEnv)) and all(
+            self._base.call("has_wrapper_attr", "action_masks")
+        )
         self.reset(seed)
 
     def reset(self, seed: int | None = None) -> None:
@@ -288,9 +289,14 @@ class Collector:
         else:
             # A copy: the environment may keep it, or change it.
             given = self.policy.to_space(action).to(self._place, copy=True)
-        self._observation, reward, *ends, self._info = self.env.step(given)
-        flags = (policies.to_tensor(end).to(self._place, torch.bool) for end in ends)
-        return policies.to_tensor(reward).to(self._place, torch.float32), *flags
+        self._observation, *said, self._info = self.env.step(given)
+        reward, *ends = map(policies.to_tensor, said)
+        shapes = {tuple(x.shape) for x in (reward, *ends)}
+        if shapes != {(n := self.env.num_envs,)}:
+            rule = f"rewards and ends of {self.name} must have the shape [{n}]"
+            require(False, rule, shapes, "return one for each copy")
+        flags = (end.to(self._place, torch.bool) for end in ends)
+        return reward.to(self._place, torch.float32), *flags
 
     def _mask(self, t: int) -> Tensor:
         """Which actions each copy may take now, ``[N, K]``; all where it is about to be

@@ -551,6 +551,13 @@ def _added(tokenizer: Tokenizer, _size: int) -> set[str]:
     return {x.content for x in tokenizer.added_tokens_decoder.values() if x.special}
 
 
+def copied(value: Any) -> Any:
+    """Copy lists and dictionaries, however deep; what else they hold is shared."""
+    if isinstance(value, dict):
+        return {key: copied(part) for key, part in value.items()}
+    return list(map(copied, value)) if isinstance(value, list) else value
+
+
 def message_roles(messages: Any, column: str) -> list[str]:
     """Check that these are messages, and return the role of each."""
     if not isinstance(messages, list) or not messages:
@@ -697,6 +704,7 @@ def labelled_items(
     def make(record: Record) -> Labelled:
         prompt, text = _column(record, "prompt"), _column(record, "completion")
         label = _column(record, "label")
+        label = getattr(label, "item", lambda: label)()  # of NumPy or a tensor
         rule = "label must be true (desirable) or false"
         require(isinstance(label, bool), rule, label, "write it as a Boolean")
         ids, encoded = _encode(tokenizer, limits, record, prompt, {"completion": text})

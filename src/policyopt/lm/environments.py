@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from policyopt.lm import data
 from policyopt.lm.config import OnlineConfig
 from policyopt.lm.data import Limits, Message, PromptExample
 from policyopt.lm.models import LanguageModel
-from policyopt.lm.rewards import settle, to_number
+from policyopt.lm.rewards import by_name, settle, to_number
 from policyopt.lm.sampling import Samples, collate
 
 __all__ = ["Environment", "MethodTools", "ToolEnvironment", "parse_tool_calls"]
@@ -107,6 +106,8 @@ class _Episode:
     rewards: list[float] = field(default_factory=list)
     whole: bool = True
     """Whether the policy's last message ended by itself."""
+    done: bool = False
+    """Whether the environment has ended it."""
     over: bool = False
     finished: bool = False
 
@@ -121,7 +122,7 @@ class _Episode:
         remedy = "return the conversation to begin with, such as row['prompt']"
         require(isinstance(messages, list), rule, messages, remedy)
         data.message_roles(messages, what)
-        self.messages, ids = [*messages], self.example.prompt_ids
+        self.messages, ids = data.copied(messages), self.example.prompt_ids
         if messages != self.example.prompt:
             ids = self._encode(data.encode_prompt, messages)
         self.prompt_ids = ids[-(self.limits.max_prompt_tokens or 0) :]
@@ -141,16 +142,19 @@ class _Episode:
         value = to_number(reward)
         rule = f"{name} must return a finite reward, 0 where there is none"
         require(math.isfinite(value), rule, reward)
-        fits = isinstance(done, (bool, np.bool_))
-        require(fits, f"{name} must return whether it is done", done)
+        done = getattr(done, "item", lambda: done)()  # of NumPy or a tensor
+        require(isinstance(done, bool), f"{name} must return whether it is done", done)
         self.rewards[-1] = value
+        self.done = done
         if reply or not done:
+            rule = f"{name} must return a list of messages"
+            require(isinstance(reply, list), rule, reply)
             who = data.message_roles(reply, f"the messages that {name} returns")
             rule = f"{name} must not return messages of the assistant's"
             require("assistant" not in who, rule, who, "they are the policy's to write")
-            self.messages += reply
-        self.finished = bool(done) and self.whole
-        self.over = bool(done) or not self.whole
+            self.messages += data.copied(reply)
+        self.finished = done and self.whole
+        self.over = done or not self.whole
         if self.over:
             return
         ids = self._encode(data.encode_reply, self.messages[: -len(reply)], reply)
@@ -218,7 +222,8 @@ def play(
         _Episode(environment(), example, number, language_model, limits)
         for number, example in enumerate(examples, first_row)
     ]
-    rows = [{"prompt": example.prompt, **example.columns} for example in examples]
+    # Copies, here and below: what an environment changes is its own.
+    rows = [data.copied({"prompt": e.prompt, **e.columns}) for e in examples]
     starts = _ask("reset", episodes, rows)
     for episode, messages in zip(episodes, starts, strict=True):
         episode.begin(messages)
@@ -243,9 +248,13 @@ def play(
         )  # fmt: skip
         for episode, ids, log_probs, length, whole in spoken:
             episode.speak(ids[:length], log_probs[:length], whole)
-        answers = _ask("step", active, [[*e.messages] for e in active])
+        answers = _ask("step", active, [data.copied(e.messages) for e in active])
         for episode, answer in zip(active, answers, strict=True):
             episode.hear(answer, config)
+    for episode in episodes:
+        # It is asked at the end, also where the end came from outside.
+        if not episode.done and isinstance(episode.environment, ToolEnvironment):
+            episode.rewards[-1] += episode.environment.reward()
     return _collect(episodes, shared, language_model)
 
 
@@ -253,13 +262,16 @@ def check_environment(
     environment: EnvironmentFactory, example: PromptExample, functions: Any
 ) -> None:
     """Refuse what makes no environments, and names that would be taken twice."""
-    made = environment() if callable(environment) else None
-    fits = all(callable(getattr(made, name, None)) for name in ("reset", "step"))
+    made = [environment() if callable(environment) else None for _ in range(2)]
+    fits = all(callable(getattr(made[0], name, None)) for name in ("reset", "step"))
     rule = "environment must be a function or class that makes objects with reset, step"
     require(fits, rule, environment)
+    one, other = (getattr(x, "instance", x) for x in made)
+    rule = "environment must make another object for each episode"
+    require(one is not other, rule, one, "call the class in it, not outside")
     rule = "reward functions are given 'messages' of the environment"
     require("messages" not in example.columns, rule, "a column", "rename the column")
-    taken = isinstance(functions, Mapping) and "environment" in functions
+    taken = functions and "environment" in by_name(functions)
     require(not taken, "no reward function may be called 'environment'", functions)
 
 
@@ -290,7 +302,7 @@ def _ask(
     calls = zip(episodes, arguments, strict=True)
     answers = settle(partial(getattr(e.environment, method), it) for e, it in calls)
     for episode, answer in zip(episodes, answers, strict=True):
-        if isinstance(answer, Exception):
+        if isinstance(answer, BaseException):
             what = f"{episode.name}.{method} raised {type(answer).__name__}: {answer}"
             where = f"in turn {sum(m['role'] == 'assistant' for m in episode.messages)}"
             of = f"of the episode for {quote(episode.example.prompt)}"
@@ -386,7 +398,7 @@ class ToolEnvironment:
         """Call the tools that the policy's message calls."""
         replies = list[Message]()
         try:
-            for name, arguments in self.parse(messages[-1]["content"]):
+            for name, arguments in self.parse(messages[-1]["content"]) or ():
                 rule = f"the tool must be one of {sorted(self.tools)}"
                 require(name in self.tools, rule, name)
                 result = self.tools[name](**arguments)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from policyopt._checks import quote, require
-from policyopt.lm.data import Prompt
+from policyopt.lm.data import Prompt, copied
 from policyopt.lm.sequences import evaluating, pad_rows
 
 __all__ = [
@@ -107,7 +107,7 @@ def compute_rewards(
     >>> compute_rewards(brevity, ["yes", "certainly"], ["?", "?"]).total
     tensor([-3., -9.])
     """
-    named = _by_name(functions)
+    named = by_name(functions)
     factors = [1.0] * len(named) if weights is None else [float(w) for w in weights]
     fits = len(factors) == len(named) and all(map(math.isfinite, factors))
     each = f"each of the {len(named)} reward functions {list(named)}"
@@ -133,7 +133,7 @@ def compute_rewards(
 def refuse_trained(functions: RewardFunctions, trained: torch.nn.Module) -> None:
     """Refuse a reward function that computes with the weights that are trained."""
     weights = {p for p in trained.parameters() if p.requires_grad}
-    for name, function in _by_name(functions).items():
+    for name, function in by_name(functions).items():
         reference = getattr(getattr(function, "reference", None), "model", None)
         rule = f"reward function {name!r} must not hold the model that is trained"
         for held in (getattr(function, "network", None), reference):
@@ -141,7 +141,8 @@ def refuse_trained(functions: RewardFunctions, trained: torch.nn.Module) -> None
             require(not ours, rule, function, "train a copy of the model: model.copy()")
 
 
-def _by_name(functions: Any) -> dict[str, RewardFunction]:
+def by_name(functions: Any) -> dict[str, RewardFunction]:
+    """Return reward functions by the names that the history calls them by."""
     if isinstance(functions, Mapping):
         named = {str(name): function for name, function in functions.items()}
     else:
@@ -183,7 +184,7 @@ def _bound(
             raise TypeError(f"{label} requires {got}; {remedy}")
     accepted = [name for name in available if everything or name in named]
     # Copies: a function that edits its lists does not change what the next one sees.
-    return partial(function, **{name: list(available[name]) for name in accepted})
+    return partial(function, **{n: copied(list(available[n])) for n in accepted})
 
 
 def _scores(label: str, result: Any, available: _Columns) -> Tensor:

@@ -66,7 +66,6 @@ class TensorEnv(VectorEnv[Any, Any, Any]):
         require(num_envs >= 1, "num_envs must be >= 1", num_envs)
         self.num_envs, self.dtype = num_envs, dtype
         self.device = None if device == "numpy" else torch.device(device)
-        self.xp: Any = torch if self.device else np
         self.spec = gym.spec(self.id)
         self.task: Any = gym.make(self.id, disable_env_checker=True).unwrapped
         self.single_observation_space = self.task.observation_space
@@ -75,6 +74,11 @@ class TensorEnv(VectorEnv[Any, Any, Any]):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.limit = int(self.spec.max_episode_steps or 0)
         self.generator: Any = torch.Generator(self.device) if self.device else None
+
+    @property
+    def xp(self) -> Any:
+        """The module whose functions compute: ``torch`` or ``numpy``."""
+        return np if self.device is None else torch
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -93,12 +97,15 @@ class TensorEnv(VectorEnv[Any, Any, Any]):
         rewards ``[N]``, terminated and truncated ``[N]``, and info.
         """
         reward, terminated = self._move(actions)
+        # NumPy widens where constants are float64.
+        self.state = self._cast(self.state, self.dtype)
         self.age = self.age + 1
         observation, truncated = self._observe(), self.age >= self.limit
         (over,) = self.xp.where(terminated | truncated)
         info: dict[str, Any] = {}
         if len(over):
             info["final_obs"] = observation
+            self.state = self.xp.stack([*self.state])  # it may be what was seen
             self.state[:, over] = self._start(len(over))
             self.age[over] = 0
             observation = self._observe()
