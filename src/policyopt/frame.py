@@ -115,6 +115,8 @@ class Frame(ABC, Generic[ConfigT, RowT]):
 
     unit: ClassVar[str] = "update"
     """What :meth:`position` counts."""
+    kept: ClassVar[str] = "the last good one"
+    """What a run that diverged has, besides what the update before left."""
     remedy: ClassVar[str] = "a lower learning rate"
     """What to try when a run diverges."""
     may_change: ClassVar[tuple[str, ...]] = ()
@@ -313,8 +315,8 @@ class Frame(ABC, Generic[ConfigT, RowT]):
         if isinstance(error, FloatingPointError):
             raise TrainingDivergedError(
                 f"{error} in update {self.update + 1} (seed {self.seed}, {made}). The "
-                f"exception's .result holds what update {self.update} left, the last "
-                f"good one{saved}. Try {self.remedy}.",
+                f"exception's .result holds what update {self.update} left, "
+                f"{self.kept}{saved}. Try {self.remedy}.",
                 self.result(),
             ) from error
         # Whatever else broke (an environment, a reward function), what was learned must

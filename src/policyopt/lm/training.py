@@ -71,6 +71,7 @@ class Run(Frame[ConfigT, RowT]):
         ``checkpoint_dir``.
     """
 
+    kept = "the last good one, with the optimiser steps made since"
     remedy = "a lower learning rate or max_gradient_norm"
     may_change = (
         "updates", "epochs", "checkpoint_every", "micro_batch_size", "logged_samples",
@@ -246,7 +247,11 @@ class Run(Frame[ConfigT, RowT]):
 
     def result(self) -> LMResult[ConfigT, RowT]:
         """Return what was learned so far."""
-        texts = zip(self._logged, self._before, self._complete(), strict=True)
+        try:
+            after = self._complete()
+        except (FloatingPointError, torch.OutOfMemoryError) as error:
+            after = [f"({error})"] * len(self._logged)  # what was learned is not lost
+        texts = zip(self._logged, self._before, after, strict=True)
         return LMResult(
             algorithm=self.algorithm, seed=self.seed, config=self.config,
             language_model=self.language_model, history=self.history,
@@ -347,8 +352,9 @@ class Run(Frame[ConfigT, RowT]):
 
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         saved, trained = strip(tensors, "network."), self._trained()
-        if differing := sorted(saved.keys() ^ trained.keys()):
-            raise ValueError(f"they differ in {differing[:3]}")
+        shapes = [{(n, *t.shape) for n, t in x.items()} for x in (saved, trained)]
+        if differing := sorted(shapes[0] ^ shapes[1]):
+            raise ValueError(f"names or shapes differ, first {differing[:3]}")
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(saved[name])
@@ -411,6 +417,11 @@ class SamplingRun(Run[ConfigT, RowT]):
         # Scores are those of the distribution that is sampled from.
         names = ("temperature", "top_k", "top_p")
         self.scoring = {name: getattr(self._sampling, name) for name in names}
+
+    def _enter(self) -> None:
+        super()._enter()
+        if self.update:  # the weights are those of a checkpoint
+            self.tell_sampler()
 
     @property
     def longest(self) -> int:
