@@ -12,7 +12,7 @@ import copy
 import json
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
@@ -420,13 +420,12 @@ def _load_adapters(folder: Path, **options: Any) -> LanguageModel:
 @contextmanager
 def _quiet(active: bool) -> Iterator[None]:
     """Hide transformers' progress bar for local files; a download keeps its bar."""
-    showing = logging.is_progress_bar_enabled()
-    if active:
+    if hides := active and logging.is_progress_bar_enabled():
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
-        if active and showing:
+        if hides:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
@@ -472,28 +471,6 @@ def scalar_head(model: Any) -> nn.Linear:
     return head
 
 
-def text_batches(
-    scorer: TextScorer, completions: Sequence[str], prompts: Sequence[Prompt],
-    finished: Sequence[bool] | None, columns: Mapping[str, Any],
-) -> Iterator[Sequences]:  # fmt: skip
-    """Yield batches of completions, as a scorer's language model encodes what reward
-    functions get: one prompt to each, with the tools that a column may hold.
-    """
-    ends = [True] * len(completions) if finished is None else list(finished)
-    nothing = [None] * len(prompts)
-    shown = list(zip(prompts, columns.get("tools") or nothing, strict=True))
-    for start in range(0, len(completions), scorer.batch_size):
-        part = slice(start, start + scorer.batch_size)
-        # Equal prompts that follow one another are run once.
-        groups = [list(group) for _, group in groupby(shown[part])]
-        unique, their_tools = zip(*(group[0] for group in groups), strict=True)
-        index = [i for i, group in enumerate(groups) for _ in group]
-        yield scorer.language_model.encode(
-            unique, completions[part], prompt_index=index, finished=ends[part],
-            tools=their_tools,
-        )  # fmt: skip
-
-
 class TextScorer:
     """What scores completions; called, it is a reward function."""
 
@@ -513,10 +490,25 @@ class TextScorer:
         self, completions: Sequence[str], prompts: Sequence[Prompt],
         finished: Sequence[bool] | None = None, **columns: Any,
     ) -> list[float]:  # fmt: skip
-        """Score texts, one prompt to each: the interface of a reward function."""
-        batches = text_batches(self, completions, prompts, finished, columns)
-        with evaluating(self.network):
-            return [x for batch in batches for x in self.scores(batch).tolist()]
+        """Score texts, one prompt to each, with the tools that a column may hold: the
+        interface of a reward function.
+        """
+        ends = [True] * len(completions) if finished is None else list(finished)
+        nothing, scores = [None] * len(prompts), list[float]()
+        shown = list(zip(prompts, columns.get("tools") or nothing, strict=True))
+        for start in range(0, len(completions), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            # Equal prompts that follow one another are run once.
+            groups = [list(group) for _, group in groupby(shown[part])]
+            unique, tools = zip(*(group[0] for group in groups), strict=True)
+            index = [i for i, group in enumerate(groups) for _ in group]
+            batch = self.language_model.encode(
+                unique, completions[part], prompt_index=index, finished=ends[part],
+                tools=tools,
+            )  # fmt: skip
+            with evaluating(self.network):
+                scores += self.scores(batch).tolist()
+        return scores
 
 
 class RewardModel(TextScorer):
