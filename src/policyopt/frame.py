@@ -61,7 +61,7 @@ class Statistics:
         self._pieces: list[dict[str, Tensor]] = []
 
     def add(self, **values: Tensor) -> None:
-        """Note a scalar for each name; the names are the same for every piece."""
+        """Note numbers for each name; the names are the same for every piece."""
         self._pieces.append({name: value.detach() for name, value in values.items()})
 
     @property
@@ -70,9 +70,9 @@ class Statistics:
         return tuple(self._pieces[0]) if self._pieces else ()
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return what was noted under a name, one entry per piece."""
-        noted = [piece[name] for piece in self._pieces]
-        return torch.stack(noted) if noted else torch.zeros(1)
+        """Return what was noted under a name, piece by piece; 0 without a piece."""
+        noted = [piece[name].flatten() for piece in self._pieces]
+        return torch.cat(noted) if noted else torch.zeros(1)
 
     def means(self, *names: str) -> dict[str, float]:
         """Return means over the pieces, by name; without names, of all."""

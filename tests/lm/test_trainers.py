@@ -714,7 +714,7 @@ def test_a_model_that_cannot_be_sampled_any_more_leaves_its_result() -> None:
         with torch.no_grad():
             next(iter(model.model.parameters())).fill_(math.nan)
 
-    with pytest.raises(TrainingDivergedError, match="update 2 .*the optimiser steps made since") as caught:
+    with pytest.raises(TrainingDivergedError, match=r"update 2 .*the optimiser steps made since") as caught:
         run_grpo(model, changes={"logged_samples": 1}, callback=spoil)
     assert caught.value.result.updates == 1
     (sample,) = caught.value.result.samples
