@@ -179,6 +179,16 @@ def test_adapters_say_where_their_base_is(tmp_path: Path) -> None:
     assert is_adapted(load(tmp_path, device="cpu").model)
 
 
+def test_adapters_are_not_saved_over_their_base(tmp_path: Path) -> None:
+    tiny_model().save(tmp_path / "base")
+    adapted = load(tmp_path / "base", lora=LoRA(rank=2), device="cpu")
+    with pytest.raises(ValueError, match=r"must not take the place of their base model.*merged\(\)"):
+        adapted.save(tmp_path / "base")
+    assert same_weights(load(tmp_path / "base", device="cpu").model, tiny_model().model)
+    adapted.merged().save(tmp_path / "base")
+    assert not is_adapted(load(tmp_path / "base", device="cpu").model)
+
+
 def test_adapters_without_their_base_say_what_is_missing(tmp_path: Path) -> None:
     base = load(tiny_model().save(tmp_path / "base"), device="cpu")
     add_lora(base, LoRA(rank=2)).save(tmp_path / "adapters")

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from policyopt._checks import require
 from policyopt.lm import data
 from policyopt.lm.data import Prompt
 from policyopt.lm.sequences import Sequences, evaluating, hidden_states
@@ -146,12 +147,12 @@ class LanguageModel:
         ends = [True] * B if finished is None else finished
         tokenizer, settings = self.tokenizer, self.chat_template_kwargs
         given = [settings | {"tools": shown} for shown in tools or [None] * P]
+        chats = zip(prompts, given, strict=True)
+        ids = [data.encode_prompt(tokenizer, prompt, **more) for prompt, more in chats]
         encoded = [
             data.encode_completion(tokenizer, text, prompts[i], eos=end, **given[i])
             for text, i, end in zip(completions, prompt_index, ends, strict=True)
         ]
-        chats = zip(prompts, given, strict=True)
-        ids = [data.encode_prompt(tokenizer, prompt, **more) for prompt, more in chats]
         data.check_ids(tokenizer, chain(*ids, *encoded), self.vocabulary)
         return Sequences.pad(
             ids, encoded, prompt_index, pad_id=self.pad_id, device=self.device
@@ -224,6 +225,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
         scratch.mkdir()
         with _quiet(True):
             yield scratch
+        if (adapters := scratch / "adapter_config.json").exists():
+            base = str(json.loads(adapters.read_bytes())["base_model_name_or_path"])
+            rule = "adapters must not take the place of their base model"
+            remedy = "save them elsewhere, or save language_model.merged()"
+            require(Path(base).resolve() != folder.resolve(), rule, base, remedy)
         if folder.exists():
             folder.replace(old)
         try:
@@ -350,8 +356,7 @@ def load(
             folder, dtype=dtype, device=device, attention=attention, revision=revision
         )
     place = resolve_device(device)
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {_DTYPES}, got {dtype!r}")
+    require(dtype in _DTYPES, f"dtype must be one of {_DTYPES}", dtype)
     gguf = folder.suffix == ".gguf"
     source = str(folder.parent if gguf else name_or_path)
     local = Path(source).exists()
