@@ -177,10 +177,8 @@ class GRPOUpdate(LMUpdate):
     their number: (Σc)² / (n Σc²) with c = π_old / π_sampler of the whole completion,
     not limited. 1 where the sampler is the policy."""
 
-    headline: ClassVar[tuple[str, ...]] = ("reward", "kl", "length")
-    may_be_nan: ClassVar[tuple[str, ...]] = (
-        "kl", "clip_fraction", "ratio_max", "effective_samples",
-    )  # fmt: skip
+    headline: ClassVar = ("reward", "kl", "length")
+    may_be_nan: ClassVar = ("kl", "clip_fraction", "ratio_max", "effective_samples")
 
 
 def group_advantages(

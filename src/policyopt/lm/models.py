@@ -558,8 +558,7 @@ class RewardModel(TextScorer):
         """Write the files of :meth:`save` into a folder that exists."""
         self.language_model.write(folder)
         save_file(self.network.score.state_dict(), folder / "reward_head.safetensors")
-        about = json.dumps({"format": 1})
-        (folder / "reward_model.json").write_text(about, encoding="utf-8")
+        (folder / "reward_model.json").write_bytes(b'{"format": 1}')
 
     @staticmethod
     def load(folder: str | Path, *, device: str = "auto") -> RewardModel:
