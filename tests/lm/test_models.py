@@ -87,6 +87,17 @@ def test_saving_twice_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     assert not (tmp_path / "mine" / "old.txt").exists()
 
 
+def test_checkpoints_are_not_replaced_by_what_is_saved(tmp_path: Path) -> None:
+    result = run_dpo(tiny_model(), changes={"updates": 1}, checkpoint_dir=tmp_path / "run" / "checkpoints")
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoints"):
+        with pytest.raises(
+            ValueError, match=r"must hold no checkpoint of a run, got .*state\.json.*another folder"
+        ):
+            result.save(folder)
+    result.save(tmp_path / "run" / "model")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoints", "model"}
+
+
 def test_a_save_that_breaks_off_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

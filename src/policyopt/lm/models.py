@@ -217,6 +217,9 @@ class LanguageModel:
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a scratch folder that takes the place of ``folder`` if all goes well."""
+    found = str(next(folder.glob("**/state.json"), ""))
+    rule = "a folder that is replaced must hold no checkpoint of a run"
+    require(not found, rule, found, "save to another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True
