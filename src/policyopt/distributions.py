@@ -29,29 +29,23 @@ class Distribution(Protocol):
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw one action per batch item."""
-        ...
 
     def mode(self) -> Tensor:
         """Return the most probable action per batch item."""
-        ...
 
     def log_prob(self, actions: Tensor) -> Tensor:
         """Return log π(a|s), shape ``[...]``."""
-        ...
 
     def entropy(self) -> Tensor:
         """Return H(π(·|s)), shape ``[...]``."""
-        ...
 
     def kl(self, other: Distribution) -> Tensor:
         """Return KL(self ‖ other), shape ``[...]``."""
-        ...
 
     def detach(self) -> Distribution:
         """Return a frozen copy: no gradient, and no change when the parameters are
         changed in place.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,7 @@ class Statistics:
         self._pieces: list[dict[str, Tensor]] = []
 
     def add(self, **values: Tensor) -> None:
-        """Note a scalar for each name; the names are the same for every piece."""
+        """Note numbers for each name; the names are the same for every piece."""
         self._pieces.append({name: value.detach() for name, value in values.items()})
 
     @property
@@ -70,9 +70,9 @@ class Statistics:
         return tuple(self._pieces[0]) if self._pieces else ()
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return what was noted under a name, one entry per piece."""
-        noted = [piece[name] for piece in self._pieces]
-        return torch.stack(noted) if noted else torch.zeros(1)
+        """Return what was noted under a name, piece by piece; 0 without a piece."""
+        noted = [piece[name].flatten() for piece in self._pieces]
+        return torch.cat(noted) if noted else torch.zeros(1)
 
     def means(self, *names: str) -> dict[str, float]:
         """Return means over the pieces, by name; without names, of all."""
@@ -115,6 +115,8 @@ class Frame(ABC, Generic[ConfigT, RowT]):
 
     unit: ClassVar[str] = "update"
     """What :meth:`position` counts."""
+    kept: ClassVar[str] = "the last good one"
+    """What a run that diverged has, besides what the update before left."""
     remedy: ClassVar[str] = "a lower learning rate"
     """What to try when a run diverges."""
     may_change: ClassVar[tuple[str, ...]] = ()
@@ -313,8 +315,8 @@ class Frame(ABC, Generic[ConfigT, RowT]):
         if isinstance(error, FloatingPointError):
             raise TrainingDivergedError(
                 f"{error} in update {self.update + 1} (seed {self.seed}, {made}). The "
-                f"exception's .result holds what update {self.update} left, the last "
-                f"good one{saved}. Try {self.remedy}.",
+                f"exception's .result holds what update {self.update} left, "
+                f"{self.kept}{saved}. Try {self.remedy}.",
                 self.result(),
             ) from error
         # Whatever else broke (an environment, a reward function), what was learned must

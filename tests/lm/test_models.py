@@ -87,6 +87,17 @@ def test_saving_twice_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     assert not (tmp_path / "mine" / "old.txt").exists()
 
 
+def test_checkpoints_are_not_replaced_by_what_is_saved(tmp_path: Path) -> None:
+    result = run_dpo(tiny_model(), changes={"updates": 1}, checkpoint_dir=tmp_path / "run" / "checkpoints")
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoints"):
+        with pytest.raises(
+            ValueError, match=r"must hold no checkpoint of a run, got .*state\.json.*another folder"
+        ):
+            result.save(folder)
+    result.save(tmp_path / "run" / "model")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoints", "model"}
+
+
 def test_a_save_that_breaks_off_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +188,16 @@ def test_adapters_say_where_their_base_is(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(model_paths()["addition-base"])
     assert is_adapted(load(tmp_path, device="cpu").model)
+
+
+def test_adapters_are_not_saved_over_their_base(tmp_path: Path) -> None:
+    tiny_model().save(tmp_path / "base")
+    adapted = load(tmp_path / "base", lora=LoRA(rank=2), device="cpu")
+    with pytest.raises(ValueError, match=r"must not take the place of their base model.*merged\(\)"):
+        adapted.save(tmp_path / "base")
+    assert same_weights(load(tmp_path / "base", device="cpu").model, tiny_model().model)
+    adapted.merged().save(tmp_path / "base")
+    assert not is_adapted(load(tmp_path / "base", device="cpu").model)
 
 
 def test_adapters_without_their_base_say_what_is_missing(tmp_path: Path) -> None:

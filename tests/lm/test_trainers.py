@@ -275,6 +275,13 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     assert furthest(weights(first), weights(again)) == 0
 
 
+def test_a_checkpoint_of_adapters_of_another_rank_is_refused(tmp_path: Path) -> None:
+    """Those of rank 1 would be broadcast."""
+    run_sft(add_lora(tiny_model(), LoRA(rank=1)), checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"does not fit this run: names or shapes differ.*lora_A"):
+        run_sft(add_lora(tiny_model(), LoRA(rank=4)), checkpoint_dir=tmp_path)
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     run_dpo(tiny_model(), checkpoint_dir=tmp_path)
     with pytest.raises(ValueError, match=r"seed 0, this one has 1; give another folder"):
@@ -699,6 +706,21 @@ def test_a_lora_run_is_resumed_bit_for_bit(tmp_path: Path) -> None:
     assert furthest(weights(resumed), weights(whole)) == 0
 
 
+def test_a_model_that_cannot_be_sampled_any_more_leaves_its_result() -> None:
+    """The logged completions are missing then, and nothing else."""
+    model = tiny_model()
+
+    def spoil(row: Any) -> None:
+        with torch.no_grad():
+            next(iter(model.model.parameters())).fill_(math.nan)
+
+    with pytest.raises(TrainingDivergedError, match=r"update 2 .*the optimiser steps made since") as caught:
+        run_grpo(model, changes={"logged_samples": 1}, callback=spoil)
+    assert caught.value.result.updates == 1
+    (sample,) = caught.value.result.samples
+    assert "NaN or infinite logits" in sample.after
+
+
 def test_callback_stops_and_the_result_tells() -> None:
     result = run_sft(tiny_model(), callback=lambda row: row.update == 2)
     assert (result.updates, result.stop_reason, len(result.history)) == (2, "callback", 2)
@@ -1053,25 +1075,35 @@ def test_each_way_of_weighing_is_the_formula(mode: ImportanceMode) -> None:
     assert honest.effective_samples == pytest.approx(1, abs=1e-5)
 
 
+class Copied:
+    """A sampler with weights of its own."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.copy = model.copy()
+        self.inner = TransformersSampler(self.copy)
+
+    def update_weights(self, model: Any) -> None:
+        self.copy.model.load_state_dict(model.state_dict())
+
+    def sample(self, *args: Any, **options: Any) -> Any:
+        return self.inner.sample(*args, **options)
+
+
 def test_a_sampler_of_age_0_changes_nothing() -> None:
     """A copy that is told the weights after each update samples what the policy would."""
-
-    class Copy:
-        def __init__(self, model: LanguageModel) -> None:
-            self.copy = model.copy()
-            self.inner = TransformersSampler(self.copy)
-
-        def update_weights(self, model: Any) -> None:
-            self.copy.model.load_state_dict(model.state_dict())
-
-        def sample(self, *args: Any, **options: Any) -> Any:
-            return self.inner.sample(*args, **options)
-
     model = tiny_model()
-    ours, copied = run_grpo(tiny_model()), run_grpo(model, sampler=Copy(model))
+    ours, copied = run_grpo(tiny_model()), run_grpo(model, sampler=Copied(model))
     assert furthest(weights(ours), weights(copied)) == 0
     for mine, theirs in zip(ours.history, copied.history, strict=True):
         assert replace(mine, seconds=0.0) == replace(theirs, seconds=0.0)
+
+
+def test_a_sampler_is_told_the_weights_of_a_checkpoint(tmp_path: Path) -> None:
+    model, again = tiny_model(), tiny_model()
+    changes = {"checkpoint_every": 1}
+    run_grpo(model, changes=changes, checkpoint_dir=tmp_path, callback=lambda row: row.update == 1)
+    resumed = run_grpo(again, sampler=Copied(again), changes=changes, checkpoint_dir=tmp_path)
+    assert furthest(weights(resumed), weights(run_grpo(tiny_model()))) == 0
 
 
 def test_seeds_in_parallel_do_not_share_a_model() -> None:

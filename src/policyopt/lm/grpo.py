@@ -177,10 +177,8 @@ class GRPOUpdate(LMUpdate):
     their number: (Σc)² / (n Σc²) with c = π_old / π_sampler of the whole completion,
     not limited. 1 where the sampler is the policy."""
 
-    headline: ClassVar[tuple[str, ...]] = ("reward", "kl", "length")
-    may_be_nan: ClassVar[tuple[str, ...]] = (
-        "kl", "clip_fraction", "ratio_max", "effective_samples",
-    )  # fmt: skip
+    headline: ClassVar = ("reward", "kl", "length")
+    may_be_nan: ClassVar = ("kl", "clip_fraction", "ratio_max", "effective_samples")
 
 
 def group_advantages(
@@ -357,7 +355,7 @@ def train_grpo(
             if config.drop_unfinished:
                 batch = replace(batch, mask=batch.mask & batch.finished[:, None])
 
-            statistics, norm, log_weights = Statistics(), 0.0, list[Tensor]()
+            statistics = Statistics()
             for part in run.minibatches(batch):
                 mean, count = _mean(part.mask, config, run)
                 used = run.keep(part, part.advantages != 0) if skips else part
@@ -378,7 +376,7 @@ def train_grpo(
                         loss=total, tokens=piece.mask.sum(),
                         clipped=(items.clipped * piece.mask).sum(),
                         ratio=torch.where(piece.mask, items.ratio, 0.0).max(),
-                        gap=run.gap(piece, log_weights),
+                        gap=run.gap(piece), log_weights=run.log_weights(piece),
                     )  # fmt: skip
                 norm = run.descend(used.mask)
             run.tell_sampler()
@@ -395,7 +393,7 @@ def train_grpo(
                 clip_fraction=clipped / max(seen, 1),
                 ratio_max=run.processes.max(statistics["ratio"].max()) or 1.0,
                 sampler_kl=gap / max(seen, 1),
-                effective_samples=run.effective_samples(log_weights),
+                effective_samples=run.effective_samples(statistics),
             )  # fmt: skip
     return run.result()
 

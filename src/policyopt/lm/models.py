@@ -12,7 +12,7 @@ import copy
 import json
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from policyopt._checks import require
 from policyopt.lm import data
 from policyopt.lm.data import Prompt
 from policyopt.lm.sequences import Sequences, evaluating, hidden_states
@@ -146,12 +147,12 @@ class LanguageModel:
         ends = [True] * B if finished is None else finished
         tokenizer, settings = self.tokenizer, self.chat_template_kwargs
         given = [settings | {"tools": shown} for shown in tools or [None] * P]
+        chats = zip(prompts, given, strict=True)
+        ids = [data.encode_prompt(tokenizer, prompt, **more) for prompt, more in chats]
         encoded = [
             data.encode_completion(tokenizer, text, prompts[i], eos=end, **given[i])
             for text, i, end in zip(completions, prompt_index, ends, strict=True)
         ]
-        chats = zip(prompts, given, strict=True)
-        ids = [data.encode_prompt(tokenizer, prompt, **more) for prompt, more in chats]
         data.check_ids(tokenizer, chain(*ids, *encoded), self.vocabulary)
         return Sequences.pad(
             ids, encoded, prompt_index, pad_id=self.pad_id, device=self.device
@@ -216,6 +217,9 @@ class LanguageModel:
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a scratch folder that takes the place of ``folder`` if all goes well."""
+    found = str(next(folder.glob("**/state.json"), ""))
+    rule = "a folder that is replaced must hold no checkpoint of a run"
+    require(not found, rule, found, "save to another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True
@@ -224,6 +228,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
         scratch.mkdir()
         with _quiet(True):
             yield scratch
+        if (adapters := scratch / "adapter_config.json").exists():
+            base = str(json.loads(adapters.read_bytes())["base_model_name_or_path"])
+            rule = "adapters must not take the place of their base model"
+            remedy = "save them elsewhere, or save language_model.merged()"
+            require(Path(base).resolve() != folder.resolve(), rule, base, remedy)
         if folder.exists():
             folder.replace(old)
         try:
@@ -350,8 +359,7 @@ def load(
             folder, dtype=dtype, device=device, attention=attention, revision=revision
         )
     place = resolve_device(device)
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {_DTYPES}, got {dtype!r}")
+    require(dtype in _DTYPES, f"dtype must be one of {_DTYPES}", dtype)
     gguf = folder.suffix == ".gguf"
     source = str(folder.parent if gguf else name_or_path)
     local = Path(source).exists()
@@ -420,13 +428,12 @@ def _load_adapters(folder: Path, **options: Any) -> LanguageModel:
 @contextmanager
 def _quiet(active: bool) -> Iterator[None]:
     """Hide transformers' progress bar for local files; a download keeps its bar."""
-    showing = logging.is_progress_bar_enabled()
-    if active:
+    if hides := active and logging.is_progress_bar_enabled():
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
-        if active and showing:
+        if hides:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
@@ -472,28 +479,6 @@ def scalar_head(model: Any) -> nn.Linear:
     return head
 
 
-def text_batches(
-    scorer: TextScorer, completions: Sequence[str], prompts: Sequence[Prompt],
-    finished: Sequence[bool] | None, columns: Mapping[str, Any],
-) -> Iterator[Sequences]:  # fmt: skip
-    """Yield batches of completions, as a scorer's language model encodes what reward
-    functions get: one prompt to each, with the tools that a column may hold.
-    """
-    ends = [True] * len(completions) if finished is None else list(finished)
-    nothing = [None] * len(prompts)
-    shown = list(zip(prompts, columns.get("tools") or nothing, strict=True))
-    for start in range(0, len(completions), scorer.batch_size):
-        part = slice(start, start + scorer.batch_size)
-        # Equal prompts that follow one another are run once.
-        groups = [list(group) for _, group in groupby(shown[part])]
-        unique, their_tools = zip(*(group[0] for group in groups), strict=True)
-        index = [i for i, group in enumerate(groups) for _ in group]
-        yield scorer.language_model.encode(
-            unique, completions[part], prompt_index=index, finished=ends[part],
-            tools=their_tools,
-        )  # fmt: skip
-
-
 class TextScorer:
     """What scores completions; called, it is a reward function."""
 
@@ -513,10 +498,25 @@ class TextScorer:
         self, completions: Sequence[str], prompts: Sequence[Prompt],
         finished: Sequence[bool] | None = None, **columns: Any,
     ) -> list[float]:  # fmt: skip
-        """Score texts, one prompt to each: the interface of a reward function."""
-        batches = text_batches(self, completions, prompts, finished, columns)
-        with evaluating(self.network):
-            return [x for batch in batches for x in self.scores(batch).tolist()]
+        """Score texts, one prompt to each, with the tools that a column may hold: the
+        interface of a reward function.
+        """
+        ends = [True] * len(completions) if finished is None else list(finished)
+        nothing, scores = [None] * len(prompts), list[float]()
+        shown = list(zip(prompts, columns.get("tools") or nothing, strict=True))
+        for start in range(0, len(completions), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            # Equal prompts that follow one another are run once.
+            groups = [list(group) for _, group in groupby(shown[part])]
+            unique, tools = zip(*(group[0] for group in groups), strict=True)
+            index = [i for i, group in enumerate(groups) for _ in group]
+            batch = self.language_model.encode(
+                unique, completions[part], prompt_index=index, finished=ends[part],
+                tools=tools,
+            )  # fmt: skip
+            with evaluating(self.network):
+                scores += self.scores(batch).tolist()
+        return scores
 
 
 class RewardModel(TextScorer):
@@ -561,8 +561,7 @@ class RewardModel(TextScorer):
         """Write the files of :meth:`save` into a folder that exists."""
         self.language_model.write(folder)
         save_file(self.network.score.state_dict(), folder / "reward_head.safetensors")
-        about = json.dumps({"format": 1})
-        (folder / "reward_model.json").write_text(about, encoding="utf-8")
+        (folder / "reward_model.json").write_bytes(b'{"format": 1}')
 
     @staticmethod
     def load(folder: str | Path, *, device: str = "auto") -> RewardModel:

@@ -129,10 +129,8 @@ class PPOUpdate(LMUpdate):
     ratio_max: float
     """Largest ratio of the update."""
 
-    headline: ClassVar[tuple[str, ...]] = ("reward", "kl", "length")
-    may_be_nan: ClassVar[tuple[str, ...]] = (
-        "explained_variance", "clip_fraction", "ratio_max",
-    )  # fmt: skip
+    headline: ClassVar = ("reward", "kl", "length")
+    may_be_nan: ClassVar = ("explained_variance", "clip_fraction", "ratio_max")
 
 
 class Judged(NamedTuple):

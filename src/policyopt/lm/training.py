@@ -71,6 +71,7 @@ class Run(Frame[ConfigT, RowT]):
         ``checkpoint_dir``.
     """
 
+    kept = "the last good one, with the optimiser steps made since"
     remedy = "a lower learning rate or max_gradient_norm"
     may_change = (
         "updates", "epochs", "checkpoint_every", "micro_batch_size", "logged_samples",
@@ -199,10 +200,10 @@ class Run(Frame[ConfigT, RowT]):
         """Return the loss of a piece, of the first step of its update, as a function of
         its log-probabilities: with it the network foresees their gradient.
         """
-        names = ["old_log_probs"] if isinstance(piece, Completions) else []
 
         def loss(now: Tensor) -> Tensor:
-            old = dict.fromkeys(names, now.detach())
+            sampled = isinstance(piece, Completions)
+            old = {"old_log_probs": now.detach()} if sampled else {}
             said: Any = objective(replace(piece, log_probs=now, **old))
             items = getattr(said, "loss", said)
             return aggregate(items, piece.mask, reduction=reduction, denominator=count)
@@ -246,7 +247,11 @@ class Run(Frame[ConfigT, RowT]):
 
     def result(self) -> LMResult[ConfigT, RowT]:
         """Return what was learned so far."""
-        texts = zip(self._logged, self._before, self._complete(), strict=True)
+        try:
+            after = self._complete()
+        except (FloatingPointError, torch.OutOfMemoryError) as error:
+            after = [f"({error})"] * len(self._logged)  # what was learned is not lost
+        texts = zip(self._logged, self._before, after, strict=True)
         return LMResult(
             algorithm=self.algorithm, seed=self.seed, config=self.config,
             language_model=self.language_model, history=self.history,
@@ -270,13 +275,11 @@ class Run(Frame[ConfigT, RowT]):
         for made in self._references or ():
             made.end()
         self._references = None
-        self._random_state = torch.get_rng_state()
         if self.config.gradient_checkpointing:
             mode, layers = self._layer_mode, self._bare.modules()
             self._recomputed = [m for m in layers if isinstance(m, Layer)]
             options = {"use_reentrant": False, "context_fn": lambda: (mode(), mode())}
-            for model in causal_models(self._bare):
-                _recompute(model, **options)
+            _recompute(self._bare, **options)
         self.network, self.optimizer = self.processes.share(
             self._bare, self.language_model, self._new_optimizer, self._slots
         )
@@ -321,8 +324,7 @@ class Run(Frame[ConfigT, RowT]):
             self.network = self._bare
         self._bare.eval()
         if self.config.gradient_checkpointing:
-            for model in causal_models(self._bare):
-                _recompute(model)
+            _recompute(self._bare)
         torch.set_rng_state(self._random_state)
 
     def _revert(self, error: BaseException) -> bool:
@@ -347,8 +349,9 @@ class Run(Frame[ConfigT, RowT]):
 
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         saved, trained = strip(tensors, "network."), self._trained()
-        if differing := sorted(saved.keys() ^ trained.keys()):
-            raise ValueError(f"they differ in {differing[:3]}")
+        shapes = [{(n, *t.shape) for n, t in x.items()} for x in (saved, trained)]
+        if differing := sorted(shapes[0] ^ shapes[1]):
+            raise ValueError(f"names or shapes differ, first {differing[:3]}")
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(saved[name])
@@ -412,6 +415,11 @@ class SamplingRun(Run[ConfigT, RowT]):
         names = ("temperature", "top_k", "top_p")
         self.scoring = {name: getattr(self._sampling, name) for name in names}
 
+    def _enter(self) -> None:
+        super()._enter()
+        if self.update:  # the weights are those of a checkpoint
+            self.tell_sampler()
+
     @property
     def longest(self) -> int:
         """The most tokens of one completion that the policy chooses."""
@@ -454,7 +462,7 @@ class SamplingRun(Run[ConfigT, RowT]):
         config: Any = self.config
         rows = [example for example in examples for _ in range(size)]
         columns = {name: [r.columns[name] for r in rows] for name in rows[0].columns}
-        played, first = None, self.rank * len(rows)
+        first, given, token_rewards = self.rank * len(rows), None, torch.empty(0)
         if self._environment is None:
             contexts = [example.prompt_ids for example in examples]
             samples = draw(contexts, size, 0, first)
@@ -465,10 +473,10 @@ class SamplingRun(Run[ConfigT, RowT]):
                 config, group_size=size, first_row=first, busiest=self._busiest,
             )  # fmt: skip
             samples, texts = played.samples, played.answers
-            columns["messages"] = played.messages
+            token_rewards, columns["messages"] = played.rewards.cpu(), played.messages
+            given = token_rewards.sum(1)
         columns["finished"] = samples.finished.tolist()
         columns["completion_tokens"] = samples.sequences.policy_mask.sum(1).tolist()
-        given = None if played is None else played.rewards.sum(1).cpu()
         if given is not None and not self._judged:
             rewards = Rewards(given, {})
         else:
@@ -476,12 +484,11 @@ class SamplingRun(Run[ConfigT, RowT]):
                 self._reward_functions, texts, [row.prompt for row in rows], columns,
                 weights=config.reward_weights, given=given,
             )  # fmt: skip
-        sequences, token_rewards = samples.sequences, torch.empty(0)
-        if played is not None and given is not None:
+        sequences = samples.sequences
+        if given is not None:
             # The functions judge the whole: their reward comes with the last action.
             steps = torch.arange(sequences.policy_mask.shape[1])
             last = (sequences.policy_mask.cpu() * steps).argmax(1)
-            token_rewards = played.rewards.cpu()
             token_rewards[range(len(rows)), last] += rewards.total - given
             rewards.parts["environment"] = given
         sequences = sequences.to(self.device)
@@ -534,8 +541,6 @@ class SamplingRun(Run[ConfigT, RowT]):
         """Fill in what π_ref and (with ``old``) the policy say before the first step.
         ``group`` is the size of the batch's groups, if it is another than was sampled.
         """
-        if reference is None and not old:
-            return batch
         sequences = batch.sequences
         changes: dict[str, Any] = {}
         cuts = list(self.micro_batches(len(batch), group or self._group))
@@ -592,18 +597,22 @@ class SamplingRun(Run[ConfigT, RowT]):
         """Return the losses of a micro-batch, with ``ratio`` and ``clipped``."""
         return item_losses(loss, batch, batch.mask.shape, ["ratio", "clipped"])
 
-    def gap(self, batch: Completions, log_weights: list[Tensor]) -> Tensor:
-        """Return the sum of k3 estimates of KL(π_sampler ‖ π_old) over the tokens, and
-        note log π_old/π_sampler of each completion.
-        """
-        old, sampled = batch.old_log_probs, batch.sampler_log_probs
-        there = batch.mask.any(1)
-        log_weights.append(sequence_log_prob(old - sampled, batch.mask)[there].cpu())
-        return torch.where(batch.mask, kl_estimate(sampled, old, "k3"), 0.0).sum()
+    def gap(self, batch: Completions) -> Tensor:
+        """Return the sum of k3 estimates of KL(π_sampler ‖ π_old) over the tokens."""
+        kl = kl_estimate(batch.sampler_log_probs, batch.old_log_probs, "k3")
+        return torch.where(batch.mask, kl, 0.0).sum()
 
-    def effective_samples(self, log_weights: list[Tensor]) -> float:
-        """Return (Σw)² / (n Σw²) over all processes; NaN without weights."""
-        mine = torch.cat([torch.empty(0), *log_weights]).double()
+    def log_weights(self, batch: Completions) -> Tensor:
+        """Return log π_old/π_sampler of each completion that has a say."""
+        log_ratio = batch.old_log_probs - batch.sampler_log_probs
+        return sequence_log_prob(log_ratio, batch.mask)[batch.mask.any(1)]
+
+    def effective_samples(self, statistics: Statistics) -> float:
+        """Return (Σw)² / (n Σw²) of the noted ``log_weights`` over all processes; NaN
+        without any.
+        """
+        noted = statistics["log_weights"] if statistics.names else torch.empty(0)
+        mine = noted.cpu().double()
         least = mine.new_full((1,), -torch.inf)
         largest = self.processes.max(torch.cat([mine, least]).max().float())
         w = (mine - largest).exp()
@@ -652,11 +661,12 @@ def _check_trainable(parameters: Sequence[nn.Parameter]) -> None:
         )
 
 
-def _recompute(model: Any, **options: Any) -> None:
+def _recompute(network: nn.Module, **options: Any) -> None:
     """Switch gradient checkpointing on, or off where there are no options, by its name
     in transformers 5.23 or the older one.
     """
-    switch = "enable" if options else "disable"
-    new = getattr(model, f"activation_checkpointing_{switch}", None)
+    switch = f"checkpointing_{'enable' if options else 'disable'}"
     arguments = [options] if options else []
-    (new or getattr(model, f"gradient_checkpointing_{switch}"))(*arguments)
+    for model in causal_models(network):
+        new = getattr(model, f"activation_{switch}", None)
+        (new or getattr(model, f"gradient_{switch}"))(*arguments)
