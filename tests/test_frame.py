@@ -155,3 +155,31 @@ def test_what_cannot_be_restored_is_refused_with_the_reason(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="does not fit this run: 'wool'"):
         run.train()
     assert run.events == ["left"]
+
+
+def test_a_run_that_its_callback_stops_leaves_a_checkpoint(tmp_path: Path) -> None:
+    for stop in (3, 4):  # between two checkpoints, and at one
+        folder = tmp_path / str(stop)
+        stopped = Counter(callback=lambda row, stop=stop: row.update == stop, checkpoint_dir=folder).train()
+        assert stopped.stop_reason == "callback"
+        longer = Counter(checkpoint_dir=folder)
+        with longer:
+            assert (longer.number, longer.update) == (stop, stop)
+
+
+def test_no_checkpoint_is_promised_where_there_is_none(tmp_path: Path) -> None:
+    def breaks(row: Any) -> bool:
+        raise KeyError("lost")
+
+    for every, there in ((2, False), (1, True)):
+        with pytest.raises(KeyError) as caught:
+            Counter(callback=breaks, checkpoint_dir=tmp_path / str(every), checkpoint_every=every).train()
+        assert ("last checkpoint is in" in caught.value.__notes__[0]) == there
+
+
+def test_a_folder_that_cannot_be_is_noticed_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    run = Counter(checkpoint_dir=tmp_path / "file")
+    with pytest.raises(FileExistsError, match="file"):
+        run.train()
+    assert run.number == 0

@@ -241,12 +241,15 @@ class Frame(ABC, Generic[ConfigT, RowT]):
             shown = {k: v for k in row.headline if not math.isnan(v := getattr(row, k))}
             self._bar.set_postfix(shown, refresh=False)
         last = not self.unfinished
-        if self._folder is not None and (last or self.update % self._every == 0):
+        due = last or self.update % self._every == 0
+        if self._folder is not None and due:
             self._checkpoint()
             if not last:
                 self._saved()
         if self.callback is not None and self.callback(row):
             self.stop_reason, self._stopped = "callback", True
+            if self._folder is not None and not due:
+                self._checkpoint()
 
     # --- checkpoints ---
 
@@ -265,7 +268,8 @@ class Frame(ABC, Generic[ConfigT, RowT]):
             if name not in self.may_change and theirs.get(name) != mine:
                 raise ValueError(
                     f"{folder} holds a run with {name} {theirs.get(name)!r}, this one "
-                    f"has {mine!r}; give another folder to start afresh"
+                    f"has {mine!r}; give another folder to start afresh, or begin as "
+                    "it did"
                 )
         try:
             self._restore(tensors, metadata["state"])
@@ -279,8 +283,10 @@ class Frame(ABC, Generic[ConfigT, RowT]):
 
     def __enter__(self) -> Self:
         try:
-            if self._folder and checkpoint.has_checkpoint(self._folder):
-                self._resume(self._folder)
+            if self._folder:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                if checkpoint.has_checkpoint(self._folder):
+                    self._resume(self._folder)
             self._enter()
         except BaseException as error:
             self._leave(error)
@@ -300,7 +306,8 @@ class Frame(ABC, Generic[ConfigT, RowT]):
         self._leave(error)
         if error is None:
             return False
-        saved = f"; the last checkpoint is in {self._folder}" if self._folder else ""
+        there = self._folder and checkpoint.has_checkpoint(self._folder)
+        saved = f"; the last checkpoint is in {self._folder}" if there else ""
         if not self._revert(error):
             error.add_note(f"This process has no result{saved}")
             return False

@@ -778,6 +778,12 @@ def test_no_function_may_take_the_name_of_the_environments_rewards() -> None:
         )
 
 
+def test_weights_of_functions_that_are_not_there_are_refused() -> None:
+    config = GRPOConfig(**COMMON, sampling=SHORT, group_size=2, reward_weights=(0.5,))
+    with pytest.raises(ValueError, match="reward_weights must be None where there are no reward functions"):
+        train_grpo(chat_model(), DATA, (), config, environment=lambda: Scripted(STOP), progress=False)
+
+
 def test_a_cancelled_step_is_named() -> None:
     class Cancelled(Scripted):
         async def step(self, messages: Any) -> Any:

@@ -87,11 +87,24 @@ def test_saving_twice_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     assert not (tmp_path / "mine" / "old.txt").exists()
 
 
+def test_what_is_no_model_is_not_replaced(tmp_path: Path) -> None:
+    model, notes = tiny_model(), tmp_path / "notes.txt"
+    notes.write_text("mine")
+    with pytest.raises(
+        ValueError, match=r"must be new or empty, .*got \['notes.txt'\].*save to another folder"
+    ):
+        model.save(tmp_path)
+    assert notes.read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    for _ in range(2):
+        assert model.save(tmp_path / "empty").is_dir()
+
+
 def test_checkpoints_are_not_replaced_by_what_is_saved(tmp_path: Path) -> None:
     result = run_dpo(tiny_model(), changes={"updates": 1}, checkpoint_dir=tmp_path / "run" / "checkpoints")
     for folder in (tmp_path / "run", tmp_path / "run" / "checkpoints"):
         with pytest.raises(
-            ValueError, match=r"must hold no checkpoint of a run, got .*state\.json.*another folder"
+            ValueError, match=r"a saved model and no checkpoint, got .*state\.json.*another folder"
         ):
             result.save(folder)
     result.save(tmp_path / "run" / "model")

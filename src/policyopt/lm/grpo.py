@@ -122,6 +122,8 @@ class GRPOConfig(OnlineConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check("minibatches", self.minibatches <= self.batch_size, "<= batch_size")
+        fits = self.scale_rewards != "batch" or self.baseline == "group"
+        self._check("scale_rewards", fits, "True or False unless baseline='group'")
         k, fits = self.pass_at_k, self.baseline == "leave-one-out"
         rule = "1, or less than group_size with baseline='leave-one-out'"
         self._check("pass_at_k", k == 1 or (fits and k < self.group_size), rule)

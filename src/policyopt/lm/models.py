@@ -217,9 +217,12 @@ class LanguageModel:
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a scratch folder that takes the place of ``folder`` if all goes well."""
-    found = str(next(folder.glob("**/state.json"), ""))
-    rule = "a folder that is replaced must hold no checkpoint of a run"
-    require(not found, rule, found, "save to another folder")
+    kept = sorted(path.name for path in folder.glob("*"))
+    known = not kept or bool({"config.json", "adapter_config.json"}.intersection(kept))
+    found = [str(path) for path in folder.glob("**/state.json")]
+    rule = f"{folder} must be new or empty, or hold a saved model and no checkpoint"
+    remedy = "all of it would be replaced: save to another folder"
+    require(known and not found, rule, found or kept, remedy)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True

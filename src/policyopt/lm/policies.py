@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -95,6 +96,16 @@ class Reference:
             shared = {id(p): p for p in self.model.parameters() if p not in trained}
             self.model = deepcopy(self.model, shared).requires_grad_(False)
         self._autocast, self._kind = autocast, language_model.device.type
+
+    def fingerprint(self) -> str:
+        """Tell it from other references, by some numbers of each of its weights."""
+        digest = hashlib.sha256()
+        for p in self.model.parameters():
+            if not (self._off and p.requires_grad):  # adapters, which are off
+                digest.update(
+                    p.detach().flatten()[:64].cpu().double().numpy().tobytes()
+                )
+        return digest.hexdigest()[:16]
 
     def end(self) -> None:
         """Say that the policy is about to change: without a copy, π_ref is gone."""

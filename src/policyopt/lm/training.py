@@ -95,6 +95,7 @@ class Run(Frame[ConfigT, RowT]):
         self.network: Any = network
         self._bare = network
         self._references: list[Reference] | None = []
+        self._started_from: dict[str, str] = {}
         self._random_state = torch.get_rng_state()
         _check_trainable(list(self._trained().values()))
         # Reversible layers compute gradients in training mode only.
@@ -125,6 +126,7 @@ class Run(Frame[ConfigT, RowT]):
         half = self.config.autocast is not None
         made = Reference(self.language_model, reference, autocast=half, copy=copy)
         self._references.append(made)
+        self._started_from |= {"reference": made.fingerprint()}
         return made
 
     # --- the loop's interface ---
@@ -158,17 +160,18 @@ class Run(Frame[ConfigT, RowT]):
         """Return the mean of numbers of which each process has as many."""
         return float(self.sum(values.sum())) / (len(values) * self.world)
 
-    def batch(self, number: int | None = None) -> list[Any]:
+    def batch(self, draw: int = 0) -> list[Any]:
         """Return the items of the data that this process works on in this update, or
-        those of batch ``number``.
+        others, where it draws again.
         """
-        return [self.items[i] for i in self.batch_numbers(number)]
+        return [self.items[i] for i in self.batch_numbers(draw)]
 
-    def batch_numbers(self, number: int | None = None) -> list[int]:
+    def batch_numbers(self, draw: int = 0) -> list[int]:
         """Return the numbers of these items."""
-        number = self.update if number is None else number
+        # Each draw goes through the data in an order of its own.
+        seed = derive_seed(self.seed, 1 << 20, draw) if draw else self.seed
         size = self.config.batch_size
-        indices = batch_indices(len(self.items), size, number, self.seed)
+        indices = batch_indices(len(self.items), size, self.update, seed)
         share = len(indices) // self.world
         return indices[self.rank * share : (self.rank + 1) * share]
 
@@ -334,7 +337,7 @@ class Run(Frame[ConfigT, RowT]):
         return not self.processes.sharded
 
     def _identity(self) -> dict[str, Any]:
-        return {"items": len(self.items), "data": self._data}
+        return {"items": len(self.items), "data": self._data, **self._started_from}
 
     @cached_property
     def _data(self) -> str:
@@ -405,6 +408,9 @@ class SamplingRun(Run[ConfigT, RowT]):
         if environment is not None:
             check_environment(environment, self.items[0], reward_functions)
             self._judged = callable(reward_functions) or bool(reward_functions)
+            rule = "reward_weights must be None where there are no reward functions"
+            weights = self.config.reward_weights
+            require(self._judged or weights is None, rule, weights)
         if self._judged:
             refuse_trained(reward_functions, self.language_model.model)
         half = self.config.autocast is not None
@@ -433,9 +439,7 @@ class SamplingRun(Run[ConfigT, RowT]):
         drawn, varied = list[Completions](), 0
         missing = wanted = self.config.batch_size // self.world
         for draw in range(draws):
-            # As many batches are set aside for each update: a run that is resumed
-            # need not know how many the updates before it used.
-            drawn.append(self.sample(self.update * draws + draw, missing))
+            drawn.append(self.sample(draw, missing))
             varied += int((~self.equal_groups(drawn[-1])).sum())
             # As many in all processes: they sample together where weights are sharded.
             missing = int(self.processes.max(torch.tensor(wanted - varied)))
@@ -443,11 +447,9 @@ class SamplingRun(Run[ConfigT, RowT]):
                 break
         return Completions.join(drawn)
 
-    def sample(
-        self, number: int | None = None, prompts: int | None = None
-    ) -> Completions:
+    def sample(self, draw: int = 0, prompts: int | None = None) -> Completions:
         """Sample completions of this update's prompts, or of the first ``prompts`` of
-        batch ``number``, and score them.
+        another draw, and score them.
 
         Reward functions get ``completions`` and ``prompts`` (texts or chat messages),
         one entry per completion, the other columns of the data likewise,
@@ -456,20 +458,19 @@ class SamplingRun(Run[ConfigT, RowT]):
         completion is the policy's last message, and ``messages`` are the whole
         conversations.
         """
-        number = self.update if number is None else number
-        examples, size = self.batch(number)[:prompts], self._group
-        draw = partial(self._draw, number)
+        examples, size = self.batch(draw)[:prompts], self._group
+        drawn = partial(self._draw, draw)
         config: Any = self.config
         rows = [example for example in examples for _ in range(size)]
         columns = {name: [r.columns[name] for r in rows] for name in rows[0].columns}
         first, given, token_rewards = self.rank * len(rows), None, torch.empty(0)
         if self._environment is None:
             contexts = [example.prompt_ids for example in examples]
-            samples = draw(contexts, size, 0, first)
+            samples = drawn(contexts, size, 0, first)
             texts = sampling.decode_all(self.language_model, samples.sequences)
         else:
             played = play(
-                self._environment, examples, draw, self.language_model,
+                self._environment, examples, drawn, self.language_model,
                 config, group_size=size, first_row=first, busiest=self._busiest,
             )  # fmt: skip
             samples, texts = played.samples, played.answers
@@ -519,9 +520,10 @@ class SamplingRun(Run[ConfigT, RowT]):
         return (groups == groups[:, :1]).all(1)
 
     def _draw(
-        self, number: int, contexts: list[list[int]], size: int, turn: int, first: Any
+        self, draw: int, contexts: list[list[int]], size: int, turn: int, first: Any
     ) -> sampling.Samples:
-        seed = derive_seed(self.seed, number, 1 << 20, turn)  # in all processes
+        stream = (1 << 20) + draw
+        seed = derive_seed(self.seed, self.update, stream, turn)  # in all processes
         return self._sampler.sample(
             contexts, size, self._sampling, seed=seed, first_row=first
         )
