@@ -707,26 +707,28 @@ COLUMNS = {
 
 def describe(task: str, settings: dict[str, Any]) -> str:
     """Say in one sentence what was run."""
-    s = settings
+    s, warm = settings, settings["warm"]
+    one, several = ("batch", "batches") if task == "generation" else ("step", "steps")
+    untimed = f"the first {one} is" if warm == 1 else f"the first {warm} {several} are"
     if task == "sft":
         return (
             f"{s['steps']} steps of {s['batch']} completions, AdamW with a constant learning rate of "
-            f"{s['learning_rate']:g}; the first {s['warm']} steps are not timed."
+            f"{s['learning_rate']:g}; {untimed} not timed."
         )
     if task == "dpo":
         return (
             f"{s['steps']} steps of {s['batch']} pairs, β = {s['beta']:g}, AdamW with a constant learning rate of "
-            f"{s['learning_rate']:g}; the first {s['warm']} steps are not timed."
+            f"{s['learning_rate']:g}; {untimed} not timed."
         )
     if task == "grpo":
         return (
             f"{s['steps']} steps of {s['batch']} prompts × {s['group']} samples of at most {s['tokens']} tokens, one "
-            f"update per batch, β = {s['beta']:g}, AdamW with a constant learning rate of {s['learning_rate']:g}; the "
-            f"first {s['warm']} steps are not timed. The reward is the exact utility."
+            f"update per batch, β = {s['beta']:g}, AdamW with a constant learning rate of {s['learning_rate']:g}; "
+            f"{untimed} not timed. The reward is the exact utility."
         )
     return (
         f"{s['steps']} batches of {s['batch']} prompts × {s['group']} samples of at most {s['tokens']} tokens, "
-        f"temperature 1; the first {s['warm']} batches are not timed. Tokens are those of the completions."
+        f"temperature 1; {untimed} not timed. Tokens are those of the completions."
     )
 
 

@@ -12,6 +12,7 @@ import transformers
 from families import EOS, PROMPTS, V, build, tokenizer, whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lm_runs import tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaForCausalLM, LlamaModel, cache_utils
@@ -271,3 +272,14 @@ def test_a_recurrent_model_that_rounds_much_by_itself_is_not_refused() -> None:
                 weight *= 4
         model.backbone.embeddings.weight[:, 0] += 100
     assert check_cache(model).fault is None
+
+
+def test_the_check_takes_no_gradient_of_the_embedding() -> None:
+    """It is as large as the head: for 150,000 tokens a gigabyte, to see that some gradient is finite."""
+
+    def refuse(gradient: torch.Tensor) -> None:
+        raise AssertionError("a gradient of the embedding")
+
+    model = tiny_model().model
+    model.get_input_embeddings().weight.register_hook(refuse)
+    assert check_cache(model).shares

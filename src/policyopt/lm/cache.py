@@ -210,6 +210,9 @@ def _check(causal: Any, parts: Head) -> CacheCheck:
                 logits = _together(parts, prompts, mask, tokens)
                 # Where padding attends to nothing a gradient may be 0/0 (Gemma 3n).
                 trained = [p for p in parts.backbone.parameters() if p.requires_grad]
+                # The embedding last: its gradient is as large as the head.
+                embedding = causal.get_input_embeddings().weight
+                trained.sort(key=lambda p: p is embedding)
                 if trained and logits.requires_grad:
                     (grad,) = torch.autograd.grad(logits.sum(), trained[:1])
                     logits = logits + 0 * grad.sum()  # NaN is never close
