@@ -558,6 +558,11 @@ def copied(value: Any) -> Any:
     return list(map(copied, value)) if isinstance(value, list) else value
 
 
+def scalar(value: Any) -> Any:
+    """Return what a number of NumPy or a tensor holds, and anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
 def message_roles(messages: Any, column: str) -> list[str]:
     """Check that these are messages, and return the role of each."""
     if not isinstance(messages, list) or not messages:
@@ -703,8 +708,7 @@ def labelled_items(
 
     def make(record: Record) -> Labelled:
         prompt, text = _column(record, "prompt"), _column(record, "completion")
-        label = _column(record, "label")
-        label = getattr(label, "item", lambda: label)()  # of NumPy or a tensor
+        label = scalar(_column(record, "label"))
         rule = "label must be true (desirable) or false"
         require(isinstance(label, bool), rule, label, "write it as a Boolean")
         ids, encoded = _encode(tokenizer, limits, record, prompt, {"completion": text})

@@ -142,7 +142,7 @@ class _Episode:
         value = to_number(reward)
         rule = f"{name} must return a finite reward, 0 where there is none"
         require(math.isfinite(value), rule, reward)
-        done = getattr(done, "item", lambda: done)()  # of NumPy or a tensor
+        done = data.scalar(done)
         require(isinstance(done, bool), f"{name} must return whether it is done", done)
         self.rewards[-1] = value
         self.done = done

@@ -10,7 +10,7 @@ the gradient from the logits while they are there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from policyopt._checks import require
 from policyopt.lm.heads import Head, backbone_and_head, scale_and_cap
-from policyopt.lm.sequences import Sequences, hidden_states
+from policyopt.lm.sequences import Sequences, hidden_states, switched_on
 
 __all__ = [
     "TokenLogProbs", "chunked_log_probs", "completion_log_probs", "filter_logits",
@@ -452,13 +452,14 @@ def _attending(model: nn.Module, sequences: Sequences) -> Iterator[None]:
     short = ids.shape[1] + sequences.completion_ids.shape[1] <= 512
     halved = ids.device.type == "cpu" and torch.is_autocast_enabled("cpu")
     # A layer that is computed again backward would not attend in the same way there.
-    again = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    plain = short and halved and not again
+    if not (short and halved) or switched_on(model, "gradient_checkpointing"):
+        yield
+        return
     before = cuda.fp16_bf16_reduction_math_sdp_allowed()  # meant for CPUs too
     # Without it the products would be in float32.
-    cuda.allow_fp16_bf16_reduction_math_sdp(before or plain)
+    cuda.allow_fp16_bf16_reduction_math_sdp(True)
     try:
-        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+        with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         cuda.allow_fp16_bf16_reduction_math_sdp(before)

@@ -507,17 +507,17 @@ class TextScorer:
         ends = [True] * len(completions) if finished is None else list(finished)
         nothing, scores = [None] * len(prompts), list[float]()
         shown = list(zip(prompts, columns.get("tools") or nothing, strict=True))
-        for start in range(0, len(completions), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            # Equal prompts that follow one another are run once.
-            groups = [list(group) for _, group in groupby(shown[part])]
-            unique, tools = zip(*(group[0] for group in groups), strict=True)
-            index = [i for i, group in enumerate(groups) for _ in group]
-            batch = self.language_model.encode(
-                unique, completions[part], prompt_index=index, finished=ends[part],
-                tools=tools,
-            )  # fmt: skip
-            with evaluating(self.network):
+        with evaluating(self.network):
+            for start in range(0, len(completions), self.batch_size):
+                part = slice(start, start + self.batch_size)
+                # Equal prompts that follow one another are run once.
+                groups = [list(group) for _, group in groupby(shown[part])]
+                unique, tools = zip(*(group[0] for group in groups), strict=True)
+                index = [i for i, group in enumerate(groups) for _ in group]
+                batch = self.language_model.encode(
+                    unique, completions[part], prompt_index=index, finished=ends[part],
+                    tools=tools,
+                )  # fmt: skip
                 scores += self.scores(batch).tolist()
         return scores
 

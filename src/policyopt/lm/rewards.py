@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from policyopt._checks import quote, require
-from policyopt.lm.data import Prompt, copied
+from policyopt.lm.data import Prompt, copied, scalar
 from policyopt.lm.sequences import evaluating, pad_rows
 
 __all__ = [
@@ -264,9 +264,8 @@ def to_number(value: Any) -> float:
     """Return a number as a float: infinite if float32 cannot hold it, and NaN for what
     is not a number.
     """
-    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0:
-        value = value.item()
-    if not isinstance(value, (Real, Decimal, np.bool_)):
+    value = scalar(value)
+    if not isinstance(value, (Real, Decimal)):
         return math.nan
     try:
         return torch.tensor(value, dtype=torch.float32).item()

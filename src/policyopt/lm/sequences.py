@@ -233,10 +233,14 @@ def _can_share(model: nn.Module, backbone: nn.Module) -> bool:
     # In training mode transformers switches the cache off with checkpointing, and with
     # layerdrop leaves out layers, which then have read no prompt. In evaluation mode
     # the passes are the same, so that they round alike.
-    names = ("gradient_checkpointing", "layerdrop")
-    if any(getattr(m, name, False) for m in backbone.modules() for name in names):
+    if switched_on(backbone, "gradient_checkpointing", "layerdrop"):
         return False
     return check_cache(model).shares
+
+
+def switched_on(network: nn.Module, *names: str) -> bool:
+    """Whether some module of a network has one of these attributes, and it is true."""
+    return any(getattr(m, name, False) for m in network.modules() for name in names)
 
 
 def _shared(backbone: nn.Module, sequences: Sequences) -> Tensor:

@@ -12,7 +12,7 @@ draws with the same seed.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import gymnasium as gym
 import numpy as np
@@ -89,7 +89,7 @@ class TensorEnv(VectorEnv[Any, Any, Any]):
         elif self.device is not None and seed is not None:
             self.generator.manual_seed(seed)
         self.state = self._start(self.num_envs)
-        self.age = self._array(np.zeros(self.num_envs, np.int64))
+        self.age = self._cast(self.xp.zeros_like(self.state[0]), torch.int64)
         return self._observe(), {}
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
@@ -105,7 +105,6 @@ class TensorEnv(VectorEnv[Any, Any, Any]):
         info: dict[str, Any] = {}
         if len(over):
             info["final_obs"] = observation
-            self.state = self.xp.stack([*self.state])  # it may be what was seen
             self.state[:, over] = self._start(len(over))
             self.age[over] = 0
             observation = self._observe()
@@ -120,22 +119,19 @@ class TensorEnv(VectorEnv[Any, Any, Any]):
         raise NotImplementedError
 
     def _observe(self) -> Any:
-        """Return what is seen of the state, ``[N, ...]``, float32."""
+        """Return a copy of what is seen of the state, ``[N, ...]``, float32."""
         raise NotImplementedError
 
     def _uniform(self, *high: float, copies: int) -> Any:
         """Draw numbers between −high and high, ``[D, copies]``."""
-        size, bound = (len(high), copies), self._array(np.array(high)[:, None])
+        size, bound = (len(high), copies), cast(Any, np.array(high))
         if self.device is None:
-            return self._cast(bound * self.generator.uniform(-1, 1, size), self.dtype)
-        draw = torch.empty(size, dtype=self.dtype, device=self.device)
-        return bound.to(self.dtype) * draw.uniform_(-1, 1, generator=self.generator)
-
-    def _array(self, values: Any) -> Any:
-        """Put numbers where everything is computed."""
-        if self.device is None:
-            return values
-        return torch.tensor(values, device=self.device)
+            drawn = self.generator.uniform(-1, 1, size)
+        else:
+            drawn = torch.empty(size, dtype=self.dtype, device=self.device)
+            drawn.uniform_(-1, 1, generator=self.generator)
+            bound = torch.tensor(high, dtype=self.dtype, device=self.device)
+        return self._cast(bound[:, None] * drawn, self.dtype)
 
     def _cast(self, x: Any, dtype: torch.dtype = torch.float32) -> Any:
         """Return numbers in a type, by PyTorch's name of it."""
@@ -170,7 +166,7 @@ class CartPole(TensorEnv):
         return xp.ones_like(x), out
 
     def _observe(self) -> Any:
-        return self._cast(self.state.T)
+        return self._cast(self.xp.stack([*self.state], 1))
 
 
 class Pendulum(TensorEnv):
